@@ -1,0 +1,18 @@
+//! The device models of drago-vmm.
+//!
+//! * [`bus`]: which device answers at which port or address.
+//! * [`services`]: what a device may ask of the VMM (interrupt vectors, ioeventfds). The VMM answers
+//!   with KVM, tests with plain eventfds, so no device in this crate ever sees a hypervisor.
+//! * [`spec`]: the `key=value,key=value` option syntax shared by every `--device` flag.
+//! * [`virtio`]: the virtio device trait, the PCI transport, the registry and one folder per device.
+//!
+//! A device is one folder plus one line in [`virtio::registry`].
+
+pub mod bus;
+pub mod services;
+pub mod spec;
+pub mod virtio;
+
+/// The guest's memory. One shared memfd, laid out once at boot and never changed afterwards, so
+/// devices hold a plain clone (the regions inside are reference counted).
+pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

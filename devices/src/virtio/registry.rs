@@ -1,0 +1,85 @@
+//! The registry of virtio devices.
+//!
+//! Each device folder exports one [`DeviceModule`]; the command line, the machine builder and the
+//! conformance test all walk [`MODULES`] and know no device by name.
+
+use std::{any::Any, fmt, io};
+
+use super::device::VirtioDevice;
+use crate::spec::{Spec, SpecError};
+
+/// Why a device could not be built from a valid configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// A file, socket, device node or process of the host failed.
+    #[error("--{option}: {what}")]
+    Host {
+        /// The flag, without dashes.
+        option: &'static str,
+        /// What was tried, naming the path or peer.
+        what: String,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The host resource exists but cannot be used.
+    #[error("--{option}: {reason}")]
+    Unusable {
+        /// The flag, without dashes.
+        option: &'static str,
+        /// Why, and what would help.
+        reason: String,
+    },
+}
+
+/// How often a device may be asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Count {
+    /// At most one.
+    One,
+    /// Any number, kept in command line order.
+    Many,
+}
+
+/// A device's configuration after parsing: complete, checked against itself, nothing opened yet.
+pub trait DeviceConfig: fmt::Debug + Send {
+    /// Opens host resources and makes the device.
+    fn build(self: Box<Self>) -> Result<BuiltDevice, BuildError>;
+}
+
+/// A device and, where the VMM talks to it at run time, the handle to do so.
+pub struct BuiltDevice {
+    /// The device for the transport.
+    pub device: Box<dyn VirtioDevice>,
+    /// A device-specific handle (`InputHandle`, `GpuHandle`, `ConsoleHandle`…); the VMM downcasts.
+    pub handle: Option<Box<dyn Any + Send>>,
+}
+
+impl fmt::Debug for BuiltDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BuiltDevice")
+            .field("type", &self.device.device_type())
+            .field("handle", &self.handle.is_some())
+            .finish()
+    }
+}
+
+/// One kind of device: what the command line, the builder and the conformance test need to know.
+#[derive(Debug)]
+pub struct DeviceModule {
+    /// The flag, without dashes: `disk` for `--disk`.
+    pub option: &'static str,
+    /// The value's shape for `--help`, such as `path=FILE[,ro=on]`.
+    pub value_name: &'static str,
+    /// One line for `--help`.
+    pub help: &'static str,
+    /// How often it may be given.
+    pub count: Count,
+    /// Parses and validates one value of the flag.
+    pub parse: fn(Spec) -> Result<Box<dyn DeviceConfig>, SpecError>,
+    /// A working instance for the conformance test, made without any option.
+    pub sample: fn() -> Result<BuiltDevice, BuildError>,
+}
+
+/// Every device there is, in the order in which they take their places on the PCI bus.
+pub static MODULES: &[&DeviceModule] = &[];
