@@ -1,1 +1,22 @@
-//! Placeholder.
+//! A SPICE server for any program that has a picture to show.
+
+mod agent;
+mod display;
+mod error;
+mod input;
+mod secret;
+mod server;
+
+pub use agent::AgentPort;
+pub use display::{
+    CursorImage, DisplayEvents, DisplayHandle, Frame, MemoryFrame, MonitorConfig, PixelFormat,
+    Rect, Snapshot, SurfaceInfo,
+};
+pub use error::Error;
+pub use input::{
+    Button, InputSink, KeyEvent, Leds, MouseMode, PointerPosition, Scancode, ScancodePrefix,
+};
+pub use secret::{MAX_PASSWORD, Secret};
+pub use server::{
+    AgentHandle, ClientPolicy, ClientStatus, ServerBuilder, ServerStatus, SpiceServer,
+};

@@ -1,0 +1,13 @@
+//! Displays: frames in, damage per viewer, cursor.
+
+pub(crate) mod cursor;
+pub(crate) mod events;
+pub(crate) mod frame;
+pub(crate) mod geometry;
+pub(crate) mod handle;
+
+pub use cursor::CursorImage;
+pub use events::{DisplayEvents, MonitorConfig};
+pub use frame::{Frame, MemoryFrame, PixelFormat, Snapshot, SurfaceInfo};
+pub use geometry::Rect;
+pub use handle::DisplayHandle;

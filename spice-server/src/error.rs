@@ -1,0 +1,47 @@
+//! Errors of starting a server.
+
+use std::{io, net::SocketAddr, path::PathBuf};
+
+/// Why a server could not be set up.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// No address was given to listen on.
+    #[error("no address to listen on: call ServerBuilder::listen at least once")]
+    NoAddress,
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}: is another program using the port?")]
+    Listen {
+        /// The address asked for.
+        address: SocketAddr,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// A thread or a descriptor could not be made.
+    #[error("cannot start the server's {what}")]
+    Start {
+        /// What was being made.
+        what: &'static str,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The password file cannot be read.
+    #[error("cannot read the password file {}", path.display())]
+    PasswordFile {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The password does not fit the protocol.
+    #[error("a password of {length} bytes: SPICE takes 1 to {max} bytes without NUL")]
+    PasswordLength {
+        /// Its length in bytes.
+        length: usize,
+        /// The protocol's limit.
+        max: usize,
+    },
+}
