@@ -1,6 +1,7 @@
 //! The device models of drago-vmm.
 //!
 //! * [`bus`]: which device answers at which port or address.
+//! * [`legacy`]: the few devices of a PC that sit on I/O ports.
 //! * [`services`]: what a device may ask of the VMM (interrupt vectors, ioeventfds). The VMM answers
 //!   with KVM, tests with plain eventfds, so no device in this crate ever sees a hypervisor.
 //! * [`spec`]: the `key=value,key=value` option syntax shared by every `--device` flag.
@@ -9,6 +10,7 @@
 //! A device is one folder plus one line in [`virtio::registry`].
 
 pub mod bus;
+pub mod legacy;
 pub mod services;
 pub mod spec;
 pub mod virtio;
