@@ -1,1 +1,12 @@
-//! Placeholder.
+//! The nested-KVM test host, the guests and what the end-to-end suites share.
+//!
+//! [`testbed`] boots a small Linux under QEMU's TCG whose KVM is real (SVM is emulated faithfully), with
+//! this machine's root file system mounted inside. It is how the project is tested on machines without
+//! usable KVM, and how `cargo xtask demo` runs there.
+
+pub mod cpio;
+pub mod debian;
+pub mod modules;
+pub mod paths;
+pub mod progress;
+pub mod testbed;

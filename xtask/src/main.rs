@@ -1,2 +1,35 @@
-//! Placeholder.
-fn main() {}
+//! Developer commands: `cargo xtask demo|test|testbed|bench`.
+
+mod build;
+mod testbed;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Developer commands of drago-vmm.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Runs a command on a machine with real KVM, /dev/dri, udmabuf, tun and vhost: the nested-KVM test host
+    Testbed(testbed::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Task::Testbed(args) => testbed::run(&args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! Boots and ends the test host.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::image;
+use super::proto::{AGENT_PORT, FAILED, READY, Request};
+use super::remote::RemoteCommand;
+use crate::{paths, progress};
+
+/// A boot takes 4-6 s on an idle machine; a loaded one gets much longer.
+const BOOT_LIMIT: Duration = Duration::from_secs(300);
+
+/// How a test host is to be.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The agent's executable on this machine (`drago-testbed-agent`).
+    pub agent: PathBuf,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Number of virtual CPUs.
+    pub cpus: u32,
+    /// Folders that are writable inside, under the same path. The checkout always is.
+    pub rw: Vec<PathBuf>,
+    /// TCP ports (this machine's 127.0.0.1:first → second inside); 0 as first picks a free one.
+    pub forward: Vec<(u16, u16)>,
+}
+
+impl Options {
+    /// 4 GiB, 2 CPUs, nothing forwarded.
+    pub fn new(agent: PathBuf) -> Self {
+        Self { agent, memory_mib: 4096, cpus: 2, rw: Vec::new(), forward: Vec::new() }
+    }
+}
+
+/// A running test host. Dropping it ends it at once.
+#[derive(Debug)]
+pub struct Testbed {
+    qemu: Child,
+    agent_port: u16,
+    token: String,
+    forward: Vec<(u16, u16)>,
+    log: PathBuf,
+    _lease: TcpStream,
+    _work: tempfile::TempDir,
+}
+
+impl Testbed {
+    /// Boots a test host and waits until it takes commands.
+    ///
+    /// # Errors
+    /// If something needed is missing or the boot fails; the text names the log.
+    pub fn boot(options: &Options) -> Result<Self> {
+        let (kernel, initramfs) = image::kernel_and_initramfs()?;
+        let what = format!(
+            "booting the nested-KVM test host (QEMU TCG, Linux {}, {} MiB, {} CPUs)",
+            kernel.version, options.memory_mib, options.cpus
+        );
+        progress::step(what, || Self::start(options, &kernel, &initramfs))
+    }
+
+    fn start(options: &Options, kernel: &crate::debian::Kernel, initramfs: &Path) -> Result<Self> {
+        let agent = options
+            .agent
+            .canonicalize()
+            .with_context(|| format!("no agent at {}", options.agent.display()))?;
+        let mut rw = vec![paths::workspace().canonicalize()?];
+        for dir in &options.rw {
+            let dir = dir.canonicalize().with_context(|| format!("no folder {}", dir.display()))?;
+            if dir.to_string_lossy().contains(char::is_whitespace) {
+                bail!("{}: a folder with spaces cannot be shared", dir.display());
+            }
+            if !rw.iter().any(|known| dir.starts_with(known)) {
+                rw.push(dir);
+            }
+        }
+
+        let cache = paths::cache("testbed")?;
+        let work = tempfile::Builder::new().prefix("boot-").tempdir_in(&cache)?;
+        let log = paths::cache("testbed/logs")?.join(format!("serial-{}.log", std::process::id()));
+        let mut token = [0; 16];
+        File::open("/dev/urandom")?.read_exact(&mut token)?;
+        let token: String = token.iter().map(|byte| format!("{byte:02x}")).collect();
+        let both = work.path().join("initramfs");
+        let mut bytes = std::fs::read(initramfs)?;
+        bytes.extend(image::config(&token, &agent, &rw)?);
+        std::fs::write(&both, bytes)?;
+
+        let agent_port = free_port()?;
+        let mut forward = options.forward.clone();
+        for (outer, _) in &mut forward {
+            if *outer == 0 {
+                *outer = free_port()?;
+            }
+        }
+        let mut net =
+            format!("user,id=n,hostfwd=tcp:127.0.0.1:{agent_port}-10.0.2.15:{AGENT_PORT}");
+        for (outer, inner) in &forward {
+            net.push_str(&format!(",hostfwd=tcp:127.0.0.1:{outer}-127.0.0.1:{inner}"));
+        }
+        let mut qemu = image::qemu(kernel, &both, options.memory_mib, options.cpus);
+        qemu.args(["-netdev", &net, "-device", "virtio-net-pci,netdev=n,romfile="])
+            .args([
+                "-fsdev",
+                "local,id=outer,path=/,security_model=none,readonly=on,multidevs=remap",
+            ])
+            .args(["-device", "virtio-9p-pci,fsdev=outer,mount_tag=outer"]);
+        for (n, dir) in rw.iter().enumerate() {
+            qemu.arg("-fsdev")
+                .arg(format!(
+                    "local,id=rw{n},path={},security_model=none,multidevs=remap",
+                    dir.display()
+                ))
+                .args(["-device", &format!("virtio-9p-pci,fsdev=rw{n},mount_tag=rw{n}")]);
+        }
+        let mut qemu = qemu
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(File::create(log.with_extension("qemu"))?)
+            // Ctrl-C ends the driver, whose lease ends the test host in order.
+            .process_group(0)
+            .spawn()
+            .context("cannot run qemu-system-x86_64 (package qemu-system-x86)")?;
+        let ready = qemu
+            .stdout
+            .take()
+            .context("QEMU has no output")
+            .and_then(|console| wait_ready(console, &log));
+        let connected = ready.and_then(|()| lease(agent_port, &token));
+        match connected {
+            Ok(lease) => {
+                Ok(Self { qemu, agent_port, token, forward, log, _lease: lease, _work: work })
+            }
+            Err(error) => {
+                let _ = qemu.kill();
+                let _ = qemu.wait();
+                let said = std::fs::read_to_string(log.with_extension("qemu")).unwrap_or_default();
+                let serial = std::fs::read_to_string(&log).unwrap_or_default();
+                let tail: Vec<&str> = serial.lines().rev().take(12).collect();
+                let tail: Vec<&str> = tail.into_iter().rev().collect();
+                Err(error.context(format!(
+                    "the test host did not boot; serial log: {}\n{said}{}",
+                    log.display(),
+                    tail.join("\n")
+                )))
+            }
+        }
+    }
+
+    /// A program to run inside. It starts in the caller's working directory, with a plain environment.
+    pub fn command(&self, program: impl Into<String>) -> RemoteCommand {
+        RemoteCommand::new(self.agent_port, self.token.clone(), program.into())
+    }
+
+    /// The port on this machine's 127.0.0.1 that leads to a port inside.
+    pub fn outer_port(&self, inner: u16) -> Option<u16> {
+        self.forward.iter().find(|(_, to)| *to == inner).map(|(from, _)| *from)
+    }
+
+    /// The log of the test host's serial console.
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+}
+
+impl Drop for Testbed {
+    fn drop(&mut self) {
+        // Nothing inside is worth an orderly shutdown: its writable folders are this machine's.
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+/// Copies the serial console to the log until the agent listens; goes on copying in the background.
+fn wait_ready(console: ChildStdout, log: &Path) -> Result<()> {
+    let mut log = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+    let (said, heard) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut lines = BufReader::new(console);
+        let mut line = Vec::new();
+        while let Ok(1..) = lines.read_until(b'\n', &mut line) {
+            let _ = log.write_all(&line);
+            let text = String::from_utf8_lossy(&line);
+            if let Some(at) = text.find("drago-testbed: ") {
+                let _ = said.send(text[at..].trim_end().to_owned());
+            }
+            line.clear();
+        }
+    });
+    let end = Instant::now() + BOOT_LIMIT;
+    loop {
+        match heard.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Ok(line) if line == READY => return Ok(()),
+            Ok(line) if line.starts_with(FAILED) => bail!("{line}"),
+            Ok(line) => progress::note(line),
+            Err(mpsc::RecvTimeoutError::Timeout) => bail!("no sign of life after {BOOT_LIMIT:?}"),
+            Err(mpsc::RecvTimeoutError::Disconnected) => bail!("QEMU ended"),
+        }
+    }
+}
+
+fn lease(port: u16, token: &str) -> Result<TcpStream> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).context("cannot reach the agent")?;
+    let request = serde_json::to_string(&Request::Lease { token: token.to_owned() })?;
+    writeln!(stream, "{request}").context("the agent did not take the lease")?;
+    Ok(stream)
+}
+
+/// A TCP port of 127.0.0.1 that nobody listens on.
+pub(crate) fn free_port() -> Result<u16> {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).context("no free TCP port")?;
+    Ok(listener.local_addr()?.port())
+}

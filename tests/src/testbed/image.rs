@@ -1,0 +1,105 @@
+//! The test host's kernel and initramfs.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::cpio::Archive;
+use crate::debian::{self, Kernel, Release};
+use crate::modules::ModuleTree;
+use crate::{paths, progress};
+
+/// Modules in the order in which they are wanted; what they need is added. `virtio_pci` is built in.
+const MODULES: &[&str] = &[
+    "virtio_net",
+    "9pnet_virtio",
+    "9p",
+    "virtio-rng",
+    "overlay",
+    "ccp",
+    "kvm-amd",
+    "vgem",
+    "tun",
+    "tap",
+    "vhost_net",
+    "vmw_vsock_virtio_transport_common",
+    "vhost_vsock",
+    "virtio_blk",
+    "ext4",
+];
+
+/// The emulated CPU. With AVX, llvmpipe inside crashes under TCG.
+const CPU: &str = "EPYC,+svm,+npt,-avx,-avx2,-fma,-f16c";
+
+/// Options of modules, by file name.
+const OPTIONS: &[(&str, &str)] = &[("kvm-amd.ko", "nested=0")];
+
+/// Kernel and initramfs, made if they are not in the cache.
+pub(crate) fn kernel_and_initramfs() -> Result<(Kernel, PathBuf)> {
+    let trixie = Release::open("trixie")?;
+    let kernel = trixie.kernel("linux-image-amd64")?;
+    let init = paths::resources().join("testbed/init");
+    let init = std::fs::read(&init).with_context(|| format!("cannot read {}", init.display()))?;
+    let recipe = format!("{}\n{MODULES:?}\n{OPTIONS:?}\n{init:?}", kernel.version);
+    let path = paths::cache("testbed")?.join(format!("initramfs-{}.cpio", debian::digest(&recipe)));
+    if !path.exists() {
+        let busybox = trixie.package("busybox-static")?.join("usr/bin/busybox");
+        progress::step("making the test host's initramfs", || {
+            build(&kernel, &busybox, &init, &path)
+        })?;
+    }
+    Ok((kernel, path))
+}
+
+fn build(kernel: &Kernel, busybox: &Path, init: &[u8], path: &Path) -> Result<()> {
+    let busybox =
+        std::fs::read(busybox).with_context(|| format!("cannot read {}", busybox.display()))?;
+    let modules = ModuleTree::open(&kernel.root, &kernel.version)?.closure(MODULES)?;
+    let mut archive = Archive::new(Vec::new());
+    for dir in ["bin", "dev", "modules"] {
+        archive.dir(dir)?;
+    }
+    archive.char_device("dev/console", 5, 1)?;
+    archive.file("bin/busybox", 0o755, &busybox)?;
+    archive.file("init", 0o755, init)?;
+    let mut order = String::new();
+    for module in &modules {
+        archive.file(&format!("modules/{}", module.file_name), 0o644, &module.object)?;
+        let options = OPTIONS.iter().find(|(name, _)| *name == module.file_name);
+        order.push_str(&format!("{} {}\n", module.file_name, options.map_or("", |(_, o)| o)));
+    }
+    archive.file("modules/order", 0o644, order.as_bytes())?;
+    let fresh = path.with_extension(format!("tmp{}", std::process::id()));
+    std::fs::write(&fresh, archive.finish()?)?;
+    std::fs::rename(&fresh, path)?;
+    Ok(())
+}
+
+/// The per-boot archive that follows the initramfs: what init and agent have to know.
+pub(crate) fn config(token: &str, agent: &Path, rw: &[PathBuf]) -> Result<Vec<u8>> {
+    let rw: Vec<String> = rw.iter().map(|dir| dir.display().to_string()).collect();
+    let text =
+        format!("export TOKEN={token}\nAGENT='{}'\nRW_DIRS='{}'\n", agent.display(), rw.join(" "));
+    let mut archive = Archive::new(Vec::new());
+    archive.file("config", 0o600, text.as_bytes())?;
+    Ok(archive.finish()?)
+}
+
+/// QEMU's command line for the test host, without network and folders.
+pub(crate) fn qemu(kernel: &Kernel, initramfs: &Path, memory_mib: u32, cpus: u32) -> Command {
+    let cpu = std::env::var("DRAGO_TESTBED_CPU").unwrap_or_else(|_| CPU.to_owned());
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(["-accel", "tcg,thread=multi", "-M", "q35"])
+        .args(["-cpu", &cpu])
+        .args(["-smp", &cpus.to_string(), "-m", &memory_mib.to_string()])
+        .args(["-nodefaults", "-nographic", "-serial", "stdio", "-no-reboot"])
+        .args(["-object", "rng-random,id=rng,filename=/dev/urandom"])
+        .args(["-device", "virtio-rng-pci,rng=rng"])
+        .arg("-kernel")
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(initramfs)
+        .args(["-append", "console=ttyS0 panic=-1 mitigations=off quiet tsc=reliable"]);
+    qemu
+}
