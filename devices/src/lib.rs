@@ -4,12 +4,14 @@
 //! * [`legacy`]: the few devices of a PC that sit on I/O ports.
 //! * [`services`]: what a device may ask of the VMM (interrupt vectors, ioeventfds). The VMM answers
 //!   with KVM, tests with plain eventfds, so no device in this crate ever sees a hypervisor.
+//! * [`pci`]: configuration space, MSI-X, the bus that virtio devices sit on.
 //! * [`spec`]: the `key=value,key=value` option syntax shared by every `--device` flag.
 //! * [`virtio`]: the virtio device trait, the PCI transport, the registry and one folder per device.
 //!
 //! A device is one folder plus one line in [`virtio::registry`].
 
 pub mod bus;
+pub mod pci;
 pub mod legacy;
 pub mod services;
 pub mod spec;

@@ -2,12 +2,19 @@
 //!
 //! | module | what it holds |
 //! |---|---|
+//! | [`console`] | hvc0 and named ports |
 //! | [`device`] | the trait each device implements, and what it is given at activation |
+//! | [`pci`] | the PCI transport |
 //! | [`registry`] | the one list of devices; a new device is a folder and a line there |
 //! | [`worker`] | a device's thread: an epoll loop that can be stopped and hands its state back |
 
+pub mod console;
 pub mod device;
+pub mod pci;
 pub mod registry;
+mod ring;
+#[cfg(test)]
+mod testing;
 pub mod worker;
 
 pub use device::{
