@@ -1,0 +1,200 @@
+//! What devices may ask of KVM: message signalled interrupts as irqfds, queue notifications as
+//! ioeventfds.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use devices::services::{MsiMessage, MsiVector, VmServices};
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry,
+};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::layout::IO_APIC_PINS;
+
+/// KVM's default for the size of the routing table is 4096 entries; ours stays well below.
+const MAX_VECTORS: u32 = 2048;
+const PIC_PINS: u32 = 8;
+
+fn io_error(errno: kvm_ioctls::Error) -> io::Error {
+    io::Error::from_raw_os_error(errno.errno())
+}
+
+/// Interrupt routes by GSI; the pins of PIC and I/O APIC are implied.
+#[derive(Default)]
+struct Routes {
+    messages: BTreeMap<u32, MsiMessage>,
+    allocated: u32,
+}
+
+impl Routes {
+    fn table(&self) -> Vec<kvm_irq_routing_entry> {
+        let pin = |gsi, irqchip, pin| {
+            let mut entry =
+                kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+            entry.u.irqchip.irqchip = irqchip;
+            entry.u.irqchip.pin = pin;
+            entry
+        };
+        let pics = (0..2 * PIC_PINS).map(|gsi| {
+            let chip = if gsi < PIC_PINS { KVM_IRQCHIP_PIC_MASTER } else { KVM_IRQCHIP_PIC_SLAVE };
+            pin(gsi, chip, gsi % PIC_PINS)
+        });
+        // The classic wiring: the timer (IRQ 0) arrives at pin 2.
+        let io_apic = (0..IO_APIC_PINS)
+            .map(|gsi| pin(gsi, KVM_IRQCHIP_IOAPIC, if gsi == 0 { 2 } else { gsi }));
+        let messages = self.messages.iter().map(|(&gsi, message)| {
+            let mut entry =
+                kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+            entry.u.msi.address_lo = message.address as u32;
+            entry.u.msi.address_hi = (message.address >> 32) as u32;
+            entry.u.msi.data = message.data;
+            entry
+        });
+        pics.chain(io_apic).chain(messages).collect()
+    }
+}
+
+struct Shared {
+    vm: Arc<VmFd>,
+    routes: Mutex<Routes>,
+}
+
+impl Shared {
+    fn routes(&self) -> MutexGuard<'_, Routes> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn commit(&self, routes: &Routes) -> io::Result<()> {
+        let table = KvmIrqRouting::from_entries(&routes.table())
+            .map_err(|error| io::Error::other(format!("{error:?}")))?;
+        self.vm.set_gsi_routing(&table).map_err(io_error)
+    }
+}
+
+/// [`VmServices`] of one machine.
+#[derive(Clone)]
+pub struct KvmServices {
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for KvmServices {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KvmServices").finish_non_exhaustive()
+    }
+}
+
+impl KvmServices {
+    /// Services of `vm`, whose interrupt controllers exist already.
+    pub fn new(vm: Arc<VmFd>) -> Self {
+        Self { shared: Arc::new(Shared { vm, routes: Mutex::default() }) }
+    }
+
+    /// An eventfd that pulses the I/O APIC pin `gsi`.
+    pub fn line(&self, gsi: u32) -> io::Result<EventFd> {
+        let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        self.shared.vm.register_irqfd(&line, gsi).map_err(io_error)?;
+        Ok(line)
+    }
+}
+
+impl VmServices for KvmServices {
+    fn allocate_msi(&self) -> io::Result<Arc<dyn MsiVector>> {
+        let mut routes = self.shared.routes();
+        if routes.allocated == MAX_VECTORS {
+            return Err(io::Error::other(format!("all {MAX_VECTORS} interrupt vectors are taken")));
+        }
+        let gsi = IO_APIC_PINS + routes.allocated;
+        routes.allocated += 1;
+        Ok(Arc::new(Vector {
+            shared: self.shared.clone(),
+            gsi,
+            eventfd: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            connected: Mutex::new(false),
+        }))
+    }
+
+    fn register_ioevent(&self, address: u64, fd: &EventFd) -> io::Result<()> {
+        // Without a data match and a length KVM need not decode the instruction.
+        let address = IoEventAddress::Mmio(address);
+        self.shared.vm.register_ioevent(fd, &address, NoDatamatch).map_err(io_error)
+    }
+
+    fn unregister_ioevent(&self, address: u64, fd: &EventFd) -> io::Result<()> {
+        let address = IoEventAddress::Mmio(address);
+        self.shared.vm.unregister_ioevent(fd, &address, NoDatamatch).map_err(io_error)
+    }
+}
+
+struct Vector {
+    shared: Arc<Shared>,
+    gsi: u32,
+    eventfd: EventFd,
+    /// Whether the irqfd is attached.
+    connected: Mutex<bool>,
+}
+
+impl MsiVector for Vector {
+    fn eventfd(&self) -> &EventFd {
+        &self.eventfd
+    }
+
+    fn set_route(&self, message: Option<MsiMessage>) -> io::Result<()> {
+        let mut connected = self.connected.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(message) = message else {
+            // The route stays: changing the table is expensive, an unattached one does nothing.
+            if *connected {
+                self.shared.vm.unregister_irqfd(&self.eventfd, self.gsi).map_err(io_error)?;
+                *connected = false;
+            }
+            return Ok(());
+        };
+        let mut routes = self.shared.routes();
+        if routes.messages.get(&self.gsi) != Some(&message) {
+            let before = routes.messages.insert(self.gsi, message);
+            if let Err(error) = self.shared.commit(&routes) {
+                // A message KVM refuses must not stay in the way of all later changes.
+                match before {
+                    Some(before) => routes.messages.insert(self.gsi, before),
+                    None => routes.messages.remove(&self.gsi),
+                };
+                return Err(error);
+            }
+        }
+        drop(routes);
+        if !*connected {
+            // Delivers at once what was signalled in the meantime.
+            self.shared.vm.register_irqfd(&self.eventfd, self.gsi).map_err(io_error)?;
+            *connected = true;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Vector {
+    fn drop(&mut self) {
+        if let Err(error) = self.set_route(None) {
+            tracing::debug!(%error, gsi = self.gsi, "an irqfd could not be detached");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_keeps_the_pins_of_the_interrupt_controllers() {
+        let mut routes = Routes::default();
+        routes.messages.insert(24, MsiMessage { address: 0xfee0_1000, data: 0x21 });
+        let table = routes.table();
+        assert_eq!(table.len(), 16 + 24 + 1);
+        let message = table.last().unwrap();
+        assert_eq!((message.gsi, message.type_), (24, KVM_IRQ_ROUTING_MSI));
+    }
+}

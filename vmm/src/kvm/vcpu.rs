@@ -1,0 +1,274 @@
+//! Processors and the threads that run them.
+
+use std::{
+    io,
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use devices::bus::Bus;
+use kvm_bindings::{kvm_fpu, kvm_lapic_state};
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use vmm_sys_util::signal::Killable;
+
+use super::{Error, call, cpuid::Template, msr};
+use crate::{boot::Registers, sys};
+
+/// Why a processor stopped running for good.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stop {
+    /// Asked to by [`VcpuThreads::stop`].
+    Asked,
+    /// Triple fault: the guest resets itself the hard way.
+    TripleFault,
+    /// KVM gave up; the text tells everything that is known.
+    Failed(String),
+}
+
+/// Receives the reason when a processor stops for good, on its thread.
+pub type StopSink = Arc<dyn Fn(u32, Stop) + Send + Sync>;
+
+/// Creates the processors in their initial state. The first one gets `registers`, the others wait
+/// for it to start them (INIT, SIPI).
+pub fn create(
+    vm: &VmFd,
+    template: &Template,
+    count: u32,
+    registers: &Registers,
+) -> Result<Vec<VcpuFd>, Error> {
+    (0..count)
+        .map(|id| {
+            let vcpu = vm.create_vcpu(u64::from(id)).map_err(call("create a processor"))?;
+            vcpu.set_cpuid2(&template.for_cpu(id)?).map_err(call("set CPUID"))?;
+            msr::apply(&vcpu)?;
+            set_local_interrupts(&vcpu)?;
+            if id == 0 {
+                set_registers(&vcpu, registers)?;
+            }
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+fn set_registers(vcpu: &VcpuFd, registers: &Registers) -> Result<(), Error> {
+    let mut sregs = vcpu.get_sregs().map_err(call("tell system registers"))?;
+    registers.apply_system(&mut sregs);
+    vcpu.set_sregs(&sregs).map_err(call("set system registers"))?;
+    vcpu.set_regs(registers.general()).map_err(call("set registers"))?;
+    // The state FNINIT and the reset of MXCSR give (Intel SDM volume 1, 8.1.5 and 10.2.3).
+    let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
+    vcpu.set_fpu(&fpu).map_err(call("set floating point registers"))
+}
+
+/// Wires the local interrupt pins as firmware does: LINT0 to the PIC, LINT1 to NMI (Intel SDM
+/// volume 3, 10.5.1).
+fn set_local_interrupts(vcpu: &VcpuFd) -> Result<(), Error> {
+    const LINT0: usize = 0x350;
+    const LINT1: usize = 0x360;
+    const MODE_NMI: u32 = 4;
+    const MODE_EXTINT: u32 = 7;
+    let mut lapic = vcpu.get_lapic().map_err(call("tell the local APIC's state"))?;
+    set_delivery_mode(&mut lapic, LINT0, MODE_EXTINT);
+    set_delivery_mode(&mut lapic, LINT1, MODE_NMI);
+    vcpu.set_lapic(&lapic).map_err(call("set the local APIC's state"))
+}
+
+fn set_delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {
+    let slot = &mut lapic.regs[register..register + 4];
+    let mut bytes = [0; 4];
+    for (to, from) in bytes.iter_mut().zip(slot.iter()) {
+        *to = *from as u8;
+    }
+    let value = (u32::from_le_bytes(bytes) & !0x700) | (mode << 8);
+    for (to, from) in slot.iter_mut().zip(value.to_le_bytes()) {
+        *to = from as _;
+    }
+}
+
+/// Counts exits, for `status` and the benchmarks.
+#[derive(Debug, Default)]
+pub struct ExitCounts {
+    /// Port accesses.
+    pub port: AtomicU64,
+    /// Memory mapped accesses.
+    pub mmio: AtomicU64,
+    /// Signals and everything else.
+    pub other: AtomicU64,
+}
+
+#[derive(Default)]
+struct Control {
+    stop: AtomicBool,
+    running: Mutex<usize>,
+    changed: Condvar,
+}
+
+/// The running processors of a machine.
+pub struct VcpuThreads {
+    threads: Vec<JoinHandle<()>>,
+    control: Arc<Control>,
+}
+
+impl std::fmt::Debug for VcpuThreads {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VcpuThreads").field("threads", &self.threads.len()).finish_non_exhaustive()
+    }
+}
+
+impl VcpuThreads {
+    /// Starts a thread per processor.
+    pub fn start(
+        vcpus: Vec<VcpuFd>,
+        ports: &Arc<Bus>,
+        mmio: &Arc<Bus>,
+        counts: &Arc<ExitCounts>,
+        sink: &StopSink,
+    ) -> io::Result<Self> {
+        sys::install_kick_handler()?;
+        let control = Arc::new(Control::default());
+        *control.running.lock().unwrap_or_else(PoisonError::into_inner) = vcpus.len();
+        let mut threads = Vec::with_capacity(vcpus.len());
+        for (id, fd) in vcpus.into_iter().enumerate() {
+            let vcpu = Vcpu {
+                fd,
+                ports: ports.clone(),
+                mmio: mmio.clone(),
+                counts: counts.clone(),
+                control: control.clone(),
+            };
+            let (sink, control) = (sink.clone(), control.clone());
+            let thread = thread::Builder::new().name(format!("vcpu{id}")).spawn(move || {
+                let reason = vcpu.run();
+                *control.running.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+                control.changed.notify_all();
+                if reason != Stop::Asked {
+                    sink(id as u32, reason);
+                }
+            })?;
+            threads.push(thread);
+        }
+        Ok(Self { threads, control })
+    }
+
+    /// Makes all processors leave the guest and waits until none executes it any more.
+    pub fn stop(&self) {
+        self.control.stop.store(true, Ordering::SeqCst);
+        let mut running = self.control.running.lock().unwrap_or_else(PoisonError::into_inner);
+        while *running > 0 {
+            for thread in self.threads.iter().filter(|thread| !thread.is_finished()) {
+                if let Err(error) = thread.kill(sys::kick_signal()) {
+                    tracing::debug!(%error, "a processor's thread could not be interrupted");
+                }
+            }
+            // A signal that arrives just before KVM_RUN is lost, so it is sent again until it hits.
+            running = self
+                .control
+                .changed
+                .wait_timeout(running, Duration::from_millis(2))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+}
+
+struct Vcpu {
+    fd: VcpuFd,
+    ports: Arc<Bus>,
+    mmio: Arc<Bus>,
+    counts: Arc<ExitCounts>,
+    control: Arc<Control>,
+}
+
+impl Vcpu {
+    fn run(mut self) -> Stop {
+        let width = sys::PortWidth::new(&mut self.fd);
+        loop {
+            if self.control.stop.load(Ordering::Acquire) {
+                return Stop::Asked;
+            }
+            let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
+            match self.fd.run() {
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    count(&self.counts.port);
+                    // More than one access at once: a string instruction.
+                    for access in data.chunks(width.get()) {
+                        self.ports.write(u64::from(port), access);
+                    }
+                }
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    count(&self.counts.port);
+                    for access in data.chunks_mut(width.get()) {
+                        self.ports.read(u64::from(port), access);
+                    }
+                }
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    count(&self.counts.mmio);
+                    self.mmio.read(address, data);
+                }
+                Ok(VcpuExit::MmioWrite(address, data)) => {
+                    count(&self.counts.mmio);
+                    self.mmio.write(address, data);
+                }
+                Ok(VcpuExit::Shutdown) => return Stop::TripleFault,
+                // KVM_SYSTEM_EVENT_*: an in-kernel way to power off or reset.
+                Ok(VcpuExit::SystemEvent(kind, _)) => {
+                    return Stop::Failed(format!("KVM reported system event {kind}"));
+                }
+                Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => {
+                    count(&self.counts.other);
+                }
+                Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                    let text = format!("entering the guest failed on host CPU {cpu}: {reason:#x}");
+                    return Stop::Failed(self.with_registers(text));
+                }
+                Ok(VcpuExit::InternalError) => {
+                    let (kind, data) = sys::internal_error(&mut self.fd);
+                    let name = match kind {
+                        1 => "an instruction could not be emulated",
+                        2 => "two exceptions at once in the simulator",
+                        3 => "an event could not be delivered",
+                        4 => "an unexpected exit from the hardware",
+                        _ => "unknown internal error",
+                    };
+                    let text = format!("KVM internal error {kind} ({name}), data {data:x?}");
+                    return Stop::Failed(self.with_registers(text));
+                }
+                Ok(other) => {
+                    let text = format!("KVM returned with an exit that is not handled: {other:?}");
+                    return Stop::Failed(self.with_registers(text));
+                }
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                    count(&self.counts.other);
+                }
+                Err(error) => {
+                    return Stop::Failed(self.with_registers(format!("KVM_RUN failed: {error}")));
+                }
+            }
+        }
+    }
+
+    /// Appends the registers, as far as they can be had.
+    fn with_registers(&self, mut text: String) -> String {
+        use std::fmt::Write;
+        if let Ok(r) = self.fd.get_regs() {
+            let _ = write!(
+                text,
+                "\n  rip {:#x} rsp {:#x} rflags {:#x}\n  rax {:#x} rbx {:#x} rcx {:#x} rdx {:#x} \
+                 rsi {:#x} rdi {:#x} rbp {:#x}",
+                r.rip, r.rsp, r.rflags, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp
+            );
+        }
+        if let Ok(s) = self.fd.get_sregs() {
+            let _ = write!(
+                text,
+                "\n  cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x} cs {:#x} base {:#x} l {} db {}",
+                s.cr0, s.cr2, s.cr3, s.cr4, s.efer, s.cs.selector, s.cs.base, s.cs.l, s.cs.db
+            );
+        }
+        text
+    }
+}
