@@ -4,6 +4,8 @@ mod agent;
 mod display;
 mod error;
 mod input;
+mod io;
+mod proto;
 mod secret;
 mod server;
 

@@ -1,8 +1,26 @@
 //! Building, starting and asking a server.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering},
+    thread::{self, JoinHandle},
+};
 
-use crate::{AgentPort, DisplayEvents, DisplayHandle, Error, InputSink, Leds, MouseMode, Secret};
+use crate::{
+    AgentPort, DisplayEvents, DisplayHandle, Error, InputSink, Leds, MouseMode, Secret,
+    agent::hub::AgentHub,
+    display::state::DisplayShared,
+    io::{
+        keys::KeyService,
+        listen::listen_on,
+        reactor::Reactor,
+        shared::{Command, Config, Shared, lock},
+        wake::Wake,
+    },
+};
+
+/// Most displays of a server.
+const MAX_DISPLAYS: u32 = 16;
 
 /// What happens when a second client comes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -19,7 +37,6 @@ pub enum ClientPolicy {
 
 /// Settings of a server to be started.
 #[must_use = "a builder does nothing until start() is called"]
-#[derive(Default)]
 pub struct ServerBuilder {
     name: Option<String>,
     uuid: Option<[u8; 16]>,
@@ -30,6 +47,24 @@ pub struct ServerBuilder {
     input: Option<Arc<dyn InputSink>>,
     agent: Option<Arc<dyn AgentPort>>,
     events: Option<Arc<dyn DisplayEvents>>,
+    max_size: (u32, u32),
+}
+
+impl Default for ServerBuilder {
+    fn default() -> Self {
+        Self {
+            name: None,
+            uuid: None,
+            addresses: Vec::new(),
+            password: None,
+            policy: ClientPolicy::default(),
+            displays: 1,
+            input: None,
+            agent: None,
+            events: None,
+            max_size: (8192, 8192),
+        }
+    }
 }
 
 impl ServerBuilder {
@@ -70,6 +105,13 @@ impl ServerBuilder {
         self
     }
 
+    /// The largest size [`DisplayEvents::resize_requested`] may be asked for; 8192 by 8192 unless
+    /// set.
+    pub fn max_size(mut self, width: u32, height: u32) -> Self {
+        self.max_size = (width, height);
+        self
+    }
+
     /// Who hears keyboard and mouse.
     pub fn input(mut self, input: Arc<dyn InputSink>) -> Self {
         self.input = Some(input);
@@ -90,15 +132,59 @@ impl ServerBuilder {
 
     /// Listens and starts the server's threads.
     pub fn start(self) -> Result<SpiceServer, Error> {
-        Err(Error::NoAddress)
+        if self.addresses.is_empty() {
+            return Err(Error::NoAddress);
+        }
+        let mut listeners = Vec::new();
+        let mut addresses = Vec::new();
+        for address in self.addresses {
+            let failed = |source| Error::Listen { address, source };
+            let listener = listen_on(address).map_err(failed)?;
+            addresses.push(listener.local_addr().map_err(failed)?);
+            listeners.push(listener);
+        }
+        if self.password.is_none() {
+            tracing::warn!(
+                "no SPICE password: everybody who reaches {addresses:?} sees and drives the display"
+            );
+        }
+        let start = |what| move |source| Error::Start { what, source };
+        let io = Arc::new(Wake::new().map_err(start("wake-up event"))?);
+        let count = self.displays.clamp(1, MAX_DISPLAYS);
+        let displays: Vec<_> = (0..count).map(|_| Arc::new(DisplayShared::new())).collect();
+        let config = Config {
+            name: self.name,
+            uuid: self.uuid,
+            password: self.password,
+            policy: self.policy,
+            input: self.input,
+            events: self.events,
+            max_size: self.max_size,
+        };
+        let password = config.password.clone();
+        let agent = AgentHub::new(self.agent);
+        let shared = Arc::new(Shared::new(config, displays, agent, io.clone()));
+        let for_keys = Arc::downgrade(&shared);
+        let keys = KeyService::start(password, move |event| {
+            if let Some(shared) = for_keys.upgrade() {
+                shared.command(Command::Key(event));
+            }
+        })
+        .map_err(start("key thread"))?;
+        let reactor = Reactor::new(shared.clone(), listeners, keys).map_err(start("event loop"))?;
+        let thread = thread::Builder::new()
+            .name("spice-io".into())
+            .spawn(move || reactor.run())
+            .map_err(start("I/O thread"))?;
+        Ok(SpiceServer { addresses, shared, thread: Some(thread) })
     }
 }
 
 /// A running server. Dropping it disconnects all clients and ends its threads.
 pub struct SpiceServer {
     addresses: Vec<SocketAddr>,
-    displays: Vec<DisplayHandle>,
-    agent: AgentHandle,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl SpiceServer {
@@ -119,48 +205,71 @@ impl SpiceServer {
 
     /// The handle of display `id`, counted from 0.
     pub fn display(&self, id: u32) -> Option<DisplayHandle> {
-        self.displays.get(id as usize).cloned()
+        let shared = self.shared.displays.get(id as usize)?.clone();
+        Some(DisplayHandle { shared, io: self.shared.io.clone() })
     }
 
     /// The server's end of the guest agent's port.
     pub fn agent(&self) -> AgentHandle {
-        self.agent.clone()
+        AgentHandle { shared: self.shared.clone() }
     }
 
     /// Shows the guest's keyboard lights to the clients.
     pub fn set_leds(&self, leds: Leds) {
-        let _ = leds;
+        *lock(&self.shared.leds) = Some(leds);
+        self.shared.io.wake();
     }
 
     /// The mouse mode now in use.
     pub fn mouse_mode(&self) -> MouseMode {
-        MouseMode::Client
+        *lock(&self.shared.mouse_mode)
     }
 
     /// Who is connected.
     pub fn status(&self) -> ServerStatus {
-        ServerStatus::default()
+        ServerStatus {
+            clients: lock(&self.shared.sessions).iter().map(|s| s.status()).collect(),
+            pending_connections: self.shared.pending_links.load(Ordering::Relaxed),
+            agent_open: self.shared.agent.is_open(),
+        }
+    }
+}
+
+impl Drop for SpiceServer {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.io.wake();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
 /// The server's end of the guest agent's port; cheap to clone.
 #[derive(Clone)]
-pub struct AgentHandle;
+pub struct AgentHandle {
+    shared: Arc<Shared>,
+}
 
 impl AgentHandle {
     /// Bytes from the guest. Returns how many were taken; after less than all, offer the rest when
     /// [`AgentPort::guest_data_wanted`] is called.
     pub fn guest_data(&self, bytes: &[u8]) -> usize {
-        bytes.len()
+        let taken = self.shared.agent.guest_data(bytes);
+        self.shared.io.wake();
+        taken
     }
 
     /// The guest opened (`true`) or closed its end of the port.
     pub fn guest_opened(&self, open: bool) {
-        let _ = open;
+        self.shared.agent.guest_opened(open);
+        self.shared.io.wake();
     }
 
     /// [`AgentPort::to_guest`] has room again after it had taken less than offered.
-    pub fn writable(&self) {}
+    pub fn writable(&self) {
+        self.shared.io.wake();
+    }
 }
 
 /// Who is connected.

@@ -1,5 +1,7 @@
 //! The guest agent's byte stream (spice-vdagent) between a virtio port and the clients.
 
+pub(crate) mod hub;
+
 use std::sync::Arc;
 
 /// The program's end of the guest agent's port (`com.redhat.spice.0`).

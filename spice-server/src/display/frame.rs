@@ -62,6 +62,18 @@ impl MemoryFrame {
     }
 }
 
+impl MemoryFrame {
+    /// Its pixels, row by row without padding.
+    pub fn pixels(&self) -> &[u8] {
+        &self.pixels
+    }
+
+    /// Its pixels, to be painted before the frame is presented.
+    pub fn pixels_mut(&mut self) -> &mut [u8] {
+        &mut self.pixels
+    }
+}
+
 impl Frame for MemoryFrame {
     fn width(&self) -> u32 {
         self.width

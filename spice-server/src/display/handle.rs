@@ -2,46 +2,179 @@
 
 use std::sync::Arc;
 
-use super::{CursorImage, Frame, Rect, Snapshot, SurfaceInfo};
+use super::{
+    CursorImage, Frame, PixelFormat, Rect, Snapshot, SurfaceInfo, cursor::MAX_CURSOR_SIDE,
+    state::DisplayShared,
+};
+use crate::io::wake::Wake;
 
 /// One display of the server; cheap to clone.
 #[derive(Clone)]
 pub struct DisplayHandle {
     pub(crate) shared: Arc<DisplayShared>,
+    /// Wakes the I/O thread, which serves the cursor channels.
+    pub(crate) io: Arc<Wake>,
 }
-
-pub(crate) struct DisplayShared;
 
 impl DisplayHandle {
     /// Tells the size of the frames to come, or that there is no picture (`None`: viewers see
-    /// black). Viewers keep the old picture until the first frame of the new size.
+    /// black). Viewers keep the old picture until the first frame of the new size; the server lets
+    /// go of the old frame at once. Sizes are clamped to 1..=16384.
     pub fn set_surface(&self, surface: Option<SurfaceInfo>) {
-        let _ = (&self.shared, surface);
+        self.shared.set_surface(surface);
     }
 
     /// Shows `frame`. `damage` is what changed since the frame presented before; a viewer that has
     /// not been sent that one gets the union. Never blocks: viewers encode on their own threads,
-    /// always from the newest frame. A frame whose size differs from the surface sets the surface.
+    /// always from the newest frame. A frame whose size differs from the surface sets the surface,
+    /// and is sent whole.
     pub fn present(&self, frame: Arc<dyn Frame>, damage: &[Rect]) {
-        let _ = (frame, damage);
+        self.shared.present(frame, damage);
     }
 
-    /// Sets the pointer's picture. Invalid images are ignored with a log line.
+    /// Sets the pointer's picture and shows it. Invalid images are ignored with a log line.
     pub fn set_cursor(&self, image: CursorImage) {
-        let _ = image;
+        if !image.is_valid() {
+            tracing::warn!(
+                width = image.width,
+                height = image.height,
+                bytes = image.argb.len(),
+                "pointer image ignored: sides must be 1 to {MAX_CURSOR_SIDE}, 4 bytes per pixel"
+            );
+            return;
+        }
+        self.shared.set_cursor(image);
+        self.io.wake();
     }
 
     /// Moves the pointer (its hot spot). Viewers follow only in server mouse mode; in client mode
     /// they draw it where their own pointer is.
     pub fn move_cursor(&self, x: u32, y: u32) {
-        let _ = (x, y);
+        self.shared.move_cursor((x, y));
+        self.io.wake();
     }
 
     /// Hides the pointer until the next [`set_cursor`](Self::set_cursor).
-    pub fn hide_cursor(&self) {}
+    pub fn hide_cursor(&self) {
+        self.shared.hide_cursor();
+        self.io.wake();
+    }
 
     /// A copy of the newest frame, without the pointer; `None` while there is no picture.
     pub fn snapshot(&self) -> Option<Snapshot> {
-        None
+        let frame = self.shared.frame()?;
+        let (width, height) = (frame.width(), frame.height());
+        let stride = width as usize * 4;
+        let mut pixels = vec![0; stride * height as usize];
+        frame.copy_rect(Rect::new(0, 0, width, height), &mut pixels, stride);
+        to_xrgb8888(frame.format(), &mut pixels);
+        for pixel in pixels.chunks_exact_mut(4) {
+            pixel[3] = 0;
+        }
+        Some(Snapshot { width, height, pixels })
+    }
+}
+
+/// Reorders pixels in place to XRGB8888, the order on the wire.
+pub(crate) fn to_xrgb8888(format: PixelFormat, pixels: &mut [u8]) {
+    match format {
+        PixelFormat::Xrgb8888 => {}
+        PixelFormat::Xbgr8888 => {
+            for pixel in pixels.chunks_exact_mut(4) {
+                pixel.swap(0, 2);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::{MemoryFrame, display::state::Work};
+
+    fn handle() -> DisplayHandle {
+        DisplayHandle { shared: Arc::new(DisplayShared::new()), io: Arc::new(Wake::new().unwrap()) }
+    }
+
+    struct Counted(Arc<AtomicUsize>, u32);
+
+    impl Frame for Counted {
+        fn width(&self) -> u32 {
+            self.1
+        }
+        fn height(&self) -> u32 {
+            64
+        }
+        fn format(&self) -> PixelFormat {
+            PixelFormat::Xbgr8888
+        }
+        fn copy_rect(&self, rect: Rect, out: &mut [u8], stride: usize) {
+            for row in out.chunks_mut(stride).take(rect.height as usize) {
+                for pixel in row[..rect.width as usize * 4].chunks_exact_mut(4) {
+                    pixel.copy_from_slice(&[1, 2, 3, 4]);
+                }
+            }
+        }
+    }
+
+    impl Drop for Counted {
+        fn drop(&mut self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn only_the_newest_frame_is_kept() {
+        let display = handle();
+        let drops = Arc::new(AtomicUsize::new(0));
+        for _ in 0..5 {
+            display.present(Arc::new(Counted(drops.clone(), 64)), &[]);
+        }
+        assert_eq!(drops.load(Ordering::SeqCst), 4);
+        let snapshot = display.snapshot().unwrap();
+        assert_eq!(snapshot.pixels[..4], [3, 2, 1, 0]);
+        display.set_surface(Some(SurfaceInfo { width: 64, height: 64 }));
+        assert_eq!(drops.load(Ordering::SeqCst), 4);
+        display.set_surface(Some(SurfaceInfo { width: 128, height: 64 }));
+        assert_eq!(drops.load(Ordering::SeqCst), 5);
+        assert!(display.snapshot().is_none());
+    }
+
+    #[test]
+    fn a_viewer_sees_surface_then_damage_then_black() {
+        let display = handle();
+        let shared = &display.shared;
+        let viewer = shared.add_viewer(Arc::new(Wake::new().unwrap()));
+        assert!(shared.has_work(viewer, None));
+        assert!(matches!(shared.next_work(viewer, None), Work::Surface((1024, 768))));
+        assert!(!shared.has_work(viewer, Some((1024, 768))));
+        let frame = MemoryFrame::new(64, 64, vec![0; 64 * 64 * 4]).unwrap();
+        display.present(Arc::new(frame.clone()), &[]);
+        let shown = Some((64, 64));
+        assert!(matches!(
+            shared.next_work(viewer, Some((1024, 768))),
+            Work::FrameSurface((64, 64))
+        ));
+        shared.begin_sweep(viewer);
+        assert!(matches!(shared.next_work(viewer, shown), Work::Draw(..)));
+        assert!(matches!(shared.next_work(viewer, shown), Work::Done(false)));
+        display.present(Arc::new(frame.clone()), &[Rect::new(1, 2, 3, 4)]);
+        display.present(Arc::new(frame), &[Rect::new(9, 2, 3, 4)]);
+        shared.begin_sweep(viewer);
+        let Work::Draw(_, rect) = shared.next_work(viewer, shown) else { panic!("no work") };
+        assert_eq!(rect, Rect::new(1, 2, 11, 4));
+        display.set_surface(None);
+        assert!(matches!(shared.next_work(viewer, shown), Work::Blank));
+        assert!(matches!(shared.next_work(viewer, shown), Work::Done(false)));
+    }
+
+    #[test]
+    fn invalid_cursors_are_ignored() {
+        let display = handle();
+        let image = CursorImage { width: 2, height: 2, hot_x: 0, hot_y: 0, argb: vec![0; 15] };
+        display.set_cursor(image);
+        assert!(display.shared.cursor().image.is_none());
     }
 }

@@ -1,10 +1,12 @@
 //! Displays: frames in, damage per viewer, cursor.
 
 pub(crate) mod cursor;
+pub(crate) mod damage;
 pub(crate) mod events;
 pub(crate) mod frame;
 pub(crate) mod geometry;
 pub(crate) mod handle;
+pub(crate) mod state;
 
 pub use cursor::CursorImage;
 pub use events::{DisplayEvents, MonitorConfig};

@@ -1,0 +1,15 @@
+//! Sockets and threads around the protocol core.
+//!
+//! - `reactor`: one thread with epoll for listening, links, main, inputs and cursor channels.
+//! - `viewer`: one thread per display channel, which encodes and sends at its client's pace.
+//! - `keys`: one thread that makes ticket keys and opens tickets.
+
+pub(crate) mod channels;
+pub(crate) mod keys;
+pub(crate) mod links;
+pub(crate) mod listen;
+pub(crate) mod reactor;
+pub(crate) mod shared;
+pub(crate) mod sys;
+pub(crate) mod viewer;
+pub(crate) mod wake;

@@ -1,0 +1,694 @@
+//! The I/O thread: accepts connections, runs links, and serves all channels but display.
+
+use std::{
+    collections::HashMap,
+    io::{self, Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::fd::AsFd,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use rustix::event::{Timespec, epoll};
+
+use super::{
+    channels::{Channel, Context},
+    keys::{KeyEvent, KeyService},
+    links::{FailureDelay, PendingLink},
+    listen::prepare,
+    shared::{Command, Session, Shared, lock},
+    viewer::{NewViewer, ViewerHandle, is_hangup},
+};
+use crate::{
+    ClientPolicy,
+    proto::{
+        channel::{ChannelType, cap_word},
+        display, inputs,
+        link::{LinkCode, LinkEvent, LinkRequest},
+        main,
+        ticket::TicketKey,
+    },
+};
+
+/// Most connections that have not authenticated; one more pushes the oldest out.
+const MAX_PENDING: usize = 32;
+/// Most clients at a time under [`ClientPolicy::Shared`].
+const MAX_SESSIONS: usize = 16;
+/// How long a client may take to authenticate.
+const LINK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection may take to accept its last bytes.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Most unsent bytes of a connection; a client that lets more pile up is cut off.
+const MAX_UNSENT: usize = 512 * 1024;
+const READ_SIZE: usize = 16 * 1024;
+
+const TOKEN_WAKE: u64 = 0;
+const TOKEN_LISTENERS: u64 = 1;
+const TOKEN_CONNECTIONS: u64 = 1 << 16;
+
+/// A connection the reactor serves.
+struct Connection {
+    stream: TcpStream,
+    peer: SocketAddr,
+    out: Vec<u8>,
+    sent: usize,
+    /// Whether epoll reports room in the socket.
+    wants_room: bool,
+    stage: Stage,
+}
+
+enum Stage {
+    Link(Box<PendingLink>),
+    Channel(Arc<Session>, Box<Channel>),
+    /// Only unsent bytes are left to go.
+    Closing {
+        until: Instant,
+    },
+}
+
+struct SessionEntry {
+    session: Arc<Session>,
+    main: u64,
+    viewers: HashMap<u8, ViewerHandle>,
+}
+
+/// The I/O thread's state.
+pub(crate) struct Reactor {
+    shared: Arc<Shared>,
+    epoll: std::os::fd::OwnedFd,
+    listeners: Vec<TcpListener>,
+    connections: HashMap<u64, Connection>,
+    sessions: Vec<SessionEntry>,
+    next_token: u64,
+    keys: KeyService,
+    failures: FailureDelay,
+    started: Instant,
+}
+
+impl Reactor {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        listeners: Vec<TcpListener>,
+        keys: KeyService,
+    ) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let watch = |fd: std::os::fd::BorrowedFd<'_>, token| {
+            epoll::add(&epoll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN)
+        };
+        watch(shared.io.as_fd(), TOKEN_WAKE)?;
+        for (token, listener) in (TOKEN_LISTENERS..).zip(&listeners) {
+            watch(listener.as_fd(), token)?;
+        }
+        Ok(Self {
+            shared,
+            epoll,
+            listeners,
+            connections: HashMap::new(),
+            sessions: Vec::new(),
+            next_token: TOKEN_CONNECTIONS,
+            keys,
+            failures: FailureDelay::default(),
+            started: Instant::now(),
+        })
+    }
+
+    /// Serves until the server stops.
+    pub(crate) fn run(mut self) {
+        let mut events = [epoll::Event {
+            flags: epoll::EventFlags::empty(),
+            data: epoll::EventData::new_u64(0),
+        }; 32];
+        while !self.shared.stop.load(Ordering::Acquire) {
+            let timeout = self.next_timer().map(|at| {
+                let pause = at.saturating_duration_since(Instant::now());
+                Timespec { tv_sec: pause.as_secs() as i64, tv_nsec: pause.subsec_nanos().into() }
+            });
+            let count = match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
+                Ok(count) => count,
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => {
+                    tracing::error!(%error, "epoll failed, the SPICE server stops");
+                    break;
+                }
+            };
+            for event in events.iter().take(count) {
+                match event.data.u64() {
+                    TOKEN_WAKE => self.shared.io.clear(),
+                    token if token < TOKEN_CONNECTIONS => self.accept(token),
+                    token => self.connection_ready(token, event.flags),
+                }
+            }
+            self.run_commands();
+            self.run_timers();
+            self.serve_channels();
+            self.update_status();
+        }
+        for entry in &self.sessions {
+            entry.viewers.values().for_each(ViewerHandle::close);
+        }
+    }
+
+    // ---- connections ----
+
+    fn accept(&mut self, token: u64) {
+        let Some(listener) = self.listeners.get((token - TOKEN_LISTENERS) as usize) else { return };
+        let (stream, peer) = match listener.accept() {
+            Ok(accepted) => accepted,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                return;
+            }
+        };
+        self.make_room();
+        let token = self.next_token;
+        self.next_token += 1;
+        let watched = prepare(&stream).and_then(|()| {
+            let data = epoll::EventData::new_u64(token);
+            Ok(epoll::add(&self.epoll, &stream, data, epoll::EventFlags::IN)?)
+        });
+        if let Err(error) = watched {
+            tracing::warn!(%peer, %error, "cannot set up a connection");
+            return;
+        }
+        let link = PendingLink::new(Instant::now() + LINK_TIMEOUT);
+        let connection = Connection {
+            stream,
+            peer,
+            out: Vec::new(),
+            sent: 0,
+            wants_room: false,
+            stage: Stage::Link(Box::new(link)),
+        };
+        self.connections.insert(token, connection);
+    }
+
+    /// Pushes the oldest connection out that has not authenticated, if there are too many.
+    fn make_room(&mut self) {
+        let pending = |c: &Connection| !matches!(c.stage, Stage::Channel(..));
+        if self.connections.values().filter(|c| pending(c)).count() < MAX_PENDING {
+            return;
+        }
+        let oldest = self.connections.iter().filter(|(_, c)| pending(c)).map(|(t, _)| *t).min();
+        if let Some(token) = oldest {
+            tracing::debug!("too many pending connections, the oldest is dropped");
+            self.drop_connection(token);
+        }
+    }
+
+    fn connection_ready(&mut self, token: u64, flags: epoll::EventFlags) {
+        if flags.contains(epoll::EventFlags::OUT) {
+            self.flush(token);
+        }
+        if flags.intersects(!epoll::EventFlags::OUT) {
+            self.read(token);
+        }
+    }
+
+    fn read(&mut self, token: u64) {
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        let mut buffer = [0; READ_SIZE];
+        let count = match connection.stream.read(&mut buffer) {
+            Ok(0) => return self.hang_up(token, &io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => count,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) =>
+            {
+                return;
+            }
+            Err(error) => return self.hang_up(token, &error),
+        };
+        let bytes = buffer.get(..count).unwrap_or_default();
+        match &mut connection.stage {
+            Stage::Link(pending) => {
+                pending.link.receive(bytes);
+                if pending.link.overflowed() {
+                    return self.drop_connection(token);
+                }
+                self.run_link(token);
+            }
+            Stage::Channel(session, channel) => {
+                session.received.fetch_add(count as u64, Ordering::Relaxed);
+                let mut context =
+                    Context { shared: &self.shared, session: session.id, out: &mut connection.out };
+                if let Err(error) = channel.receive(bytes, &mut context) {
+                    let error = io::Error::new(io::ErrorKind::InvalidData, error);
+                    return self.hang_up(token, &error);
+                }
+                self.flush(token);
+            }
+            Stage::Closing { .. } => {}
+        }
+    }
+
+    /// Sends what the socket takes; asks epoll for more room if it is full.
+    fn flush(&mut self, token: u64) {
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        let mut result = Ok(());
+        while let Some(rest) = connection.out.get(connection.sent..).filter(|rest| !rest.is_empty())
+        {
+            match connection.stream.write(rest) {
+                Ok(0) => {
+                    result = Err(io::ErrorKind::BrokenPipe.into());
+                    break;
+                }
+                Ok(count) => {
+                    connection.sent += count;
+                    if let Stage::Channel(session, _) = &connection.stage {
+                        session.sent.fetch_add(count as u64, Ordering::Relaxed);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
+            }
+        }
+        if let Err(error) = result {
+            return self.hang_up(token, &error);
+        }
+        let unsent = connection.out.len() - connection.sent;
+        if unsent == 0 {
+            connection.out.clear();
+            connection.sent = 0;
+            if matches!(connection.stage, Stage::Closing { .. }) {
+                return self.drop_connection(token);
+            }
+        } else if unsent > MAX_UNSENT {
+            let error = io::Error::other("the client does not read what it is sent");
+            return self.hang_up(token, &error);
+        }
+        if connection.wants_room != (unsent > 0) {
+            connection.wants_room = unsent > 0;
+            let mut flags = epoll::EventFlags::IN;
+            flags.set(epoll::EventFlags::OUT, connection.wants_room);
+            let data = epoll::EventData::new_u64(token);
+            if let Err(error) = epoll::modify(&self.epoll, &connection.stream, data, flags) {
+                tracing::warn!(%error, "cannot watch a connection");
+            }
+        }
+    }
+
+    /// Sends what is left and closes.
+    fn close_after_flush(&mut self, token: u64) {
+        if let Some(connection) = self.connections.get_mut(&token) {
+            connection.stage = Stage::Closing { until: Instant::now() + CLOSE_TIMEOUT };
+            self.flush(token);
+        }
+    }
+
+    /// A connection failed or ended. A main channel takes its session along.
+    fn hang_up(&mut self, token: u64, error: &io::Error) {
+        if let Some(connection) = self.connections.get(&token)
+            && let Stage::Channel(session, channel) = &connection.stage
+        {
+            let (peer, channel) = (connection.peer, channel.kind().name());
+            if is_hangup(error) {
+                tracing::debug!(%peer, session = session.id, channel, "connection ended");
+            } else {
+                tracing::warn!(%peer, session = session.id, channel, %error, "connection failed");
+            }
+        }
+        self.drop_connection(token);
+    }
+
+    fn drop_connection(&mut self, token: u64) {
+        let Some(connection) = self.connections.remove(&token) else { return };
+        let _ = epoll::delete(&self.epoll, &connection.stream);
+        if let Stage::Channel(session, mut channel) = connection.stage {
+            channel.closed(&self.shared);
+            let key = channel.key();
+            lock(&session.channels).retain(|open| *open != key);
+            if channel.kind() == ChannelType::Main {
+                self.end_session(session.id);
+            }
+        }
+    }
+
+    // ---- links ----
+
+    fn run_link(&mut self, token: u64) {
+        loop {
+            let Some(connection) = self.connections.get_mut(&token) else { return };
+            let Stage::Link(pending) = &mut connection.stage else { return };
+            match pending.link.poll() {
+                None => break,
+                Some(LinkEvent::Request(request)) => self.link_request(token, request),
+                Some(LinkEvent::Ticket(ticket)) => {
+                    let key = pending.key.take();
+                    match key.filter(|_| self.shared.config.password.is_some()) {
+                        Some(key) => self.keys.verify(token, key, ticket),
+                        None => return self.link_done(token),
+                    }
+                }
+                Some(LinkEvent::Failure(code)) => {
+                    tracing::debug!(peer = %connection.peer, ?code, "not a SPICE client");
+                    pending.link.fail(code, &mut connection.out);
+                    return self.close_after_flush(token);
+                }
+            }
+        }
+        self.flush(token);
+    }
+
+    fn link_request(&mut self, token: u64, request: LinkRequest) {
+        let refusal = self.refusal(&request);
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        let Stage::Link(pending) = &mut connection.stage else { return };
+        if let Some(code) = refusal {
+            tracing::info!(peer = %connection.peer, ?code, "link refused");
+            pending.link.reject(code, &mut connection.out);
+            return self.close_after_flush(token);
+        }
+        pending.request = Some(request);
+        match self.keys.key_for_link() {
+            Some(key) => self.offer_key(token, key),
+            None => pending.waits_for_key = true,
+        }
+    }
+
+    /// Why a link cannot be, if it cannot.
+    fn refusal(&self, request: &LinkRequest) -> Option<LinkCode> {
+        let Some(kind) = request.known_type() else { return Some(LinkCode::ChannelNotAvailable) };
+        if kind == ChannelType::Main {
+            return match request.connection_id {
+                0 => self.session_refusal(),
+                // A main channel of an existing session would be a migration's second half.
+                _ => Some(LinkCode::BadConnectionId),
+            };
+        }
+        let known = |entry: &&SessionEntry| entry.session.id == request.connection_id;
+        let Some(entry) = self.sessions.iter().find(known) else {
+            return Some(LinkCode::BadConnectionId);
+        };
+        let exists = match kind {
+            ChannelType::Inputs => request.channel_id == 0,
+            _ => usize::from(request.channel_id) < self.shared.displays.len(),
+        };
+        let open = lock(&entry.session.channels).contains(&(kind, request.channel_id));
+        (!exists || open).then_some(LinkCode::ChannelNotAvailable)
+    }
+
+    /// Why a new session cannot be, if it cannot.
+    fn session_refusal(&self) -> Option<LinkCode> {
+        let full = match self.shared.config.policy {
+            ClientPolicy::Exclusive => false,
+            ClientPolicy::Refuse => !self.sessions.is_empty(),
+            ClientPolicy::Shared => self.sessions.len() >= MAX_SESSIONS,
+        };
+        full.then_some(LinkCode::Error)
+    }
+
+    fn offer_key(&mut self, token: u64, key: Arc<TicketKey>) {
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        let Stage::Link(pending) = &mut connection.stage else { return };
+        let kind = pending.request.as_ref().and_then(LinkRequest::known_type);
+        let caps = match kind {
+            Some(ChannelType::Main) => {
+                cap_word(&[main::CAP_NAME_AND_UUID, main::CAP_AGENT_CONNECTED_TOKENS])
+            }
+            Some(ChannelType::Display) => {
+                cap_word(&[display::CAP_MONITORS_CONFIG, display::CAP_PREF_COMPRESSION])
+            }
+            Some(ChannelType::Inputs) => cap_word(&[inputs::CAP_KEY_SCANCODE]),
+            Some(ChannelType::Cursor) | None => 0,
+        };
+        pending.waits_for_key = false;
+        pending.link.accept(key.public(), caps, &mut connection.out);
+        pending.key = Some(key);
+    }
+
+    fn ticket_verified(&mut self, token: u64, ok: bool) {
+        if ok {
+            self.failures.success();
+            return self.link_done(token);
+        }
+        let until = Instant::now() + self.failures.failure();
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        let Stage::Link(pending) = &mut connection.stage else { return };
+        tracing::warn!(peer = %connection.peer, "wrong SPICE password");
+        pending.answer_failure_at = Some(until);
+    }
+
+    /// The ticket is right: the connection becomes a channel, unless things changed meanwhile.
+    fn link_done(&mut self, token: u64) {
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        let Stage::Link(pending) = &mut connection.stage else { return };
+        let Some(request) = pending.request.take() else { return };
+        if let Some(code) = self.refusal(&request) {
+            let Some(connection) = self.connections.get_mut(&token) else { return };
+            let Stage::Link(pending) = &mut connection.stage else { return };
+            pending.link.finish(code, &mut connection.out);
+            return self.close_after_flush(token);
+        }
+        match request.known_type() {
+            Some(ChannelType::Main) => self.open_main(token, &request),
+            Some(kind) => self.open_channel(token, &request, kind),
+            None => self.drop_connection(token),
+        }
+    }
+
+    fn open_main(&mut self, token: u64, request: &LinkRequest) {
+        if self.shared.config.policy == ClientPolicy::Exclusive {
+            let others: Vec<u32> = self.sessions.iter().map(|entry| entry.session.id).collect();
+            for session in others {
+                tracing::info!(session, "another client takes over");
+                self.disconnect_session(session);
+            }
+        }
+        let Some(connection) = self.connections.get(&token) else { return };
+        let mut id = 0;
+        while id == 0 || self.sessions.iter().any(|entry| entry.session.id == id) {
+            id = rand::random();
+        }
+        let session = Arc::new(Session {
+            id,
+            peer: connection.peer,
+            channels: Default::default(),
+            sent: Default::default(),
+            received: Default::default(),
+        });
+        tracing::info!(peer = %session.peer, session = id, "client connected");
+        lock(&self.shared.sessions).push(session.clone());
+        self.sessions.push(SessionEntry {
+            session: session.clone(),
+            main: token,
+            viewers: HashMap::new(),
+        });
+        let clock = self.started.elapsed().as_millis() as u32;
+        let channel = Channel::main(request, &self.shared, id, clock);
+        self.become_channel(token, session, channel);
+    }
+
+    fn open_channel(&mut self, token: u64, request: &LinkRequest, kind: ChannelType) {
+        let known = |entry: &&mut SessionEntry| entry.session.id == request.connection_id;
+        let Some(entry) = self.sessions.iter_mut().find(known) else { return };
+        let session = entry.session.clone();
+        let channel = match kind {
+            ChannelType::Inputs => Channel::inputs(request, &self.shared),
+            ChannelType::Cursor => {
+                let Some(display) = self.shared.displays.get(usize::from(request.channel_id))
+                else {
+                    return;
+                };
+                Channel::cursor(request, display.clone())
+            }
+            ChannelType::Display | ChannelType::Main => return self.open_display(token, request),
+        };
+        self.become_channel(token, session, channel);
+    }
+
+    fn become_channel(&mut self, token: u64, session: Arc<Session>, channel: Channel) {
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        let key = channel.key();
+        let stage = Stage::Channel(session.clone(), Box::new(channel));
+        let Stage::Link(mut pending) = std::mem::replace(&mut connection.stage, stage) else {
+            return;
+        };
+        lock(&session.channels).push(key);
+        pending.link.finish(LinkCode::Ok, &mut connection.out);
+        let rest = pending.link.into_rest();
+        let Stage::Channel(_, channel) = &mut connection.stage else { return };
+        let mut context =
+            Context { shared: &self.shared, session: session.id, out: &mut connection.out };
+        channel.opened(&mut context);
+        if let Err(error) = channel.receive(&rest, &mut context) {
+            return self.hang_up(token, &io::Error::new(io::ErrorKind::InvalidData, error));
+        }
+        self.flush(token);
+    }
+
+    /// Hands a display connection to a thread of its own.
+    fn open_display(&mut self, token: u64, request: &LinkRequest) {
+        let Some(connection) = self.connections.remove(&token) else { return };
+        let _ = epoll::delete(&self.epoll, &connection.stream);
+        let known = |entry: &&mut SessionEntry| entry.session.id == request.connection_id;
+        let Some(entry) = self.sessions.iter_mut().find(known) else { return };
+        let Stage::Link(mut pending) = connection.stage else { return };
+        let mut unsent = connection.out;
+        unsent.drain(..connection.sent);
+        pending.link.finish(LinkCode::Ok, &mut unsent);
+        let viewer = NewViewer {
+            shared: self.shared.clone(),
+            session: entry.session.clone(),
+            display: request.channel_id,
+            stream: connection.stream,
+            header: request.header_kind(),
+            caps: request.channel_caps.clone(),
+            received: pending.link.into_rest(),
+            unsent,
+        };
+        match viewer.spawn() {
+            Ok(handle) => {
+                lock(&entry.session.channels).push((ChannelType::Display, request.channel_id));
+                entry.viewers.insert(request.channel_id, handle);
+            }
+            Err(error) => tracing::error!(%error, "cannot start a display channel's thread"),
+        }
+    }
+
+    // ---- sessions ----
+
+    /// Tells a client that it is being disconnected and closes all its channels.
+    fn disconnect_session(&mut self, id: u32) {
+        let known = |entry: &&SessionEntry| entry.session.id == id;
+        let Some(main) = self.sessions.iter().find(known).map(|entry| entry.main) else { return };
+        if let Some(connection) = self.connections.get_mut(&main)
+            && let Stage::Channel(_, channel) = &mut connection.stage
+        {
+            channel.say_goodbye(&mut connection.out);
+        }
+        self.flush(main);
+        self.drop_connection(main);
+    }
+
+    /// The main channel is gone: so are the others.
+    fn end_session(&mut self, id: u32) {
+        let Some(index) = self.sessions.iter().position(|entry| entry.session.id == id) else {
+            return;
+        };
+        let entry = self.sessions.remove(index);
+        tracing::info!(peer = %entry.session.peer, session = id, "client disconnected");
+        lock(&self.shared.sessions).retain(|session| session.id != id);
+        entry.viewers.values().for_each(ViewerHandle::close);
+        let of_session = |connection: &Connection| matches!(&connection.stage, Stage::Channel(session, _) if session.id == id);
+        let tokens: Vec<u64> =
+            self.connections.iter().filter(|(_, c)| of_session(c)).map(|(t, _)| *t).collect();
+        for token in tokens {
+            self.drop_connection(token);
+        }
+    }
+
+    // ---- everything else ----
+
+    fn run_commands(&mut self) {
+        let commands = std::mem::take(&mut *lock(&self.shared.commands));
+        for command in commands {
+            match command {
+                Command::Key(KeyEvent::Ready) => {
+                    self.keys.key_is_ready();
+                    self.serve_key_waiters();
+                }
+                Command::Key(KeyEvent::Verified { token, ok }) => self.ticket_verified(token, ok),
+                Command::ViewerGone { session, display } => {
+                    let known = |entry: &&mut SessionEntry| entry.session.id == session;
+                    if let Some(entry) = self.sessions.iter_mut().find(known) {
+                        entry.viewers.remove(&display);
+                        let gone = (ChannelType::Display, display);
+                        lock(&entry.session.channels).retain(|open| *open != gone);
+                    }
+                }
+            }
+        }
+    }
+
+    fn serve_key_waiters(&mut self) {
+        let waits = |c: &Connection| matches!(&c.stage, Stage::Link(link) if link.waits_for_key);
+        let tokens: Vec<u64> =
+            self.connections.iter().filter(|(_, c)| waits(c)).map(|(t, _)| *t).collect();
+        for token in tokens {
+            if let Some(key) = self.keys.key_for_link() {
+                self.offer_key(token, key);
+                self.run_link(token);
+            }
+        }
+    }
+
+    fn next_timer(&self) -> Option<Instant> {
+        let connections = self.connections.values().filter_map(|c| match &c.stage {
+            Stage::Link(link) => Some(link.next_timer()),
+            Stage::Closing { until } => Some(*until),
+            Stage::Channel(_, channel) => channel.next_timer(),
+        });
+        connections.min()
+    }
+
+    fn run_timers(&mut self) {
+        let now = Instant::now();
+        let mut refuse = Vec::new();
+        let mut expired = Vec::new();
+        for (token, connection) in &mut self.connections {
+            match &mut connection.stage {
+                Stage::Link(link) if link.answer_failure_at.is_some_and(|at| at <= now) => {
+                    refuse.push(*token);
+                }
+                Stage::Link(link) if link.next_timer() <= now => expired.push(*token),
+                Stage::Closing { until } if *until <= now => expired.push(*token),
+                Stage::Channel(session, channel) => {
+                    if channel.next_timer().is_some_and(|at| at <= now) {
+                        let mut context = Context {
+                            shared: &self.shared,
+                            session: session.id,
+                            out: &mut connection.out,
+                        };
+                        channel.timer(now, &mut context);
+                    }
+                }
+                Stage::Link(_) | Stage::Closing { .. } => {}
+            }
+        }
+        for token in refuse {
+            if let Some(connection) = self.connections.get_mut(&token)
+                && let Stage::Link(pending) = &mut connection.stage
+            {
+                pending.link.finish(LinkCode::PermissionDenied, &mut connection.out);
+                self.close_after_flush(token);
+            }
+        }
+        for token in expired {
+            tracing::debug!("connection timed out before it authenticated");
+            self.drop_connection(token);
+        }
+    }
+
+    /// Lets every channel send what changed since it last did.
+    fn serve_channels(&mut self) {
+        let mut dirty = Vec::new();
+        for (token, connection) in &mut self.connections {
+            if let Stage::Channel(session, channel) = &mut connection.stage {
+                let before = connection.out.len();
+                let mut context =
+                    Context { shared: &self.shared, session: session.id, out: &mut connection.out };
+                channel.serve(&mut context);
+                if connection.out.len() != before {
+                    dirty.push(*token);
+                }
+            }
+        }
+        for token in dirty {
+            self.flush(token);
+        }
+        self.shared.agent.pump();
+    }
+
+    fn update_status(&self) {
+        let pending =
+            self.connections.values().filter(|c| matches!(c.stage, Stage::Link(_))).count();
+        self.shared.pending_links.store(pending, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,124 @@
+//! What the server's threads and the program's handles share.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+};
+
+use super::{keys::KeyEvent, wake::Wake};
+use crate::{
+    ClientPolicy, ClientStatus, DisplayEvents, InputSink, Leds, MouseMode, Secret,
+    agent::hub::AgentHub, display::state::DisplayShared, proto::channel::ChannelType,
+};
+
+/// Locks a mutex; a thread that panicked inside does not take the others with it.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Settings that do not change.
+pub(crate) struct Config {
+    pub(crate) name: Option<String>,
+    pub(crate) uuid: Option<[u8; 16]>,
+    pub(crate) password: Option<Secret>,
+    pub(crate) policy: ClientPolicy,
+    pub(crate) input: Option<Arc<dyn InputSink>>,
+    pub(crate) events: Option<Arc<dyn DisplayEvents>>,
+    /// Largest width and height a client may ask for.
+    pub(crate) max_size: (u32, u32),
+}
+
+/// What other threads tell the reactor.
+pub(crate) enum Command {
+    Key(KeyEvent),
+    /// A display channel's thread is over.
+    ViewerGone {
+        session: u32,
+        display: u8,
+    },
+}
+
+pub(crate) struct Shared {
+    pub(crate) config: Config,
+    pub(crate) displays: Vec<Arc<DisplayShared>>,
+    pub(crate) agent: AgentHub,
+    /// Wakes the reactor.
+    pub(crate) io: Arc<Wake>,
+    pub(crate) stop: AtomicBool,
+    pub(crate) commands: Mutex<Vec<Command>>,
+    /// The guest's lights, once it has said anything about them.
+    pub(crate) leds: Mutex<Option<Leds>>,
+    pub(crate) mouse_mode: Mutex<MouseMode>,
+    pub(crate) sessions: Mutex<Vec<Arc<Session>>>,
+    pub(crate) pending_links: AtomicUsize,
+    viewers: Mutex<usize>,
+}
+
+/// One authenticated client.
+pub(crate) struct Session {
+    pub(crate) id: u32,
+    pub(crate) peer: SocketAddr,
+    pub(crate) channels: Mutex<Vec<(ChannelType, u8)>>,
+    pub(crate) sent: AtomicU64,
+    pub(crate) received: AtomicU64,
+}
+
+impl Session {
+    pub(crate) fn status(&self) -> ClientStatus {
+        let name = |(kind, id): &(ChannelType, u8)| match kind {
+            ChannelType::Display | ChannelType::Cursor => format!("{} {id}", kind.name()),
+            ChannelType::Main | ChannelType::Inputs => kind.name().to_owned(),
+        };
+        ClientStatus {
+            session: self.id,
+            peer: self.peer,
+            channels: lock(&self.channels).iter().map(name).collect(),
+            bytes_sent: self.sent.load(Ordering::Relaxed),
+            bytes_received: self.received.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Shared {
+    pub(crate) fn new(
+        config: Config,
+        displays: Vec<Arc<DisplayShared>>,
+        agent: AgentHub,
+        io: Arc<Wake>,
+    ) -> Self {
+        Self {
+            config,
+            displays,
+            agent,
+            io,
+            stop: AtomicBool::new(false),
+            commands: Mutex::default(),
+            leds: Mutex::default(),
+            mouse_mode: Mutex::new(MouseMode::Client),
+            sessions: Mutex::default(),
+            pending_links: AtomicUsize::new(0),
+            viewers: Mutex::default(),
+        }
+    }
+
+    /// Hands the reactor a command.
+    pub(crate) fn command(&self, command: Command) {
+        lock(&self.commands).push(command);
+        self.io.wake();
+    }
+
+    /// A display channel began or ended. The lock orders the program's notifications.
+    pub(crate) fn count_viewer(&self, joined: bool) {
+        let mut viewers = lock(&self.viewers);
+        let before = *viewers;
+        *viewers = if joined { before + 1 } else { before.saturating_sub(1) };
+        if let Some(events) = &self.config.events
+            && (before == 0) != (*viewers == 0)
+        {
+            events.viewers_changed(*viewers > 0);
+        }
+    }
+}

@@ -1,0 +1,346 @@
+//! One thread per display channel: takes damage, encodes it from the newest frame, sends it.
+//!
+//! Nothing is encoded before the socket has taken what was encoded before, so a slow client gets
+//! fewer and newer pictures, and a stalled one holds one message.
+
+use std::{
+    io::{self, Read, Write},
+    net::TcpStream,
+    os::fd::AsFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::{
+    shared::{Command, Session, Shared},
+    wake::Wake,
+};
+use crate::{
+    Frame, Rect,
+    display::{handle::to_xrgb8888, state::Work},
+    proto::{
+        channel::{BaseMessage, Caps},
+        display::{
+            CAP_LZ4, ClientMessage, Compression, decode, limit, put_copy, put_fill, put_mark,
+            put_monitors_config, put_surface_create, put_surface_destroy,
+        },
+        framing::{Deframer, Framer, HeaderKind},
+        image::{Coding, put_image},
+    },
+};
+
+/// Shortest mean time between two pictures.
+const FRAME_INTERVAL: Duration = Duration::from_micros(16_667);
+/// How long buffers stay allocated while nothing moves.
+const KEEP_BUFFERS: Duration = Duration::from_secs(2);
+/// Encoded bytes worth a write of their own.
+const WRITE_SIZE: usize = 64 * 1024;
+
+/// How the reactor stops a viewer.
+#[derive(Clone)]
+pub(crate) struct ViewerHandle {
+    closed: Arc<AtomicBool>,
+    wake: Arc<Wake>,
+}
+
+impl ViewerHandle {
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.wake.wake();
+    }
+}
+
+/// A display channel that has finished its link.
+pub(crate) struct NewViewer {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) session: Arc<Session>,
+    pub(crate) display: u8,
+    pub(crate) stream: TcpStream,
+    pub(crate) header: HeaderKind,
+    pub(crate) caps: Caps,
+    /// Bytes the client sent after its ticket.
+    pub(crate) received: Vec<u8>,
+    /// Bytes of the link that have not been sent.
+    pub(crate) unsent: Vec<u8>,
+}
+
+impl NewViewer {
+    /// Starts the channel's thread.
+    pub(crate) fn spawn(self) -> io::Result<ViewerHandle> {
+        let handle = ViewerHandle { closed: Arc::default(), wake: Arc::new(Wake::new()?) };
+        let for_thread = handle.clone();
+        std::thread::Builder::new()
+            .name(format!("spice-view-{}", self.display))
+            .spawn(move || run(self, for_thread))?;
+        Ok(handle)
+    }
+}
+
+fn run(new: NewViewer, handle: ViewerHandle) {
+    let shared = new.shared.clone();
+    let (session, number) = (new.session.id, new.display);
+    let Some(source) = shared.displays.get(usize::from(number)).cloned() else { return };
+    let id = source.add_viewer(handle.wake.clone());
+    shared.count_viewer(true);
+    let mut viewer = Viewer {
+        id,
+        source,
+        deframer: Deframer::new(new.header),
+        framer: Framer::new(new.header),
+        session: new.session,
+        stream: new.stream,
+        out: new.unsent,
+        sent: 0,
+        pixels: Vec::new(),
+        shown: None,
+        mark_due: false,
+        lz4: new.caps.has(CAP_LZ4),
+        next_sweep: Instant::now(),
+        handle,
+    };
+    viewer.deframer.receive(&new.received);
+    match viewer.serve() {
+        Ok(()) => {}
+        Err(error) if is_hangup(&error) => {
+            tracing::debug!(session, number, %error, "display channel gone")
+        }
+        Err(error) => tracing::warn!(session, number, %error, "display channel failed"),
+    }
+    viewer.source.remove_viewer(id);
+    shared.count_viewer(false);
+    shared.command(Command::ViewerGone { session, display: number });
+}
+
+/// Whether an error only says that the client left.
+pub(crate) fn is_hangup(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionReset
+            | io::ErrorKind::BrokenPipe
+            | io::ErrorKind::UnexpectedEof
+            | io::ErrorKind::TimedOut
+    )
+}
+
+struct Viewer {
+    id: u64,
+    source: Arc<crate::display::state::DisplayShared>,
+    deframer: Deframer,
+    framer: Framer,
+    session: Arc<Session>,
+    stream: TcpStream,
+    /// Encoded messages; `sent` bytes of them are with the kernel.
+    out: Vec<u8>,
+    sent: usize,
+    /// Pixels of the part being encoded.
+    pixels: Vec<u8>,
+    /// Size of the client's surface.
+    shown: Option<(u32, u32)>,
+    /// The client waits for `MARK` to show its surface.
+    mark_due: bool,
+    lz4: bool,
+    /// When the next picture may begin.
+    next_sweep: Instant,
+    handle: ViewerHandle,
+}
+
+impl Viewer {
+    fn serve(&mut self) -> io::Result<()> {
+        let mut sweeping = false;
+        self.read_messages()?;
+        while !self.handle.closed.load(Ordering::Acquire) {
+            if self.out.len() - self.sent >= WRITE_SIZE && !self.write()? {
+                self.wait(true, None)?;
+                continue;
+            }
+            if !sweeping && self.source.has_work(self.id, self.shown) {
+                let now = Instant::now();
+                if now >= self.next_sweep {
+                    // An interval of credit evens out a source that ticks unevenly.
+                    let earliest = now.checked_sub(FRAME_INTERVAL).unwrap_or(now);
+                    self.next_sweep = self.next_sweep.max(earliest) + FRAME_INTERVAL;
+                    self.source.begin_sweep(self.id);
+                    sweeping = true;
+                }
+            }
+            if sweeping {
+                sweeping = self.step();
+                continue;
+            }
+            if !self.write()? {
+                self.wait(true, None)?;
+                continue;
+            }
+            let pause = if self.source.has_work(self.id, self.shown) {
+                Some(self.next_sweep.saturating_duration_since(Instant::now()))
+            } else if self.pixels.capacity() > 0 {
+                Some(KEEP_BUFFERS)
+            } else {
+                None
+            };
+            if !self.wait(false, pause)? && pause == Some(KEEP_BUFFERS) {
+                self.pixels = Vec::new();
+                self.out = Vec::new();
+            }
+        }
+        Ok(())
+    }
+
+    /// Does one piece of a sweep; `false` at its end.
+    fn step(&mut self) -> bool {
+        match self.source.next_work(self.id, self.shown) {
+            Work::Surface(size) => {
+                self.new_surface(size);
+                self.fill_black(size);
+                put_mark(&mut self.framer, &mut self.out);
+                self.mark_due = false;
+                true
+            }
+            Work::FrameSurface(size) => {
+                self.new_surface(size);
+                true
+            }
+            Work::Blank => {
+                if let Some(size) = self.shown {
+                    self.fill_black(size);
+                }
+                true
+            }
+            Work::Draw(frame, rect) => {
+                self.draw(frame, rect);
+                true
+            }
+            Work::Done(_) => {
+                if std::mem::take(&mut self.mark_due) {
+                    put_mark(&mut self.framer, &mut self.out);
+                }
+                false
+            }
+        }
+    }
+
+    fn new_surface(&mut self, size: (u32, u32)) {
+        if self.shown.is_some() {
+            put_surface_destroy(&mut self.framer, &mut self.out);
+        }
+        put_surface_create(&mut self.framer, &mut self.out, size);
+        put_monitors_config(&mut self.framer, &mut self.out, size);
+        self.shown = Some(size);
+        self.mark_due = true;
+    }
+
+    fn fill_black(&mut self, (width, height): (u32, u32)) {
+        put_fill(&mut self.framer, &mut self.out, Rect::new(0, 0, width, height), 0);
+    }
+
+    fn draw(&mut self, frame: Arc<dyn Frame>, rect: Rect) {
+        let stride = rect.width as usize * 4;
+        self.pixels.resize(stride * rect.height as usize, 0);
+        frame.copy_rect(rect, &mut self.pixels, stride);
+        to_xrgb8888(frame.format(), &mut self.pixels);
+        // The frame's slot is free again before the encoder has done its work.
+        drop(frame);
+        let coding = if self.lz4 { Coding::Lz4 } else { Coding::Raw };
+        let size = (rect.width, rect.height);
+        put_copy(&mut self.framer, &mut self.out, rect, |out| {
+            put_image(out, size, &self.pixels, coding);
+        });
+    }
+
+    /// Writes what there is; `false` if the socket is full.
+    fn write(&mut self) -> io::Result<bool> {
+        while let Some(rest) = self.out.get(self.sent..).filter(|rest| !rest.is_empty()) {
+            match self.stream.write(rest) {
+                Ok(0) => return Err(io::ErrorKind::BrokenPipe.into()),
+                Ok(count) => {
+                    self.sent += count;
+                    self.session.sent.fetch_add(count as u64, Ordering::Relaxed);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.out.clear();
+        self.sent = 0;
+        Ok(true)
+    }
+
+    /// Waits for the client, for damage, for room in the socket if `blocked`, or for the pause's
+    /// end (`false`).
+    fn wait(&mut self, blocked: bool, pause: Option<Duration>) -> io::Result<bool> {
+        let mut interest = PollFlags::IN;
+        if blocked {
+            interest |= PollFlags::OUT;
+        }
+        let timeout = pause.map(|pause| Timespec {
+            tv_sec: pause.as_secs() as i64,
+            tv_nsec: pause.subsec_nanos().into(),
+        });
+        let (readable, woken) = {
+            let mut fds = [
+                PollFd::from_borrowed_fd(self.stream.as_fd(), interest),
+                PollFd::from_borrowed_fd(self.handle.wake.as_fd(), PollFlags::IN),
+            ];
+            match poll(&mut fds, timeout.as_ref()) {
+                Ok(0) => return Ok(false),
+                Ok(_) => {}
+                Err(rustix::io::Errno::INTR) => return Ok(true),
+                Err(error) => return Err(error.into()),
+            }
+            let [stream, wake] = fds.map(|fd| fd.revents());
+            (stream.intersects(!PollFlags::OUT), wake.contains(PollFlags::IN))
+        };
+        if woken {
+            self.handle.wake.clear();
+        }
+        if readable {
+            self.read()?;
+        }
+        Ok(true)
+    }
+
+    fn read(&mut self) -> io::Result<()> {
+        let mut buffer = [0; 4096];
+        match self.stream.read(&mut buffer) {
+            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => {
+                self.session.received.fetch_add(count as u64, Ordering::Relaxed);
+                self.deframer.receive(buffer.get(..count).unwrap_or_default());
+                self.read_messages()
+            }
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn read_messages(&mut self) -> io::Result<()> {
+        let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+        while let Some((kind, body)) = self.deframer.next_message(limit).map_err(invalid)? {
+            match decode(kind, body).map_err(invalid)? {
+                ClientMessage::PreferredCompression(Compression::Off) => self.lz4 = false,
+                ClientMessage::PreferredCompression(Compression::Lz4) => self.lz4 = true,
+                ClientMessage::Base(BaseMessage::Disconnecting) => {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                ClientMessage::PreferredCompression(Compression::Automatic)
+                | ClientMessage::Base(_)
+                | ClientMessage::Init
+                | ClientMessage::Ignored => {}
+            }
+        }
+        Ok(())
+    }
+}
