@@ -1,2 +1,63 @@
-//! Placeholder.
-fn main() {}
+//! The `drago-vmm` program.
+
+use std::{error::Error, io, process::ExitCode};
+
+use drago_vmm::{
+    cli::{self, CliError, Invocation},
+    control::client,
+    doctor, machine,
+};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let invocation = match cli::parse(std::env::args_os()) {
+        Ok(invocation) => invocation,
+        Err(CliError::Clap(error)) => error.exit(),
+        Err(error) => return fail(&error),
+    };
+    match invocation {
+        Invocation::Run { config, log } => {
+            if let Err(error) = start_log(&log) {
+                return fail(error.as_ref());
+            }
+            match machine::run(*config) {
+                Ok(outcome) => ExitCode::from(outcome.0),
+                Err(error) => fail(&error),
+            }
+        }
+        Invocation::Ctl { control, action } => {
+            match client::run(&control, &action, &mut io::stdout()) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => fail(&error),
+            }
+        }
+        Invocation::Doctor { json } => match doctor::run(json, &mut io::stdout()) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::FAILURE,
+            Err(error) => fail(&error),
+        },
+    }
+}
+
+fn start_log(filter: &str) -> Result<(), Box<dyn Error>> {
+    let filter = EnvFilter::builder()
+        .parse(filter)
+        .map_err(|error| format!("--log {filter}: {error}; expected something like debug"))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_target(false)
+        .init();
+    Ok(())
+}
+
+/// Prints an error with all its causes.
+fn fail(error: &dyn Error) -> ExitCode {
+    eprintln!("drago-vmm: {error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        eprintln!("  caused by: {error}");
+        cause = error.source();
+    }
+    ExitCode::FAILURE
+}

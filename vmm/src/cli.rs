@@ -1,0 +1,282 @@
+//! The command line. The flags of devices come from their registry.
+
+use std::{ffi::OsString, path::PathBuf};
+
+use clap::{Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use devices::{
+    spec::{Spec, SpecError},
+    virtio::registry::{Count, DeviceConfig, MODULES},
+};
+
+use crate::{
+    boot::BootConfig, config::VmConfig, control::client::Action, display::SpiceConfig, smbios,
+    terminal::SerialConfig,
+};
+
+/// What to do.
+#[derive(Debug)]
+pub enum Invocation {
+    /// Run a machine.
+    Run {
+        /// The machine.
+        config: Box<VmConfig>,
+        /// Log filter.
+        log: String,
+    },
+    /// Talk to a running machine.
+    Ctl {
+        /// Its control socket.
+        control: PathBuf,
+        /// What to tell it.
+        action: Action,
+    },
+    /// Examine the host.
+    Doctor {
+        /// Machine-readable.
+        json: bool,
+    },
+}
+
+/// The command line was wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// Syntax, or a request for help.
+    #[error(transparent)]
+    Clap(#[from] clap::Error),
+    /// A device option.
+    #[error(transparent)]
+    Device(#[from] SpecError),
+}
+
+#[derive(Debug, Parser)]
+#[command(name = "drago-vmm", version, about = "A virtual machine monitor for graphical microVMs")]
+#[command(args_override_self = true, args_conflicts_with_subcommands = true)]
+#[command(subcommand_negates_reqs = true, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    machine: MachineArgs,
+    #[command(subcommand)]
+    task: Option<Task>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Machine")]
+struct MachineArgs {
+    /// Name of the machine, for the log and 'ctl status'
+    #[arg(long, default_value = "drago")]
+    name: String,
+    /// Linux bzImage, or ELF image with a PVH or 64-bit entry
+    #[arg(long, value_name = "FILE", required = true)]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0", allow_hyphen_values = true)]
+    cmdline: String,
+    /// Number of processors
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u32,
+    /// RAM in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    memory: u64,
+    /// Take RAM from 2 MiB huge pages
+    #[arg(long)]
+    hugepages: bool,
+    /// Serial port COM1: stdio, off or file=PATH
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    serial: SerialConfig,
+    /// Control socket for 'drago-vmm ctl'
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
+    /// System UUID the guest sees (SMBIOS)
+    #[arg(long, value_parser = smbios::parse_uuid)]
+    uuid: Option<[u8; 16]>,
+    /// Serve the screen to SPICE clients
+    #[arg(long, value_name = "ADDRESS:PORT[,password-file=FILE]")]
+    spice: Option<String>,
+    /// End with this status when the guest's kernel panics
+    #[arg(long, value_name = "STATUS")]
+    panic_exit_code: Option<u8>,
+    /// Log filter, such as debug or info,devices=trace
+    #[arg(long, value_name = "FILTER", default_value = "info")]
+    log: String,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Talk to a running machine
+    Ctl {
+        /// Control socket of the machine
+        #[arg(long, value_name = "SOCKET")]
+        control: PathBuf,
+        #[command(subcommand)]
+        action: Action,
+    },
+    /// Examine this host and say how to mend what is missing
+    Doctor {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Devices every machine gets unless the option is given: option, value, whether only with
+/// `--spice`.
+const DEFAULTS: [(&str, &str, bool); 5] = [
+    // Without it a guest without RDRAND waits for entropy for minutes.
+    ("rng", "", false),
+    ("gpu", "", true),
+    ("input", "keyboard", true),
+    ("input", "tablet", true),
+    ("console", "vdagent=on", true),
+];
+
+fn command() -> clap::Command {
+    let mut command = Cli::command().next_help_heading("Devices");
+    for module in MODULES {
+        let repeatable = match module.count {
+            Count::One => "",
+            Count::Many => " (repeatable)",
+        };
+        command = command.arg(
+            Arg::new(module.option)
+                .long(module.option)
+                .value_name(module.value_name)
+                .help(format!("{}{repeatable}", module.help))
+                .num_args(0..=1)
+                .default_missing_value("")
+                .action(ArgAction::Append),
+        );
+    }
+    command
+}
+
+/// Parses the command line; the first argument is the program's name, whatever it is.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation, CliError> {
+    let matches = command().try_get_matches_from(arguments)?;
+    let cli = Cli::from_arg_matches(&matches)?;
+    match cli.task {
+        Some(Task::Ctl { control, action }) => Ok(Invocation::Ctl { control, action }),
+        Some(Task::Doctor { json }) => Ok(Invocation::Doctor { json }),
+        None => {
+            let log = cli.machine.log.clone();
+            let config = Box::new(machine(cli.machine, &matches)?);
+            Ok(Invocation::Run { config, log })
+        }
+    }
+}
+
+fn machine(args: MachineArgs, matches: &ArgMatches) -> Result<VmConfig, CliError> {
+    let spice = match &args.spice {
+        Some(text) => Some(SpiceConfig::parse(Spec::parse("spice", text)?)?),
+        None => None,
+    };
+    Ok(VmConfig {
+        name: args.name,
+        boot: BootConfig {
+            kernel: args.kernel.unwrap_or_default(),
+            initrd: args.initrd,
+            command_line: args.cmdline,
+        },
+        cpus: args.cpus,
+        memory_mib: args.memory,
+        huge_pages: args.hugepages,
+        serial: args.serial,
+        control: args.control,
+        uuid: args.uuid,
+        panic_exit_code: args.panic_exit_code,
+        devices: devices(matches, spice.is_some())?,
+        spice,
+    })
+}
+
+type Devices = Vec<(&'static str, Box<dyn DeviceConfig>)>;
+
+/// The devices in registry order, those of one option in command line order.
+fn devices(matches: &ArgMatches, spice: bool) -> Result<Devices, CliError> {
+    let mut devices = Devices::new();
+    for module in MODULES {
+        let mut values: Vec<&str> = matches
+            .get_many::<String>(module.option)
+            .map(|values| values.map(String::as_str).collect())
+            .unwrap_or_default();
+        if module.count == Count::One {
+            // As with any other option that makes sense once: the last one wins.
+            values = values.split_off(values.len().saturating_sub(1));
+        }
+        if values.is_empty() {
+            let wanted = |with_spice: bool| spice || !with_spice;
+            values.extend(
+                DEFAULTS
+                    .iter()
+                    .filter(|(option, _, with)| *option == module.option && wanted(*with))
+                    .map(|(_, value, _)| *value),
+            );
+        }
+        for value in values {
+            let spec = Spec::parse(module.option, value)?;
+            devices.push((module.option, (module.parse)(spec)?));
+        }
+    }
+    Ok(devices)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(arguments: &str) -> Result<VmConfig, CliError> {
+        let arguments = arguments.split_whitespace().map(OsString::from);
+        match parse([OsString::from("microvm@x")].into_iter().chain(arguments))? {
+            Invocation::Run { config, .. } => Ok(*config),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn repeated_scalars_override() {
+        let config = run("--kernel a --memory 64 --kernel b --hugepages --memory 128 --hugepages \
+                          --serial off --serial stdio")
+        .unwrap();
+        assert_eq!(config.boot.kernel, PathBuf::from("b"));
+        assert_eq!(config.memory_mib, 128);
+        assert_eq!(config.serial, SerialConfig::Stdio);
+        assert!(config.huge_pages);
+    }
+
+    #[test]
+    fn entropy_is_always_there_and_positionals_are_refused() {
+        let config = run("--kernel a").unwrap();
+        let rng = |config: &VmConfig| config.devices.iter().filter(|d| d.0 == "rng").count();
+        assert_eq!(rng(&config), 1);
+        assert_eq!(rng(&run("--kernel a --rng --rng source=/dev/zero").unwrap()), 1);
+        assert!(run("--kernel a b").is_err());
+        assert!(run("").is_err(), "a kernel is needed");
+    }
+
+    #[test]
+    fn errors_name_the_option() {
+        let text = |arguments| run(arguments).unwrap_err().to_string();
+        assert!(text("--kernel a --rng nope=1").starts_with("--rng:"));
+        assert!(text("--kernel a --serial x").contains("--serial"));
+        assert!(text("--kernel a --spice password-file=x").starts_with("--spice:"));
+    }
+
+    #[test]
+    fn subcommands() {
+        let arguments = |text: &str| {
+            parse(text.split_whitespace().map(OsString::from).collect::<Vec<_>>()).unwrap()
+        };
+        assert!(matches!(
+            arguments("drago-vmm ctl --control s shutdown --wait"),
+            Invocation::Ctl { action: Action::Shutdown { wait: true }, .. }
+        ));
+        assert!(matches!(arguments("x doctor --json"), Invocation::Doctor { json: true }));
+    }
+}

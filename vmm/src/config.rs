@@ -1,0 +1,56 @@
+//! A machine's configuration: complete and checked against itself, nothing opened yet.
+
+use std::path::PathBuf;
+
+use devices::virtio::registry::DeviceConfig;
+
+use crate::{acpi, boot::BootConfig, display::SpiceConfig, memory, terminal::SerialConfig};
+
+/// Everything that makes a machine.
+#[derive(Debug)]
+pub struct VmConfig {
+    /// Shown by `ctl status` and in the log.
+    pub name: String,
+    /// Kernel, initrd, command line.
+    pub boot: BootConfig,
+    /// Number of processors.
+    pub cpus: u32,
+    /// RAM in MiB.
+    pub memory_mib: u64,
+    /// RAM in 2 MiB huge pages.
+    pub huge_pages: bool,
+    /// The serial port.
+    pub serial: SerialConfig,
+    /// Path of the control socket.
+    pub control: Option<PathBuf>,
+    /// SMBIOS system UUID.
+    pub uuid: Option<[u8; 16]>,
+    /// SPICE server.
+    pub spice: Option<SpiceConfig>,
+    /// Exit status after a guest panic; without it a panic is only logged.
+    pub panic_exit_code: Option<u8>,
+    /// Virtio devices in the order of their places on the PCI bus, with their option's name.
+    pub devices: Vec<(&'static str, Box<dyn DeviceConfig>)>,
+}
+
+/// Options that contradict the host or each other.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Zero or too many processors.
+    #[error("--cpus {0}: expected 1 to {max}", max = acpi::MAX_CPUS)]
+    Cpus(u32),
+    /// A bad amount of RAM.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+}
+
+impl VmConfig {
+    /// Checks what can be checked without opening anything.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if !(1..=acpi::MAX_CPUS).contains(&self.cpus) {
+            return Err(ConfigError::Cpus(self.cpus));
+        }
+        memory::validate(self.memory_mib, self.huge_pages)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,268 @@
+//! `drago-vmm ctl`: the other end of the control socket.
+
+use std::{
+    fs,
+    io::{self, BufRead, BufReader, Read, Write},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+};
+
+use super::{Greeting, MAX_LINE, PROTOCOL_VERSION, Request, Response};
+
+/// A picture larger than this is refused: 16384 x 16384 pixels need less as PNG.
+const MAX_PICTURE: usize = 1 << 30;
+
+/// What `drago-vmm ctl` may be asked to do.
+#[derive(Debug, Clone, PartialEq, Eq, clap::Subcommand)]
+pub enum Action {
+    /// Show what is running
+    Status {
+        /// Print one line of JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Press the power button until the guest has shut down
+    Shutdown {
+        /// Return only when the VMM is gone
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Press Ctrl+Alt+Delete
+    CtrlAltDel,
+    /// Save a picture of the screen as a PNG file
+    Screenshot {
+        /// The file to write
+        file: PathBuf,
+        /// Display number
+        #[arg(long, default_value_t = 0)]
+        display: u32,
+    },
+    /// Change the size of the screen
+    Resize {
+        /// Width and height in pixels, such as 1920x1080
+        #[arg(value_parser = parse_size)]
+        size: (u32, u32),
+        /// Display number
+        #[arg(long, default_value_t = 0)]
+        display: u32,
+    },
+    /// End the virtual machine at once, as if unplugged (disks are flushed)
+    Quit,
+}
+
+fn parse_size(text: &str) -> Result<(u32, u32), String> {
+    text.split_once('x')
+        .and_then(|(width, height)| Some((width.parse().ok()?, height.parse().ok()?)))
+        .ok_or_else(|| "expected WIDTHxHEIGHT, for example 1920x1080".to_owned())
+}
+
+/// Why `drago-vmm ctl` failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody answers on the socket.
+    #[error("--control {}: no virtual machine answers there", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The connection broke.
+    #[error("--control {}: the connection broke", path.display())]
+    Io {
+        /// The socket.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The other side speaks something else.
+    #[error("--control {}: {reason}", path.display())]
+    Protocol {
+        /// The socket.
+        path: PathBuf,
+        /// What was odd.
+        reason: String,
+    },
+    /// The virtual machine refused.
+    #[error("{0}")]
+    Refused(String),
+    /// The picture could not be written.
+    #[error("{}: the picture could not be written", file.display())]
+    Write {
+        /// The file.
+        file: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Carries out `action` and writes what there is to say to `out`.
+pub fn run(path: &Path, action: &Action, out: &mut impl Write) -> Result<(), ClientError> {
+    let io_error = |source| ClientError::Io { path: path.to_owned(), source };
+    let mut connection = match Connection::open(path) {
+        Ok(connection) => connection,
+        // A machine that is off needs no shutdown: systemd's ExecStop also runs after the guest
+        // has powered off by itself.
+        Err(error) if matches!(action, Action::Shutdown { .. }) && error.machine_is_gone() => {
+            return Ok(());
+        }
+        Err(error) => return Err(error),
+    };
+    let (request, file) = match action.clone() {
+        Action::Status { .. } => (Request::Status {}, None),
+        Action::Shutdown { .. } => (Request::Shutdown {}, None),
+        Action::CtrlAltDel => (Request::CtrlAltDel {}, None),
+        Action::Screenshot { file, display } => (Request::Screenshot { display }, Some(file)),
+        Action::Resize { size: (width, height), display } => {
+            (Request::Resize { display, width, height }, None)
+        }
+        Action::Quit => (Request::Quit {}, None),
+    };
+    match connection.ask(&request)? {
+        Response::Status(status) => match action {
+            Action::Status { json: true } => {
+                let line = serde_json::to_string(&status).map_err(io::Error::from);
+                writeln!(out, "{}", line.map_err(io_error)?).map_err(io_error)?;
+            }
+            _ => writeln!(out, "{status}").map_err(io_error)?,
+        },
+        Response::Screenshot { bytes } => {
+            let picture = connection.read_exact(bytes)?;
+            if let Some(file) = file {
+                fs::write(&file, picture).map_err(|source| ClientError::Write { file, source })?;
+            }
+        }
+        Response::Done {} => {}
+        Response::Error { message } => return Err(ClientError::Refused(message)),
+    }
+    if matches!(action, Action::Shutdown { wait: true }) {
+        connection.wait_for_end()?;
+    }
+    Ok(())
+}
+
+impl ClientError {
+    fn machine_is_gone(&self) -> bool {
+        use io::ErrorKind::{ConnectionRefused, ConnectionReset, NotFound, UnexpectedEof};
+        match self {
+            Self::Connect { source, .. } => {
+                matches!(source.kind(), NotFound | ConnectionRefused)
+            }
+            Self::Io { source, .. } => matches!(source.kind(), ConnectionReset | UnexpectedEof),
+            _ => false,
+        }
+    }
+}
+
+struct Connection<'a> {
+    path: &'a Path,
+    reader: BufReader<UnixStream>,
+}
+
+impl<'a> Connection<'a> {
+    fn open(path: &'a Path) -> Result<Self, ClientError> {
+        let stream = UnixStream::connect(path)
+            .map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
+        let mut connection = Self { path, reader: BufReader::new(stream) };
+        let greeting: Greeting = connection.read_message()?;
+        if greeting.server != "drago-vmm" || greeting.protocol < PROTOCOL_VERSION {
+            return Err(connection.protocol_error(format!(
+                "{} {} speaks version {} of the control protocol, this program version {}",
+                greeting.server, greeting.version, greeting.protocol, PROTOCOL_VERSION
+            )));
+        }
+        Ok(connection)
+    }
+
+    fn ask(&mut self, request: &Request) -> Result<Response, ClientError> {
+        let mut line = serde_json::to_vec(request).map_err(|error| self.io_error(error.into()))?;
+        line.push(b'\n');
+        self.reader.get_mut().write_all(&line).map_err(|source| self.io_error(source))?;
+        self.read_message()
+    }
+
+    fn read_message<T: serde::de::DeserializeOwned>(&mut self) -> Result<T, ClientError> {
+        let mut line = Vec::new();
+        let read = self.reader.by_ref().take(MAX_LINE as u64).read_until(b'\n', &mut line);
+        match read {
+            Ok(0) => Err(self.io_error(io::ErrorKind::UnexpectedEof.into())),
+            Ok(_) => serde_json::from_slice(&line)
+                .map_err(|error| self.protocol_error(format!("an answer made no sense: {error}"))),
+            Err(source) => Err(self.io_error(source)),
+        }
+    }
+
+    fn read_exact(&mut self, bytes: usize) -> Result<Vec<u8>, ClientError> {
+        if bytes > MAX_PICTURE {
+            return Err(self.protocol_error(format!("a picture of {bytes} bytes is too large")));
+        }
+        let mut data = vec![0; bytes];
+        self.reader.read_exact(&mut data).map_err(|source| self.io_error(source))?;
+        Ok(data)
+    }
+
+    fn wait_for_end(&mut self) -> Result<(), ClientError> {
+        match io::copy(&mut self.reader, &mut io::sink()) {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(()),
+            Err(source) => Err(self.io_error(source)),
+        }
+    }
+
+    fn io_error(&self, source: io::Error) -> ClientError {
+        ClientError::Io { path: self.path.to_owned(), source }
+    }
+
+    fn protocol_error(&self, reason: String) -> ClientError {
+        ClientError::Protocol { path: self.path.to_owned(), reason }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, mpsc};
+
+    use super::*;
+    use crate::control::server::{ControlServer, tests::Recorder};
+
+    #[test]
+    fn every_action_reaches_the_machine() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control");
+        let (sender, calls) = mpsc::sync_channel(16);
+        let server = ControlServer::start(&path, Arc::new(Recorder(sender))).unwrap();
+
+        let mut out = Vec::new();
+        run(&path, &Action::Status { json: false }, &mut out).unwrap();
+        assert!(String::from_utf8(out).unwrap().contains("name     guest"));
+
+        let file = folder.path().join("picture.png");
+        run(&path, &Action::Screenshot { file: file.clone(), display: 7 }, &mut io::sink())
+            .unwrap();
+        assert_eq!(fs::read(&file).unwrap(), vec![7; 70_000]);
+
+        let size = parse_size("1024x768").unwrap();
+        run(&path, &Action::Resize { size, display: 0 }, &mut io::sink()).unwrap();
+        assert_eq!(calls.recv().unwrap(), "1024x768");
+
+        let error = run(&path, &Action::CtrlAltDel, &mut io::sink()).unwrap_err();
+        assert_eq!(error.to_string(), "there is no keyboard");
+
+        run(&path, &Action::Quit, &mut io::sink()).unwrap();
+        assert_eq!(calls.recv().unwrap(), "quit");
+        drop(server);
+    }
+
+    #[test]
+    fn shutting_down_a_machine_that_is_off_succeeds() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("nobody");
+        run(&path, &Action::Shutdown { wait: true }, &mut io::sink()).unwrap();
+        let error = run(&path, &Action::Quit, &mut io::sink()).unwrap_err();
+        assert!(error.to_string().contains("nobody"), "{error}");
+        assert!(parse_size("1024").is_err());
+    }
+}

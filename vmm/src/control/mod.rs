@@ -1,0 +1,168 @@
+//! The control socket: JSON lines over a Unix stream socket, described in
+//! `docs/control-protocol.md`.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | this one | the messages, shared by both sides |
+//! | [`server`] | the VMM's side, over the [`ControlTarget`] trait |
+//! | [`client`] | `drago-vmm ctl` |
+
+pub mod client;
+pub mod server;
+
+use std::{fmt, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Version of the protocol, in the greeting. It grows when a client has to know about a change.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Longest line either side accepts, in bytes.
+pub const MAX_LINE: usize = 16 * 1024;
+
+/// The first line the server sends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Greeting {
+    /// Always `drago-vmm`.
+    pub server: String,
+    /// Version of the program.
+    pub version: String,
+    /// [`PROTOCOL_VERSION`] of the server.
+    pub protocol: u32,
+}
+
+/// One line from the client. (Variants without fields have braces because serde refuses unknown
+/// fields only in those.)
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// What is running.
+    Status {},
+    /// Press the power button, again every few seconds until the machine is off.
+    Shutdown {},
+    /// Press Ctrl+Alt+Delete.
+    CtrlAltDel {},
+    /// Take a picture of a display.
+    Screenshot {
+        /// Display number, 0 if left out.
+        #[serde(default)]
+        display: u32,
+    },
+    /// Give a display another size.
+    Resize {
+        /// Display number, 0 if left out.
+        #[serde(default)]
+        display: u32,
+        /// Width in pixels.
+        width: u32,
+        /// Height in pixels.
+        height: u32,
+    },
+    /// End the virtual machine at once (disks are flushed).
+    Quit {},
+}
+
+/// One line from the server, the answer to one request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Response {
+    /// Done; nothing more to say.
+    Done {},
+    /// Answer to [`Request::Status`].
+    Status(Status),
+    /// Answer to [`Request::Screenshot`]: after this line follow `bytes` bytes of a PNG file.
+    Screenshot {
+        /// Length of the file.
+        bytes: usize,
+    },
+    /// The request failed.
+    Error {
+        /// Why, and what would help.
+        message: String,
+    },
+}
+
+/// What is running.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Status {
+    /// `--name`.
+    pub name: String,
+    /// Process id of the VMM.
+    pub pid: u32,
+    /// Seconds since the start of the VMM.
+    pub uptime_seconds: u64,
+    /// Number of virtual CPUs.
+    pub cpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// `host:port` of the SPICE server, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spice: Option<String>,
+    /// Connected SPICE clients.
+    #[serde(default)]
+    pub spice_clients: Vec<String>,
+}
+
+/// A request that could not be carried out; the text goes to the client as it is.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0}")]
+pub struct ControlError(pub String);
+
+/// What the server acts on.
+pub trait ControlTarget: Send + Sync {
+    /// Answers [`Request::Status`].
+    fn status(&self) -> Status;
+    /// Presses the ACPI power button once.
+    fn power_button(&self);
+    /// Ends the machine.
+    fn quit(&self);
+    /// Presses and releases Ctrl+Alt+Delete.
+    fn ctrl_alt_del(&self) -> Result<(), ControlError>;
+    /// A display's picture as a PNG file.
+    fn screenshot(&self, display: u32) -> Result<Vec<u8>, ControlError>;
+    /// Gives a display another size.
+    fn resize(&self, display: u32, width: u32, height: u32) -> Result<(), ControlError>;
+}
+
+/// A control socket could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// The server's socket could not be made.
+    #[error("--control {}: the socket could not be made", path.display())]
+    Bind {
+        /// The socket.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Somebody else answers on that socket.
+    #[error("--control {}: another process is listening there", path.display())]
+    InUse {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Something that is not a socket is in the way.
+    #[error("--control {}: the file exists and is not a socket; it was left alone", path.display())]
+    NotASocket {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "name     {}", self.name)?;
+        writeln!(f, "pid      {}", self.pid)?;
+        writeln!(f, "uptime   {} s", self.uptime_seconds)?;
+        writeln!(f, "cpus     {}", self.cpus)?;
+        write!(f, "memory   {} MiB", self.memory_mib)?;
+        if let Some(spice) = &self.spice {
+            write!(f, "\nspice    {spice}")?;
+            for client in &self.spice_clients {
+                write!(f, "\nviewer   {client}")?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,234 @@
+//! `drago-vmm doctor`: what this machine can do, and how to mend what it cannot.
+
+mod kvm;
+
+use std::{
+    env, fmt, fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use serde::Serialize;
+
+pub use kvm::{KvmClass, probe as probe_kvm};
+
+/// How much a finding matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Level {
+    /// Works.
+    Ok,
+    /// Some feature will not work or be slow.
+    Limited,
+    /// Virtual machines cannot run.
+    Broken,
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ok => "ok",
+            Self::Limited => "limited",
+            Self::Broken => "broken",
+        })
+    }
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What was looked at, stable for scripts.
+    pub name: &'static str,
+    /// How it is.
+    pub level: Level,
+    /// What was seen.
+    pub seen: String,
+    /// How to mend it; empty if there is nothing to mend.
+    pub hint: String,
+}
+
+impl Finding {
+    fn ok(name: &'static str, seen: impl Into<String>) -> Self {
+        Self { name, level: Level::Ok, seen: seen.into(), hint: String::new() }
+    }
+
+    fn limited(name: &'static str, seen: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { name, level: Level::Limited, seen: seen.into(), hint: hint.into() }
+    }
+}
+
+/// Looks at everything.
+pub fn examine() -> Vec<Finding> {
+    vec![kvm_finding(), gpu_process(), render_node(), tun(), passt(), vhost(), udmabuf()]
+}
+
+/// Looks at everything and prints it; `true` if virtual machines can run.
+pub fn run(json: bool, out: &mut impl Write) -> io::Result<bool> {
+    let findings = examine();
+    if json {
+        serde_json::to_writer(&mut *out, &findings)?;
+        writeln!(out)?;
+    } else {
+        for finding in &findings {
+            writeln!(out, "{:<12} {:<8} {}", finding.name, finding.level, finding.seen)?;
+            if !finding.hint.is_empty() {
+                writeln!(out, "{:<12} {:<8} -> {}", "", "", finding.hint)?;
+            }
+        }
+    }
+    Ok(findings.iter().all(|finding| finding.level != Level::Broken))
+}
+
+fn kvm_finding() -> Finding {
+    let (level, seen, hint) = match kvm::probe() {
+        KvmClass::Native { rate } => {
+            (Level::Ok, format!("native, {:.0} M instructions/s", rate / 1e6), String::new())
+        }
+        KvmClass::Interpreted { rate } => (
+            Level::Broken,
+            format!(
+                "interpreted: guest kernels run at {:.1} M instructions/s, too slow to boot",
+                rate / 1e6
+            ),
+            "use a machine with hardware virtualisation, or `cargo xtask testbed` to run inside \
+             an emulated one"
+                .to_owned(),
+        ),
+        KvmClass::None { reason } => {
+            let hint = match Path::new("/dev/kvm").try_exists() {
+                Ok(true) => {
+                    "add the user to the group that owns it: usermod -aG kvm USER, then log in again"
+                }
+                _ => {
+                    "enable virtualisation (SVM or VT-x) in the firmware and load kvm_amd or kvm_intel; \
+                      in a virtual machine, enable nested virtualisation on its host"
+                }
+            };
+            (Level::Broken, reason, hint.to_owned())
+        }
+    };
+    Finding { name: "kvm", level, seen, hint }
+}
+
+fn gpu_process() -> Finding {
+    const NAME: &str = "gpu-process";
+    let beside = env::current_exe().ok().and_then(|path| Some(path.parent()?.join("drago-gpu")));
+    match beside {
+        Some(path) if is_executable(&path) => Finding::ok(NAME, path.display().to_string()),
+        path => Finding::limited(
+            NAME,
+            "drago-gpu is not beside drago-vmm",
+            format!(
+                "install drago-gpu as {}, or give --gpu socket=PATH of a running back end; \
+                 without either there is no display",
+                path.unwrap_or_else(|| PathBuf::from("drago-gpu")).display()
+            ),
+        ),
+    }
+}
+
+fn render_node() -> Finding {
+    const NAME: &str = "render-node";
+    let mut nodes: Vec<PathBuf> = fs::read_dir("/dev/dri")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("renderD"))
+        })
+        .collect();
+    nodes.sort();
+    let Some(node) = nodes.first() else {
+        return Finding::limited(
+            NAME,
+            "no /dev/dri/renderD*",
+            "load the GPU's kernel driver; without one the guest's desktop is drawn by its CPUs",
+        );
+    };
+    access(NAME, node, "render")
+}
+
+fn tun() -> Finding {
+    access("tun", Path::new("/dev/net/tun"), "netdev")
+}
+
+fn vhost() -> Finding {
+    access("vhost-net", Path::new("/dev/vhost-net"), "kvm")
+}
+
+fn udmabuf() -> Finding {
+    access("udmabuf", Path::new("/dev/udmabuf"), "kvm")
+}
+
+/// Whether a device node can be opened for reading and writing.
+fn access(name: &'static str, node: &Path, group: &str) -> Finding {
+    match fs::File::options().read(true).write(true).open(node) {
+        Ok(_) => Finding::ok(name, node.display().to_string()),
+        Err(error) => {
+            let hint = match error.kind() {
+                io::ErrorKind::NotFound => format!(
+                    "load the kernel module that provides {} if the feature is wanted",
+                    node.display()
+                ),
+                io::ErrorKind::PermissionDenied => format!(
+                    "add the user to the group that owns it (often '{group}'): \
+                     usermod -aG {group} USER, then log in again"
+                ),
+                _ => "see the kernel log".to_owned(),
+            };
+            Finding::limited(name, format!("{}: {error}", node.display()), hint)
+        }
+    }
+}
+
+fn passt() -> Finding {
+    const NAME: &str = "passt";
+    let found = env::var_os("PATH")
+        .iter()
+        .flat_map(env::split_paths)
+        .map(|folder| folder.join("passt"))
+        .find(|path| is_executable(path));
+    match found {
+        Some(path) => Finding::ok(NAME, path.display().to_string()),
+        None => Finding::limited(
+            NAME,
+            "passt is not in PATH",
+            "apt-get install passt (or your system's package) for --net user; --net tap= works \
+             without",
+        ),
+    }
+}
+
+fn is_executable(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_well_says_how_to_mend_it() {
+        for finding in examine() {
+            assert_eq!(finding.level == Level::Ok, finding.hint.is_empty(), "{finding:?}");
+        }
+    }
+
+    #[test]
+    fn a_missing_node_is_not_mistaken_for_missing_permission() {
+        let finding = access("tun", Path::new("/nonexistent/node"), "netdev");
+        assert_eq!(finding.level, Level::Limited);
+        assert!(finding.hint.contains("load the kernel module"), "{}", finding.hint);
+    }
+
+    #[test]
+    fn json_is_one_line() {
+        let mut out = Vec::new();
+        run(true, &mut out).unwrap();
+        let parsed: serde_json::Value = serde_json::from_slice(&out).unwrap();
+        assert_eq!(parsed[0]["name"], "kvm");
+        assert_eq!(out.iter().filter(|byte| **byte == b'\n').count(), 1);
+    }
+}
