@@ -4,15 +4,19 @@
 //! |---|---|
 //! | [`console`] | hvc0 and named ports |
 //! | [`device`] | the trait each device implements, and what it is given at activation |
+//! | [`input`] | keyboard, tablet, mouse |
 //! | [`pci`] | the PCI transport |
+//! | [`rng`] | entropy |
 //! | [`registry`] | the one list of devices; a new device is a folder and a line there |
 //! | [`worker`] | a device's thread: an epoll loop that can be stopped and hands its state back |
 
 pub mod console;
 pub mod device;
+pub mod input;
 pub mod pci;
 pub mod registry;
 mod ring;
+pub mod rng;
 #[cfg(test)]
 mod testing;
 pub mod worker;

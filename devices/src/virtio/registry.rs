@@ -82,4 +82,9 @@ pub struct DeviceModule {
 }
 
 /// Every device there is, in the order in which they take their places on the PCI bus.
-pub static MODULES: &[&DeviceModule] = &[];
+#[rustfmt::skip]
+pub static MODULES: &[&DeviceModule] = &[
+    &super::rng::MODULE,
+    &super::console::MODULE,
+    &super::input::MODULE,
+];
