@@ -1,2 +1,80 @@
-//! Placeholder.
-fn main() {}
+//! The command line of the virtio-gpu back end.
+
+use std::{
+    io::{self, IsTerminal},
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use clap::{ArgGroup, Parser};
+use drago_gpu::{control::Limits, daemon, renderer::Soft2d, sys};
+use tracing_subscriber::EnvFilter;
+
+/// A virtio-gpu device served over vhost-user, for drago-vmm and QEMU.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+#[command(group(ArgGroup::new("front-end").required(true)))]
+struct Arguments {
+    /// Listen at this path, serve one front end and exit.
+    #[arg(long, value_name = "PATH", group = "front-end")]
+    socket_path: Option<PathBuf>,
+
+    /// Serve the front end at the other end of this inherited, connected socket.
+    #[arg(long, value_name = "N", group = "front-end")]
+    fd: Option<i32>,
+
+    /// Print what this back end can do, as JSON (vhost-user back end conventions), and exit.
+    #[arg(long, group = "front-end")]
+    print_capabilities: bool,
+
+    /// Most memory the guest's resources may take here, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    max_memory: u64,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    if arguments.print_capabilities {
+        println!(r#"{{ "type": "gpu", "features": [] }}"#);
+        return Ok(());
+    }
+    let filter = EnvFilter::try_from_env("DRAGO_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .init();
+    let front = match (arguments.fd, &arguments.socket_path) {
+        (Some(fd), _) => sys::inherited_socket(fd)
+            .with_context(|| format!("--fd {fd}: not an inherited, connected Unix socket"))?,
+        (None, Some(path)) => accept(path)?,
+        (None, None) => anyhow::bail!("neither --fd nor --socket-path is given"),
+    };
+    let bytes = arguments.max_memory.checked_mul(1 << 20).context("--max-memory: too big")?;
+    let limits = Limits { bytes, ..Limits::default() };
+    daemon::serve(&front, Box::new(Soft2d::new()), limits)?;
+    tracing::info!("the front end hung up");
+    Ok(())
+}
+
+/// Waits for one front end.
+fn accept(path: &Path) -> Result<UnixStream> {
+    let name = path.display();
+    // A socket that a killed back end left behind would be in the way; a file of any other kind is
+    // somebody's data.
+    if let Ok(metadata) = std::fs::symlink_metadata(path) {
+        use std::os::unix::fs::FileTypeExt;
+        anyhow::ensure!(
+            metadata.file_type().is_socket(),
+            "--socket-path {name}: the file exists and is no socket"
+        );
+        std::fs::remove_file(path).with_context(|| format!("--socket-path {name}"))?;
+    }
+    let listener =
+        UnixListener::bind(path).with_context(|| format!("--socket-path {name}: cannot listen"))?;
+    let accepted = listener.accept();
+    let _ = std::fs::remove_file(path);
+    let (front, _) = accepted.with_context(|| format!("--socket-path {name}: cannot accept"))?;
+    Ok(front)
+}

@@ -1,0 +1,85 @@
+//! One connection to a front end, from handshake to hang-up.
+
+use std::{
+    io,
+    os::unix::{
+        fs::DirBuilderExt,
+        net::{UnixListener, UnixStream},
+    },
+    path::PathBuf,
+};
+
+use vhost::vhost_user::Listener;
+use vhost_user_backend::{VhostUserBackend, VhostUserDaemon};
+use vm_memory::GuestMemoryAtomic;
+
+use crate::{GuestMemory, control::Limits, device::GpuDevice, relay, renderer::Renderer};
+
+/// Why serving a front end ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A resource of the host could not be had.
+    #[error("the back end could not be set up")]
+    Setup(#[source] io::Error),
+    /// The vhost-user library could not start.
+    #[error("the vhost-user daemon could not start: {0}")]
+    Daemon(String),
+    /// The front end broke the protocol or the connection.
+    #[error("the connection to the front end failed")]
+    Connection(#[source] io::Error),
+}
+
+/// Serves the front end at the other end of `front` until it hangs up.
+pub fn serve(
+    front: &UnixStream,
+    renderer: Box<dyn Renderer>,
+    limits: Limits,
+) -> Result<(), ServeError> {
+    let device = GpuDevice::new(renderer, limits).map_err(ServeError::Setup)?;
+    let features = device.features();
+    let memory = GuestMemoryAtomic::new(GuestMemory::new());
+    let mut daemon = VhostUserDaemon::new("drago-gpu".into(), device.clone(), memory)
+        .map_err(|error| ServeError::Daemon(error.to_string()))?;
+    // The library accepts connections and takes none that exists, so it gets a listener that only
+    // we can reach, for as long as it takes to connect.
+    let (listener, near) = private_listener().map_err(ServeError::Setup)?;
+    daemon
+        .start(&mut Listener::from(listener))
+        .map_err(|error| ServeError::Daemon(error.to_string()))?;
+    let result = relay::run(front, &near, features, |socket| device.connect(socket));
+    // Whatever the library says about the end of its connection, the cause is known above.
+    if let Err(error) = daemon.wait() {
+        tracing::debug!(%error, "the vhost-user daemon ended");
+    }
+    result.map_err(ServeError::Connection)
+}
+
+/// A listener in a directory that nobody else may enter, and a connection waiting in it. The
+/// directory is gone when this returns.
+fn private_listener() -> io::Result<(UnixListener, UnixStream)> {
+    let candidates = [
+        std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from),
+        Some(std::env::temp_dir()),
+        Some(PathBuf::from("/dev/shm")),
+    ];
+    let mut last = io::Error::from(io::ErrorKind::NotFound);
+    for parent in candidates.into_iter().flatten() {
+        let directory = parent.join(format!("drago-gpu-{}", std::process::id()));
+        match std::fs::DirBuilder::new().mode(0o700).create(&directory) {
+            Ok(()) => {}
+            Err(error) => {
+                last = io::Error::new(error.kind(), format!("{}: {error}", directory.display()));
+                continue;
+            }
+        }
+        let path = directory.join("socket");
+        let result = UnixListener::bind(&path).and_then(|listener| {
+            let near = UnixStream::connect(&path)?;
+            Ok((listener, near))
+        });
+        let _ = std::fs::remove_file(&path);
+        let _ = std::fs::remove_dir(&directory);
+        return result;
+    }
+    Err(last)
+}

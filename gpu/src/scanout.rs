@@ -1,0 +1,314 @@
+//! What a scanout shows, and how it gets to the front end.
+//!
+//! With shared memory ([`gpu_protocol::frames`]): a flush copies what changed into a free slot, once,
+//! and names it in a FRAME. Where no slot is free, or frames come faster than wanted, the damage is
+//! kept and the newest picture goes out later; nobody waits (a mailbox with one place). Each slot
+//! remembers what has changed since it was last drawn, so that only that is copied.
+//!
+//! Without: damage is kept and sent as UPDATE messages, piece by piece, as fast as the socket takes
+//! them.
+
+use std::{
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
+
+use gpu_protocol::{
+    Damage, Rect,
+    frames::{Frame, MAX_SLOTS, Release, ShmScanout, WANT_FULL, Want},
+    socket::FromBackEnd,
+};
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+
+use crate::{link::Link, renderer::Renderer};
+
+/// Pixels in one UPDATE message at most (256 KiB of them).
+const UPDATE_PIXELS: u32 = 64 * 1024;
+
+/// What is shown: a part of a resource.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Source {
+    /// Which resource.
+    pub resource: u32,
+    /// Which part; not empty.
+    pub rect: Rect,
+}
+
+/// How pictures reach the front end, once that is negotiated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// Frames in shared memory.
+    Shm,
+    /// UPDATE messages.
+    Update,
+}
+
+struct Slot {
+    held: bool,
+    /// What changed since this slot was drawn.
+    stale: Damage,
+}
+
+/// The frame memory of one scanout.
+struct Slots {
+    layout: ShmScanout,
+    memory: MmapRegion,
+    slots: Vec<Slot>,
+}
+
+impl Slots {
+    fn map(layout: ShmScanout, fd: OwnedFd) -> std::io::Result<Self> {
+        let invalid = |what: &str| std::io::Error::new(std::io::ErrorKind::InvalidData, what);
+        let size = layout.checked_size().ok_or_else(|| invalid("contradictory layout"))?;
+        // A file that can shrink would kill this process when it touches a page behind its end.
+        let seals = rustix::fs::fcntl_get_seals(&fd)?;
+        if !seals.contains(rustix::fs::SealFlags::SHRINK) {
+            return Err(invalid("the memory is not sealed against shrinking"));
+        }
+        let length = usize::try_from(size).map_err(|_| invalid("too big"))?;
+        let file = FileOffset::new(std::fs::File::from(fd), 0);
+        // Refuses a file that is shorter than `length`.
+        let memory = MmapRegion::from_file(file, length).map_err(std::io::Error::other)?;
+        let whole = Rect::of_size(layout.width, layout.height);
+        let slots = (0..layout.slots.min(MAX_SLOTS))
+            .map(|_| Slot { held: false, stale: Damage::of(whole) })
+            .collect();
+        Ok(Self { layout, memory, slots })
+    }
+
+    /// Memory of `rect` in a slot.
+    fn target(&self, slot: usize, rect: Rect) -> Option<VolatileSlice<'_>> {
+        let stride = self.layout.stride as usize;
+        let start =
+            slot * self.layout.slot_size as usize + rect.y as usize * stride + rect.x as usize * 4;
+        let length = (rect.height as usize - 1) * stride + rect.width as usize * 4;
+        self.memory.get_slice(start, length).ok()
+    }
+}
+
+/// One scanout.
+#[derive(Default)]
+pub struct Scanout {
+    source: Option<Source>,
+    /// The size the front end was last told; 0 × 0 is off.
+    told: (u32, u32),
+    /// What changed since the last frame or update that was sent.
+    unsent: Damage,
+    /// A flush (or a request for a picture) happened and nothing has been sent since.
+    due: bool,
+    slots: Option<Slots>,
+    max_fps: u32,
+    sequence: u64,
+    /// Not before this.
+    earliest: Option<Instant>,
+    pixels: Vec<u8>,
+}
+
+impl std::fmt::Debug for Scanout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Scanout")
+            .field("source", &self.source)
+            .field("unsent", &self.unsent)
+            .field("max_fps", &self.max_fps)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Scanout {
+    /// What is shown.
+    pub fn source(&self) -> Option<Source> {
+        self.source
+    }
+
+    /// Shows something else, or nothing. The picture counts as changed but is not sent before the
+    /// next flush, because guests upload its contents in between.
+    pub fn set_source(&mut self, source: Option<Source>) {
+        let size = self.size();
+        self.source = source;
+        if self.size() != size {
+            self.unsent = Damage::new();
+            self.slots = None;
+            self.due = false;
+        }
+        if source.is_some() {
+            self.damage(Rect::of_size(self.size().0, self.size().1));
+        }
+    }
+
+    /// Forgets what the front end knows: there is a new one.
+    pub fn reconnect(&mut self) {
+        self.told = (0, 0);
+        self.slots = None;
+        self.max_fps = 0;
+        self.earliest = None;
+        if self.source.is_some() {
+            self.damage(Rect::of_size(self.size().0, self.size().1));
+            self.due = true;
+        }
+    }
+
+    /// The guest flushed `rect` of `resource`; nothing happens if that is not shown here.
+    pub fn flush(&mut self, resource: u32, rect: Rect) {
+        let Some(source) = self.source.filter(|source| source.resource == resource) else { return };
+        let visible = rect.intersection(&source.rect);
+        if visible.is_empty() {
+            return;
+        }
+        self.damage(Rect { x: visible.x - source.rect.x, y: visible.y - source.rect.y, ..visible });
+        self.due = true;
+    }
+
+    /// The front end made memory for frames, or took it away.
+    pub fn set_slots(&mut self, layout: ShmScanout, fd: Option<OwnedFd>) {
+        self.slots = None;
+        if (layout.width, layout.height) != self.size() {
+            // Made for a size that is history; that for the present one is on its way.
+            return;
+        }
+        let Some(fd) = fd else { return };
+        match Slots::map(layout, fd) {
+            Ok(slots) => self.slots = Some(slots),
+            Err(error) => {
+                tracing::error!(%error, scanout = layout.scanout, "frame memory cannot be used");
+            }
+        }
+    }
+
+    /// The front end is done with a slot.
+    pub fn release(&mut self, release: &Release) {
+        let Some(slots) = &mut self.slots else { return };
+        if slots.layout.generation == release.generation
+            && let Some(slot) = slots.slots.get_mut(release.slot as usize)
+        {
+            slot.held = false;
+        }
+    }
+
+    /// The front end wants frames, or none.
+    pub fn want(&mut self, want: &Want) {
+        self.max_fps = want.max_fps;
+        self.earliest = None;
+        if want.flags & WANT_FULL != 0 && self.source.is_some() {
+            // Only what the viewer is told, not what has to be drawn.
+            self.unsent = Damage::of(Rect::of_size(self.size().0, self.size().1));
+            self.due = true;
+        }
+    }
+
+    /// When [`pump`](Self::pump) has to be called although nothing happens.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.earliest.filter(|_| self.due && self.max_fps > 0 && self.free_slot().is_some())
+    }
+
+    /// Sends what there is to send and can be sent now.
+    pub fn pump(
+        &mut self,
+        id: u32,
+        transport: Option<Transport>,
+        renderer: &mut dyn Renderer,
+        link: &Link,
+    ) {
+        // A size is told only when there is room, so that a guest that keeps changing it cannot
+        // fill our memory.
+        if self.told != self.size() {
+            if !link.has_room() {
+                return;
+            }
+            let (width, height) = self.size();
+            link.send(&FromBackEnd::Scanout { scanout: id, width, height });
+            self.told = (width, height);
+        }
+        match transport {
+            Some(Transport::Shm) => self.pump_frame(id, renderer, link),
+            Some(Transport::Update) => self.pump_updates(id, renderer, link),
+            None => {}
+        }
+    }
+
+    fn size(&self) -> (u32, u32) {
+        self.source.map_or((0, 0), |source| (source.rect.width, source.rect.height))
+    }
+
+    fn damage(&mut self, rect: Rect) {
+        self.unsent.add(rect);
+        for slot in self.slots.iter_mut().flat_map(|slots| &mut slots.slots) {
+            slot.stale.add(rect);
+        }
+    }
+
+    /// The free slot that takes the least copying.
+    fn free_slot(&self) -> Option<usize> {
+        let slots = &self.slots.as_ref()?.slots;
+        let free = slots.iter().enumerate().filter(|(_, slot)| !slot.held);
+        free.min_by_key(|(_, slot)| slot.stale.area()).map(|(index, _)| index)
+    }
+
+    fn pump_frame(&mut self, id: u32, renderer: &mut dyn Renderer, link: &Link) {
+        if !self.due || self.max_fps == 0 || self.unsent.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        if self.earliest.is_some_and(|earliest| now < earliest) {
+            // The socket's thread comes back at the deadline.
+            link.wake();
+            return;
+        }
+        let (Some(source), Some(index)) = (self.source, self.free_slot()) else { return };
+        let Some(slots) = &mut self.slots else { return };
+        let stride = slots.layout.stride as usize;
+        let stale = slots.slots[index].stale.take();
+        for rect in stale.rects() {
+            let part = Rect { x: source.rect.x + rect.x, y: source.rect.y + rect.y, ..*rect };
+            let done = slots
+                .target(index, *rect)
+                .map(|target| renderer.read_pixels(source.resource, part, &target, stride));
+            if !matches!(done, Some(Ok(()))) {
+                tracing::error!(?rect, ?source, "a frame could not be drawn");
+                slots.slots[index].stale = stale;
+                self.due = false;
+                return;
+            }
+        }
+        slots.slots[index].held = true;
+        self.sequence += 1;
+        self.due = false;
+        self.earliest = Some(now + Duration::from_secs(1) / self.max_fps);
+        link.send(&FromBackEnd::Frame(Frame {
+            scanout: id,
+            generation: slots.layout.generation,
+            slot: index as u32,
+            sequence: self.sequence,
+            damage: self.unsent.take().rects().to_vec(),
+        }));
+    }
+
+    fn pump_updates(&mut self, id: u32, renderer: &mut dyn Renderer, link: &Link) {
+        let Some(source) = self.source.filter(|_| self.due) else { return };
+        while link.has_room() {
+            let mut rects = self.unsent.rects().iter().copied();
+            let Some(first) = rects.next() else {
+                self.due = false;
+                return;
+            };
+            let rows = (UPDATE_PIXELS / first.width).clamp(1, first.height);
+            let now = Rect { height: rows, ..first };
+            let later = Rect { y: first.y + rows, height: first.height - rows, ..first };
+            let mut unsent = Damage::of(later);
+            rects.for_each(|rect| unsent.add(rect));
+            self.unsent = unsent;
+
+            let stride = now.width as usize * 4;
+            self.pixels.resize(stride * rows as usize, 0);
+            let part = Rect { x: source.rect.x + now.x, y: source.rect.y + now.y, ..now };
+            let target = VolatileSlice::from(&mut self.pixels[..]);
+            if let Err(error) = renderer.read_pixels(source.resource, part, &target, stride) {
+                tracing::error!(%error, ?source, "an update could not be drawn");
+                continue;
+            }
+            let pixels = &self.pixels;
+            link.send(&FromBackEnd::Update { scanout: id, rect: now, pixels });
+        }
+        // The next piece goes when the socket has taken this one.
+        link.wake();
+    }
+}
