@@ -18,7 +18,7 @@ pub struct CursorImage {
 }
 
 /// Largest side of a pointer image.
-pub const MAX_CURSOR_SIDE: u32 = 256;
+pub(crate) const MAX_CURSOR_SIDE: u32 = 256;
 
 impl CursorImage {
     /// Whether the sizes fit each other and the limits.

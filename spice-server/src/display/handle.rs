@@ -159,7 +159,7 @@ mod tests {
         ));
         shared.begin_sweep(viewer);
         assert!(matches!(shared.next_work(viewer, shown), Work::Draw(..)));
-        assert!(matches!(shared.next_work(viewer, shown), Work::Done(false)));
+        assert!(matches!(shared.next_work(viewer, shown), Work::Done));
         display.present(Arc::new(frame.clone()), &[Rect::new(1, 2, 3, 4)]);
         display.present(Arc::new(frame), &[Rect::new(9, 2, 3, 4)]);
         shared.begin_sweep(viewer);
@@ -167,7 +167,7 @@ mod tests {
         assert_eq!(rect, Rect::new(1, 2, 11, 4));
         display.set_surface(None);
         assert!(matches!(shared.next_work(viewer, shown), Work::Blank));
-        assert!(matches!(shared.next_work(viewer, shown), Work::Done(false)));
+        assert!(matches!(shared.next_work(viewer, shown), Work::Done));
     }
 
     #[test]

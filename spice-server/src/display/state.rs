@@ -48,14 +48,14 @@ pub(crate) struct CursorState {
 pub(crate) enum Work {
     /// Replace the surface by one of this size and paint it black.
     Surface((u32, u32)),
-    /// Replace the surface by one of this size; drawing follows.
+    /// Begin a picture of this size; drawing follows.
     FrameSurface((u32, u32)),
     /// Paint everything black.
     Blank,
     /// Draw this part of this frame.
     Draw(Arc<dyn Frame>, Rect),
-    /// This sweep is over, and there is more damage already (`true`) or none.
-    Done(bool),
+    /// This sweep is over.
+    Done,
 }
 
 impl DisplayShared {
@@ -157,7 +157,7 @@ impl DisplayShared {
         let mut state = self.lock();
         let state = &mut *state;
         let Some(viewer) = state.viewers.iter_mut().find(|viewer| viewer.id == id) else {
-            return Work::Done(false);
+            return Work::Done;
         };
         let Some(frame) = &state.frame else {
             if shown.is_none() {
@@ -167,7 +167,7 @@ impl DisplayShared {
             if std::mem::take(&mut viewer.blank) {
                 return Work::Blank;
             }
-            return Work::Done(false);
+            return Work::Done;
         };
         let size = (frame.width(), frame.height());
         if shown != Some(size) {
@@ -175,7 +175,7 @@ impl DisplayShared {
         }
         match viewer.damage.take() {
             Some(rect) => Work::Draw(frame.clone(), rect),
-            None => Work::Done(!viewer.damage.is_empty()),
+            None => Work::Done,
         }
     }
 

@@ -482,7 +482,7 @@ impl Reactor {
         });
         let clock = self.started.elapsed().as_millis() as u32;
         let channel = Channel::main(request, &self.shared, id, clock);
-        self.become_channel(token, session, channel);
+        self.become_channel(token, &session, channel);
     }
 
     fn open_channel(&mut self, token: u64, request: &LinkRequest, kind: ChannelType) {
@@ -500,10 +500,10 @@ impl Reactor {
             }
             ChannelType::Display | ChannelType::Main => return self.open_display(token, request),
         };
-        self.become_channel(token, session, channel);
+        self.become_channel(token, &session, channel);
     }
 
-    fn become_channel(&mut self, token: u64, session: Arc<Session>, channel: Channel) {
+    fn become_channel(&mut self, token: u64, session: &Arc<Session>, channel: Channel) {
         let Some(connection) = self.connections.get_mut(&token) else { return };
         let key = channel.key();
         let stage = Stage::Channel(session.clone(), Box::new(channel));

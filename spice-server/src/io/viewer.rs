@@ -26,11 +26,11 @@ use crate::{
     proto::{
         channel::{BaseMessage, Caps},
         display::{
-            CAP_LZ4, ClientMessage, Compression, decode, limit, put_copy, put_fill, put_mark,
+            CAP_LZ4, ClientMessage, Compression, Surface, decode, limit, put_copy, put_fill, put_mark,
             put_monitors_config, put_surface_create, put_surface_destroy,
         },
         framing::{Deframer, Framer, HeaderKind},
-        image::{Coding, put_image},
+        image::{Coding, put_image, put_surface_image},
     },
 };
 
@@ -98,7 +98,7 @@ fn run(new: NewViewer, handle: ViewerHandle) {
         sent: 0,
         pixels: Vec::new(),
         shown: None,
-        mark_due: false,
+        staging: None,
         lz4: new.caps.has(CAP_LZ4),
         next_sweep: Instant::now(),
         handle,
@@ -107,7 +107,7 @@ fn run(new: NewViewer, handle: ViewerHandle) {
     match viewer.serve() {
         Ok(()) => {}
         Err(error) if is_hangup(&error) => {
-            tracing::debug!(session, number, %error, "display channel gone")
+            tracing::debug!(session, number, %error, "display channel gone");
         }
         Err(error) => tracing::warn!(session, number, %error, "display channel failed"),
     }
@@ -141,8 +141,8 @@ struct Viewer {
     pixels: Vec<u8>,
     /// Size of the client's surface.
     shown: Option<(u32, u32)>,
-    /// The client waits for `MARK` to show its surface.
-    mark_due: bool,
+    /// Size of the surface that collects a new picture, while there is one.
+    staging: Option<(u32, u32)>,
     lz4: bool,
     /// When the next picture may begin.
     next_sweep: Instant,
@@ -158,7 +158,7 @@ impl Viewer {
                 self.wait(true, None)?;
                 continue;
             }
-            if !sweeping && self.source.has_work(self.id, self.shown) {
+            if !sweeping && self.source.has_work(self.id, self.target().1) {
                 let now = Instant::now();
                 if now >= self.next_sweep {
                     // An interval of credit evens out a source that ticks unevenly.
@@ -176,7 +176,7 @@ impl Viewer {
                 self.wait(true, None)?;
                 continue;
             }
-            let pause = if self.source.has_work(self.id, self.shown) {
+            let pause = if self.source.has_work(self.id, self.target().1) {
                 Some(self.next_sweep.saturating_duration_since(Instant::now()))
             } else if self.pixels.capacity() > 0 {
                 Some(KEEP_BUFFERS)
@@ -193,20 +193,25 @@ impl Viewer {
 
     /// Does one piece of a sweep; `false` at its end.
     fn step(&mut self) -> bool {
-        match self.source.next_work(self.id, self.shown) {
+        match self.source.next_work(self.id, self.target().1) {
             Work::Surface(size) => {
-                self.new_surface(size);
+                self.show_surface(size);
                 self.fill_black(size);
                 put_mark(&mut self.framer, &mut self.out);
-                self.mark_due = false;
                 true
             }
             Work::FrameSurface(size) => {
-                self.new_surface(size);
+                // The parts of a new picture meet on a surface the client does not show, and
+                // appear together: no half-painted first frame, no flicker when the size changes.
+                self.drop_staging();
+                let staging = Surface::Staging;
+                put_surface_create(&mut self.framer, &mut self.out, staging, size);
+                self.staging = Some(size);
+                self.source.begin_sweep(self.id);
                 true
             }
             Work::Blank => {
-                if let Some(size) = self.shown {
+                if let Some(size) = self.target().1 {
                     self.fill_black(size);
                 }
                 true
@@ -215,27 +220,55 @@ impl Viewer {
                 self.draw(frame, rect);
                 true
             }
-            Work::Done(_) => {
-                if std::mem::take(&mut self.mark_due) {
-                    put_mark(&mut self.framer, &mut self.out);
-                }
+            Work::Done => {
+                self.show_staging();
                 false
             }
         }
     }
 
-    fn new_surface(&mut self, size: (u32, u32)) {
-        if self.shown.is_some() {
-            put_surface_destroy(&mut self.framer, &mut self.out);
+    /// Where drawing goes, and its size.
+    fn target(&self) -> (Surface, Option<(u32, u32)>) {
+        match self.staging {
+            Some(size) => (Surface::Staging, Some(size)),
+            None => (Surface::Primary, self.shown),
         }
-        put_surface_create(&mut self.framer, &mut self.out, size);
+    }
+
+    /// Replaces what the client shows by a surface of this size.
+    fn show_surface(&mut self, size: (u32, u32)) {
+        if self.shown.is_some() {
+            put_surface_destroy(&mut self.framer, &mut self.out, Surface::Primary);
+        }
+        put_surface_create(&mut self.framer, &mut self.out, Surface::Primary, size);
         put_monitors_config(&mut self.framer, &mut self.out, size);
         self.shown = Some(size);
-        self.mark_due = true;
+    }
+
+    /// Shows the collected picture.
+    fn show_staging(&mut self) {
+        let Some(size) = self.staging else { return };
+        if self.shown != Some(size) {
+            self.show_surface(size);
+        }
+        let rect = Rect::new(0, 0, size.0, size.1);
+        put_copy(&mut self.framer, &mut self.out, Surface::Primary, rect, |out| {
+            put_surface_image(out, size, Surface::Staging);
+        });
+        self.drop_staging();
+        put_mark(&mut self.framer, &mut self.out);
+    }
+
+    fn drop_staging(&mut self) {
+        if self.staging.take().is_some() {
+            put_surface_destroy(&mut self.framer, &mut self.out, Surface::Staging);
+        }
     }
 
     fn fill_black(&mut self, (width, height): (u32, u32)) {
-        put_fill(&mut self.framer, &mut self.out, Rect::new(0, 0, width, height), 0);
+        let rect = Rect::new(0, 0, width, height);
+        let surface = self.target().0;
+        put_fill(&mut self.framer, &mut self.out, surface, rect, 0);
     }
 
     fn draw(&mut self, frame: Arc<dyn Frame>, rect: Rect) {
@@ -247,7 +280,8 @@ impl Viewer {
         drop(frame);
         let coding = if self.lz4 { Coding::Lz4 } else { Coding::Raw };
         let size = (rect.width, rect.height);
-        put_copy(&mut self.framer, &mut self.out, rect, |out| {
+        let surface = self.target().0;
+        put_copy(&mut self.framer, &mut self.out, surface, rect, |out| {
             put_image(out, size, &self.pixels, coding);
         });
     }

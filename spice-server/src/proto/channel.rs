@@ -46,11 +46,6 @@ impl Caps {
         let word = self.0.get(bit as usize / 32).copied().unwrap_or(0);
         word >> (bit % 32) & 1 == 1
     }
-
-    #[cfg(test)]
-    pub(crate) fn with(bits: &[u32]) -> Self {
-        Self(vec![cap_word(bits)])
-    }
 }
 
 /// The first capability word with these bits set.

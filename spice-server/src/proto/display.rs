@@ -64,19 +64,36 @@ const SURFACE_FORMAT_XRGB32: u32 = 32;
 const SURFACE_FLAG_PRIMARY: u32 = 1;
 const ROP_PUT: u16 = 8;
 
-/// `SURFACE_CREATE` of the one surface 0 a channel has.
-pub(crate) fn put_surface_create(framer: &mut Framer, out: &mut Vec<u8>, size: (u32, u32)) {
+/// The surfaces a channel has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Surface {
+    /// What the client shows.
+    Primary = 0,
+    /// Not shown: collects the parts of a new picture.
+    Staging = 1,
+}
+
+pub(crate) fn put_surface_create(
+    framer: &mut Framer,
+    out: &mut Vec<u8>,
+    surface: Surface,
+    size: (u32, u32),
+) {
     framer.message(out, 314, |out| {
-        out.put_u32(0);
+        out.put_u32(surface as u32);
         out.put_u32(size.0);
         out.put_u32(size.1);
         out.put_u32(SURFACE_FORMAT_XRGB32);
-        out.put_u32(SURFACE_FLAG_PRIMARY);
+        out.put_u32(match surface {
+            Surface::Primary => SURFACE_FLAG_PRIMARY,
+            Surface::Staging => 0,
+        });
     });
 }
 
-pub(crate) fn put_surface_destroy(framer: &mut Framer, out: &mut Vec<u8>) {
-    framer.message(out, 315, |out| out.put_u32(0));
+pub(crate) fn put_surface_destroy(framer: &mut Framer, out: &mut Vec<u8>, surface: Surface) {
+    framer.message(out, 315, |out| out.put_u32(surface as u32));
 }
 
 /// `MARK`: the picture is complete, show it.
@@ -100,9 +117,15 @@ pub(crate) fn put_monitors_config(framer: &mut Framer, out: &mut Vec<u8>, size: 
 }
 
 /// `DRAW_FILL` of a rectangle with one colour (`0xRRGGBB`).
-pub(crate) fn put_fill(framer: &mut Framer, out: &mut Vec<u8>, rect: Rect, colour: u32) {
+pub(crate) fn put_fill(
+    framer: &mut Framer,
+    out: &mut Vec<u8>,
+    surface: Surface,
+    rect: Rect,
+    colour: u32,
+) {
     framer.message(out, 302, |out| {
-        put_base(out, rect);
+        put_base(out, surface, rect);
         // Brush SOLID, then rop and an absent mask.
         out.put_u8(1);
         out.put_u32(colour);
@@ -115,12 +138,13 @@ pub(crate) fn put_fill(framer: &mut Framer, out: &mut Vec<u8>, rect: Rect, colou
 pub(crate) fn put_copy(
     framer: &mut Framer,
     out: &mut Vec<u8>,
+    surface: Surface,
     rect: Rect,
     image: impl FnOnce(&mut Vec<u8>),
 ) {
     framer.message(out, 304, |out| {
         let body = out.len();
-        put_base(out, rect);
+        put_base(out, surface, rect);
         let pointer_at = out.len();
         out.put_u32(0);
         put_rect(out, Rect::new(0, 0, rect.width, rect.height));
@@ -133,8 +157,8 @@ pub(crate) fn put_copy(
     });
 }
 
-fn put_base(out: &mut Vec<u8>, rect: Rect) {
-    out.put_u32(0);
+fn put_base(out: &mut Vec<u8>, surface: Surface, rect: Rect) {
+    out.put_u32(surface as u32);
     put_rect(out, rect);
     out.put_u8(0);
 }

@@ -2,9 +2,13 @@
 
 use jpeg_encoder::{ColorType, Encoder};
 
-use super::wire::{Put, patch_u32};
+use super::{
+    display::Surface,
+    wire::{Put, patch_u32},
+};
 
 const TYPE_BITMAP: u8 = 0;
+const TYPE_SURFACE: u8 = 104;
 const TYPE_JPEG: u8 = 105;
 const TYPE_LZ4: u8 = 109;
 const BITMAP_FORMAT_32BIT: u8 = 8;
@@ -55,6 +59,12 @@ pub(crate) fn put_image(
     out.put_u32(0);
     out.extend_from_slice(pixels);
     Coding::Raw
+}
+
+/// Appends an image that is another surface of the channel.
+pub(crate) fn put_surface_image(out: &mut Vec<u8>, (width, height): (u32, u32), surface: Surface) {
+    put_descriptor(out, TYPE_SURFACE, width, height);
+    out.put_u32(surface as u32);
 }
 
 fn put_descriptor(out: &mut Vec<u8>, kind: u8, width: u32, height: u32) {

@@ -23,11 +23,7 @@ impl<'a> Reader<'a> {
         Self { rest: bytes }
     }
 
-    read_int!(u8: u8, u16: u16, u32: u32, i32: i32, u64: u64, i64: i64);
-
-    pub(crate) fn remaining(&self) -> usize {
-        self.rest.len()
-    }
+    read_int!(u8: u8, u16: u16, u32: u32, i32: i32, u64: u64);
 
     pub(crate) fn bytes(&mut self, count: usize) -> Result<&'a [u8], DecodeError> {
         let (head, rest) = self.rest.split_at_checked(count).ok_or(DecodeError::Truncated)?;
