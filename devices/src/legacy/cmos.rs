@@ -1,5 +1,5 @@
 //! The MC146818 real time clock and its CMOS memory (Motorola MC146818A data sheet), read-only:
-//! the guest sees the host's UTC time in 24-hour binary form and cannot set it. There is no alarm
+//! the guest sees the host's UTC time, in 24-hour BCD form, and cannot set it. There is no alarm
 //! and no periodic interrupt.
 
 use std::{
@@ -22,8 +22,8 @@ const REGISTER_B: u8 = 0x0b;
 const REGISTER_D: u8 = 0x0d;
 /// Divider for a 32.768 kHz crystal, 1024 Hz periodic rate, no update in progress.
 const REGISTER_A_VALUE: u8 = 0x26;
-/// 24-hour mode, binary numbers.
-const REGISTER_B_VALUE: u8 = 0x06;
+/// 24-hour mode, BCD numbers: Linux on x86 takes them for BCD whatever this register says.
+const REGISTER_B_VALUE: u8 = 0x02;
 /// Valid RAM and time: the battery is good.
 const REGISTER_D_VALUE: u8 = 0x80;
 
@@ -70,6 +70,11 @@ impl Civil {
     }
 }
 
+/// Two decimal digits.
+fn bcd(value: u8) -> u8 {
+    ((value / 10 % 10) << 4) | (value % 10)
+}
+
 /// The clock.
 #[derive(Debug, Default)]
 pub struct Cmos {
@@ -85,17 +90,17 @@ impl Cmos {
     fn register(index: u8, seconds: u64) -> u8 {
         let now = Civil::from_unix(seconds);
         match index {
-            0x00 => now.second,
-            0x02 => now.minute,
-            0x04 => now.hour,
-            0x06 => now.weekday,
-            0x07 => now.day,
-            0x08 => now.month,
-            0x09 => (now.year % 100) as u8,
+            0x00 => bcd(now.second),
+            0x02 => bcd(now.minute),
+            0x04 => bcd(now.hour),
+            0x06 => bcd(now.weekday),
+            0x07 => bcd(now.day),
+            0x08 => bcd(now.month),
+            0x09 => bcd((now.year % 100) as u8),
             REGISTER_A => REGISTER_A_VALUE,
             REGISTER_B => REGISTER_B_VALUE,
             REGISTER_D => REGISTER_D_VALUE,
-            CENTURY_REGISTER => (now.year / 100) as u8,
+            CENTURY_REGISTER => bcd((now.year / 100) as u8),
             _ => 0,
         }
     }
@@ -148,7 +153,8 @@ mod tests {
         assert_eq!(byte[0] & 0x80, 0);
         cmos.read(0, &mut byte);
         assert_eq!(byte, [REGISTER_A]);
-        assert_eq!(Cmos::register(CENTURY_REGISTER, 0), 19);
-        assert_eq!(Cmos::register(9, 951_782_400), 0);
+        assert_eq!(Cmos::register(CENTURY_REGISTER, 0), 0x19);
+        assert_eq!(Cmos::register(9, 0), 0x70);
+        assert_eq!(Cmos::register(4, 951_782_399), 0x23);
     }
 }
