@@ -2,17 +2,21 @@
 //!
 //! | module | what it holds |
 //! |---|---|
+//! | [`blk`] | disks |
 //! | [`console`] | hvc0 and named ports |
 //! | [`device`] | the trait each device implements, and what it is given at activation |
 //! | [`input`] | keyboard, tablet, mouse |
+//! | [`net`] | network card on a tap interface or on passt |
 //! | [`pci`] | the PCI transport |
 //! | [`rng`] | entropy |
 //! | [`registry`] | the one list of devices; a new device is a folder and a line there |
 //! | [`worker`] | a device's thread: an epoll loop that can be stopped and hands its state back |
 
+pub mod blk;
 pub mod console;
 pub mod device;
 pub mod input;
+pub mod net;
 pub mod pci;
 pub mod registry;
 mod ring;

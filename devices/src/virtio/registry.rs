@@ -84,7 +84,9 @@ pub struct DeviceModule {
 /// Every device there is, in the order in which they take their places on the PCI bus.
 #[rustfmt::skip]
 pub static MODULES: &[&DeviceModule] = &[
+    &super::blk::MODULE,
     &super::rng::MODULE,
     &super::console::MODULE,
     &super::input::MODULE,
+    &super::net::MODULE,
 ];

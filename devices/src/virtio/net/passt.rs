@@ -1,0 +1,374 @@
+//! User networking: a supervised `passt` process, one for each card.
+//!
+//! passt inherits one end of a socket pair (`--fd`, so there is no socket file to protect) and ends
+//! when the other end is closed, so it cannot outlive the VMM. It gives the guest the addresses
+//! that users know from QEMU: the guest 10.0.2.15 by DHCP, the host 10.0.2.2.
+
+use std::{
+    collections::VecDeque,
+    io::{self, BufRead, BufReader, ErrorKind, Read, Write},
+    net::Ipv4Addr,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{net::UnixStream, process::CommandExt},
+    },
+    process::{Child, ChildStderr, Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex, PoisonError, mpsc},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use super::{
+    backend::Link,
+    hostfwd::{GUEST_ADDRESS, HostForward, Protocol},
+    mac::MacAddress,
+    stream::FrameDecoder,
+    sys,
+};
+use crate::virtio::registry::BuildError;
+
+/// The host as the guest sees it: router, and the host's own services unless that is switched off.
+pub(super) const HOST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+/// The router's hardware address. Given explicitly, since passt otherwise wants the address of an
+/// interface with a default route, which not every host has.
+const HOST_MAC: &str = "9a:55:9a:55:9a:55";
+/// How long passt may take to start; it needs some milliseconds.
+const START_LIMIT: Duration = Duration::from_secs(10);
+/// Between restarts, doubling from the first to the last; back to the first after a good run.
+const FIRST_DELAY: Duration = Duration::from_millis(100);
+const LAST_DELAY: Duration = Duration::from_secs(10);
+const GOOD_RUN: Duration = Duration::from_secs(30);
+/// Longest line of passt's that is logged.
+const LINE_LIMIT: u64 = 512;
+
+/// What passt is to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct PasstConfig {
+    pub(super) forwards: Vec<HostForward>,
+    /// Whether the guest reaches services on the host's loopback at [`HOST_ADDRESS`].
+    pub(super) host_access: bool,
+    pub(super) mtu: Option<u16>,
+    pub(super) ipv6: bool,
+}
+
+impl PasstConfig {
+    /// The command line, apart from the socket.
+    fn arguments(&self, host: HostRoutes) -> Vec<String> {
+        let mut arguments: Vec<String> = Vec::new();
+        let mut add =
+            |words: &[&str]| arguments.extend(words.iter().map(|word| (*word).to_owned()));
+        add(&["--foreground", "--mac-addr", HOST_MAC]);
+        add(&["--address", &GUEST_ADDRESS.to_string(), "--netmask", "24"]);
+        add(&["--gateway", &HOST_ADDRESS.to_string()]);
+        add(&["--mtu", &self.mtu.unwrap_or(1500).to_string()]);
+        if host == HostRoutes::None {
+            // passt insists on a template interface. Any one will do, as addresses are given.
+            add(&["--interface", "lo"]);
+        }
+        if !self.ipv6 {
+            add(&["--ipv4-only"]);
+        }
+        if !self.host_access {
+            add(&["--no-map-gw"]);
+        }
+        for forward in &self.forwards {
+            let option = match forward.protocol {
+                Protocol::Tcp => "--tcp-ports",
+                Protocol::Udp => "--udp-ports",
+            };
+            add(&[option, &forward.to_passt()]);
+        }
+        arguments
+    }
+}
+
+/// Whether the host has a way out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum HostRoutes {
+    Some,
+    None,
+}
+
+impl HostRoutes {
+    fn look() -> Self {
+        let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+        let v4 = read("/proc/net/route").lines().any(|line| {
+            let fields: Vec<_> = line.split_ascii_whitespace().collect();
+            fields.get(1) == Some(&"00000000") && fields.get(7) == Some(&"00000000")
+        });
+        let v6 = read("/proc/net/ipv6_route").lines().any(|line| {
+            let fields: Vec<_> = line.split_ascii_whitespace().collect();
+            fields.get(1) == Some(&"00") && fields.last().is_some_and(|name| *name != "lo")
+        });
+        if v4 || v6 { Self::Some } else { Self::None }
+    }
+}
+
+/// A started process that has answered once.
+struct Running {
+    child: Child,
+    socket: UnixStream,
+    errors: BufReader<ChildStderr>,
+}
+
+/// Why passt did not start.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error(
+        "the program 'passt' is not installed (package 'passt' on Debian, Fedora, Arch, NixOS)"
+    )]
+    Missing,
+    #[error("passt cannot be started")]
+    Spawn(#[source] io::Error),
+    #[error("passt ended at its start ({status}): {said}")]
+    Ended { status: ExitStatus, said: String },
+    #[error("passt does not answer: {said}")]
+    Silent { said: String },
+}
+
+/// A passt process that is kept alive.
+pub(super) struct Passt {
+    stop: mpsc::Sender<()>,
+    child: Arc<Mutex<Option<Child>>>,
+    thread: JoinHandle<()>,
+}
+
+impl Passt {
+    /// Starts passt for a guest with the address `mac`, and waits until it works.
+    pub(super) fn start(
+        config: PasstConfig,
+        mac: MacAddress,
+        link: Arc<Link>,
+    ) -> Result<Self, BuildError> {
+        let host =
+            |what: &str, source| BuildError::Host { option: "net", what: what.to_owned(), source };
+        let running = launch(&config, mac).map_err(|error| match error {
+            StartError::Spawn(source) => host("passt cannot be started", source),
+            other => BuildError::Unusable { option: "net", reason: other.to_string() },
+        })?;
+        let (stop, stopped) = mpsc::channel();
+        let Running { child, socket, errors } = running;
+        let child = Arc::new(Mutex::new(Some(child)));
+        let slot = child.clone();
+        let thread = thread::Builder::new()
+            .name("passt".to_owned())
+            .spawn(move || supervise(&config, mac, &link, &slot, &stopped, (socket, errors)))
+            .map_err(|source| host("passt cannot be supervised", source))?;
+        Ok(Self { stop, child, thread })
+    }
+
+    /// The process, while there is one.
+    #[cfg(test)]
+    pub(super) fn id(&self) -> Option<u32> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Child::id)
+    }
+
+    /// Ends passt.
+    pub(super) fn stop(self) {
+        let _ = self.stop.send(());
+        if let Some(child) = &mut *self.child.lock().unwrap_or_else(PoisonError::into_inner) {
+            // It holds nothing worth saving; its connections end with the guest.
+            let _ = child.kill();
+        }
+        if self.thread.join().is_err() {
+            tracing::error!("the supervisor of passt panicked");
+        }
+    }
+}
+
+fn supervise(
+    config: &PasstConfig,
+    mac: MacAddress,
+    link: &Link,
+    slot: &Mutex<Option<Child>>,
+    stopped: &mpsc::Receiver<()>,
+    first: (UnixStream, BufReader<ChildStderr>),
+) {
+    let slot = || slot.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut next = Some(first);
+    let mut delay = FIRST_DELAY;
+    loop {
+        if let Some((socket, mut errors)) = next.take() {
+            let since = Instant::now();
+            link.connect(socket);
+            while let Some(line) = read_line(&mut errors) {
+                if !is_noise(&line) {
+                    tracing::info!(target: "passt", "{line}");
+                }
+            }
+            let child = slot().take();
+            let status = finish(child);
+            link.set_up(false);
+            if stopped.try_recv().is_ok() {
+                return;
+            }
+            if since.elapsed() >= GOOD_RUN {
+                delay = FIRST_DELAY;
+            }
+            tracing::warn!(?status, ?delay, "passt ended; user networking is interrupted");
+        }
+        match stopped.recv_timeout(delay) {
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
+            Ok(()) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
+        }
+        delay = (2 * delay).min(LAST_DELAY);
+        match launch(config, mac) {
+            Ok(Running { mut child, socket, errors }) => {
+                let mut slot = slot();
+                // Under the lock, so that `stop` either is seen here or finds the child.
+                if stopped.try_recv().is_ok() {
+                    let _ = child.kill();
+                    let _ = child.wait();
+                    return;
+                }
+                *slot = Some(child);
+                next = Some((socket, errors));
+            }
+            Err(error) => tracing::warn!(%error, ?delay, "user networking is not back yet"),
+        }
+    }
+}
+
+/// Collects a process whose standard error is closed, which means that it has ended or is about to.
+fn finish(child: Option<Child>) -> Option<ExitStatus> {
+    let mut child = child?;
+    let _ = child.kill();
+    child.wait().ok()
+}
+
+fn launch(config: &PasstConfig, mac: MacAddress) -> Result<Running, StartError> {
+    let (ours, theirs) = UnixStream::pair().map_err(StartError::Spawn)?;
+    let theirs = OwnedFd::from(theirs);
+    let mut command = Command::new("passt");
+    command
+        .args(config.arguments(HostRoutes::look()))
+        .args(["--fd", &theirs.as_raw_fd().to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        // Ctrl-C in a terminal is for the VMM, which still needs the network to shut down.
+        .process_group(0);
+    sys::inherit(&mut command, theirs);
+    let spawned = command.spawn();
+    // With the command goes our copy of passt's end, so that its death is seen as an end of file.
+    drop(command);
+    let mut child = spawned.map_err(|error| match error.kind() {
+        ErrorKind::NotFound => StartError::Missing,
+        _ => StartError::Spawn(error),
+    })?;
+    let Some(errors) = child.stderr.take() else {
+        finish(Some(child));
+        return Err(StartError::Spawn(io::Error::other("no standard error")));
+    };
+    let mut errors = BufReader::new(errors);
+    match probe(ours, mac) {
+        Ok(socket) => Ok(Running { child, socket, errors }),
+        Err(error) => {
+            let silent = matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut);
+            if silent {
+                let _ = child.kill();
+            }
+            // Its last words; they say what is wrong.
+            let mut said = VecDeque::new();
+            while let Some(line) = read_line(&mut errors) {
+                if !is_noise(&line) {
+                    said.push_back(line);
+                    if said.len() > 4 {
+                        said.pop_front();
+                    }
+                }
+            }
+            let said = Vec::from(said).join("; ");
+            let status = finish(Some(child));
+            Err(match status {
+                Some(status) if !silent => StartError::Ended { status, said },
+                _ => StartError::Silent { said },
+            })
+        }
+    }
+}
+
+/// Asks passt for the router's address until it answers, which it does once it is set up; there is
+/// no other sign that all versions give.
+fn probe(mut socket: UnixStream, mac: MacAddress) -> io::Result<UnixStream> {
+    let request = arp_request(mac);
+    let mut message = (request.len() as u32).to_be_bytes().to_vec();
+    message.extend(request);
+    socket.write_all(&message)?;
+    let deadline = Instant::now() + START_LIMIT;
+    let mut decoder = FrameDecoder::new();
+    loop {
+        while let Some(frame) = decoder.next_frame().map_err(io::Error::other)? {
+            if frame.get(12..14) == Some(&ARP) {
+                socket.set_nonblocking(true)?;
+                return Ok(socket);
+            }
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        socket.set_read_timeout(Some(left))?;
+        match socket.read(decoder.space())? {
+            0 => return Err(ErrorKind::UnexpectedEof.into()),
+            count => decoder.filled(count),
+        }
+    }
+}
+
+/// EtherType of ARP.
+const ARP: [u8; 2] = [0x08, 0x06];
+
+/// "Who has the router's address?", asked by the guest (RFC 826).
+fn arp_request(mac: MacAddress) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(60);
+    frame.extend([0xff; 6]);
+    frame.extend(mac.0);
+    frame.extend(ARP);
+    // Ethernet, IPv4, their address lengths, request.
+    frame.extend([0, 1, 8, 0, 6, 4, 0, 1]);
+    frame.extend(mac.0);
+    frame.extend(GUEST_ADDRESS.octets());
+    frame.extend([0; 6]);
+    frame.extend(HOST_ADDRESS.octets());
+    // The shortest frame on a wire.
+    frame.resize(60, 0);
+    frame
+}
+
+/// The next line, cut to a sane length; `None` at the end.
+fn read_line(input: &mut BufReader<ChildStderr>) -> Option<String> {
+    let mut line = Vec::new();
+    input.by_ref().take(LINE_LIMIT).read_until(b'\n', &mut line).ok()?;
+    (!line.is_empty()).then(|| String::from_utf8_lossy(&line).trim_end().to_owned())
+}
+
+/// Lines that say nothing: banners, and complaints about a missing system logger.
+fn is_noise(line: &str) -> bool {
+    line.trim().is_empty()
+        || line.starts_with("Failed to send")
+        || line.contains("Changing to nobody")
+        || line.contains("run as root")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments() {
+        let config = PasstConfig {
+            forwards: vec!["tcp:127.0.0.1:2223-:22".parse().unwrap(), "udp::5-:6".parse().unwrap()],
+            host_access: false,
+            mtu: Some(9000),
+            ipv6: false,
+        };
+        let line = config.arguments(HostRoutes::None).join(" ");
+        assert_eq!(
+            line,
+            "--foreground --mac-addr 9a:55:9a:55:9a:55 --address 10.0.2.15 --netmask 24 \
+             --gateway 10.0.2.2 --mtu 9000 --interface lo --ipv4-only --no-map-gw \
+             --tcp-ports 127.0.0.1/2223:22 --udp-ports 5:6"
+        );
+    }
+}

@@ -1,0 +1,483 @@
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    os::{
+        fd::{AsRawFd, IntoRawFd},
+        unix::net::UnixStream,
+    },
+    process::Command,
+    sync::Arc,
+};
+
+use super::{
+    HEADER, NetConfig,
+    backend::Link,
+    config::sample,
+    device::{MRG_RXBUF, Net},
+    mac::MacAddress,
+    passt::{HOST_ADDRESS, Passt, PasstConfig},
+};
+use crate::{
+    spec::Spec,
+    virtio::{
+        VirtioDevice,
+        testing::{Driver, DriverQueue, Part, guest_memory},
+    },
+};
+
+const MAC: MacAddress = MacAddress([2, 0, 0, 0, 0, 9]);
+const BUFFER: u32 = 2048;
+
+fn stream_card() -> (Net, Arc<Link>, UnixStream) {
+    let link = Link::new(false).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let net = Net::stream(None, link.clone(), MAC, None);
+    link.connect(ours);
+    (net, link, theirs)
+}
+
+fn read_frame(peer: &mut UnixStream) -> Vec<u8> {
+    let mut length = [0; 4];
+    peer.read_exact(&mut length).unwrap();
+    let mut frame = vec![0; u32::from_be_bytes(length) as usize];
+    peer.read_exact(&mut frame).unwrap();
+    frame
+}
+
+fn write_frame(peer: &mut UnixStream, frame: &[u8]) {
+    peer.write_all(&(frame.len() as u32).to_be_bytes()).unwrap();
+    peer.write_all(frame).unwrap();
+}
+
+fn frame(length: usize) -> Vec<u8> {
+    (0..length).map(|i| (i * 7) as u8).collect()
+}
+
+fn send(queue: &mut DriverQueue, frame: &[u8]) {
+    queue.send(&[Part::Out(&[0; HEADER]), Part::Out(frame)]);
+}
+
+#[test]
+fn packets_cross_a_stream_both_ways() {
+    let (mut net, _link, mut peer) = stream_card();
+    let mut driver = Driver::start(&mut net);
+    send(&mut driver.queues[1], &frame(60));
+    assert_eq!(read_frame(&mut peer), frame(60));
+    driver.queues[1].wait_used();
+    // Too short for a frame: dropped, and the next one goes.
+    send(&mut driver.queues[1], &frame(3));
+    send(&mut driver.queues[1], &frame(65_000));
+    assert_eq!(read_frame(&mut peer), frame(65_000));
+
+    driver.queues[0].fill(64, BUFFER);
+    write_frame(&mut peer, &frame(1514));
+    let (_, packet) = driver.queues[0].wait_used();
+    assert_eq!(packet[..HEADER], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+    assert_eq!(packet[HEADER..], frame(1514));
+    // A jumbo frame takes as many buffers as its header says.
+    write_frame(&mut peer, &frame(9000));
+    let (_, mut packet) = driver.queues[0].wait_used();
+    assert_eq!(packet[10..12], [5, 0]);
+    for _ in 1..5 {
+        packet.extend(driver.queues[0].wait_used().1);
+    }
+    assert_eq!(packet[HEADER..], frame(9000));
+    assert!(!driver.interrupt.needs_reset());
+}
+
+#[test]
+fn packets_wait_for_buffers_and_survive_a_reset() {
+    let (mut net, _link, mut peer) = stream_card();
+    let mut driver = Driver::start(&mut net);
+    for length in 100..110 {
+        write_frame(&mut peer, &frame(length));
+    }
+    for length in 100..105 {
+        driver.queues[0].fill(1, BUFFER);
+        assert_eq!(driver.queues[0].wait_used().1[HEADER..], frame(length));
+    }
+    net.reset();
+    net.reset();
+    let mut driver = Driver::start(&mut net);
+    driver.queues[0].fill(8, BUFFER);
+    write_frame(&mut peer, &frame(999));
+    // What the card held at the reset is lost, the rest arrives in order.
+    let mut lengths = Vec::new();
+    while lengths.last() != Some(&999) {
+        lengths.push(driver.queues[0].wait_used().1.len() - HEADER);
+    }
+    assert!(lengths.is_sorted() && lengths.len() >= 3, "{lengths:?}");
+}
+
+#[test]
+fn a_full_stream_holds_the_driver_back_without_loss() {
+    let (mut net, _link, mut peer) = stream_card();
+    let mut driver = Driver::start(&mut net);
+    let reader = std::thread::spawn(move || {
+        (0..100).map(|_| read_frame(&mut peer).len()).collect::<Vec<_>>()
+    });
+    for _ in 0..100 {
+        send(&mut driver.queues[1], &frame(60_000));
+        driver.queues[1].wait_used();
+    }
+    assert_eq!(reader.join().unwrap(), [60_000; 100]);
+}
+
+#[test]
+fn without_mergeable_buffers_a_packet_takes_one() {
+    let (mut net, _link, mut peer) = stream_card();
+    let features = net.features() & !(1 << MRG_RXBUF);
+    let mut driver = Driver::start_with(&mut net, features, guest_memory());
+    driver.queues[0].fill(2, BUFFER);
+    write_frame(&mut peer, &frame(4000));
+    write_frame(&mut peer, &frame(60));
+    assert_eq!(driver.queues[0].wait_used().1, b"", "too large: the buffer comes back empty");
+    assert_eq!(driver.queues[0].wait_used().1[HEADER..], frame(60));
+}
+
+#[test]
+fn the_cable_follows_the_peer() {
+    let (mut net, link, peer) = stream_card();
+    let status = |net: &Net| {
+        let mut status = [0; 2];
+        net.read_config(6, &mut status);
+        status[0]
+    };
+    let mut driver = Driver::start(&mut net);
+    assert_eq!(status(&net), 1);
+    drop(peer);
+    driver.interrupt.wait_config_change();
+    assert_eq!(status(&net), 0);
+    send(&mut driver.queues[1], &frame(60));
+    driver.queues[1].wait_used();
+    let (ours, mut peer) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    link.connect(ours);
+    driver.interrupt.wait_config_change();
+    assert_eq!(status(&net), 1);
+    driver.queues[0].fill(1, BUFFER);
+    write_frame(&mut peer, &frame(77));
+    assert_eq!(driver.queues[0].wait_used().1.len(), HEADER + 77);
+    // A peer that breaks the protocol is dropped like one that is gone.
+    peer.write_all(&[0xff; 4]).unwrap();
+    driver.interrupt.wait_config_change();
+    assert_eq!(status(&net), 0);
+}
+
+#[test]
+fn violations_need_a_reset() {
+    let (mut net, _link, mut peer) = stream_card();
+    let mut driver = Driver::start(&mut net);
+    driver.queues[1].add_raw(&[(0x40_0000, 1 << 20, false)]);
+    driver.queues[1].kick();
+    driver.interrupt.wait_config_change();
+    assert!(driver.interrupt.needs_reset());
+    net.reset();
+    let mut driver = Driver::start(&mut net);
+    driver.queues[0].fill(1, 11);
+    write_frame(&mut peer, &frame(60));
+    driver.interrupt.wait_config_change();
+    assert!(driver.interrupt.needs_reset());
+    assert!(sample().is_ok());
+}
+
+/// A guest of one machine, just enough to get an address.
+struct Guest {
+    driver: Driver,
+}
+
+impl Guest {
+    fn receive(&mut self) -> Vec<u8> {
+        self.driver.queues[0].receive(BUFFER).split_off(HEADER)
+    }
+
+    fn transmit(&mut self, frame: &[u8]) {
+        send(&mut self.driver.queues[1], frame);
+        self.driver.queues[1].wait_used();
+    }
+
+    /// The next frame that `wanted` likes.
+    fn wait_for(&mut self, wanted: impl Fn(&[u8]) -> bool) -> Vec<u8> {
+        loop {
+            let frame = self.receive();
+            if wanted(&frame) {
+                return frame;
+            }
+        }
+    }
+}
+
+fn checksum(bytes: &[u8]) -> u16 {
+    let sum: u32 = bytes.chunks(2).map(|p| u32::from(p[0]) << 8 | u32::from(p[1])).sum();
+    !((sum & 0xffff) + (sum >> 16)) as u16
+}
+
+/// A DHCP message (RFC 2131) in UDP, IPv4 and Ethernet.
+fn dhcp(kind: u8) -> Vec<u8> {
+    let mut bootp = vec![1, 1, 6, 0, 1, 2, 3, 4];
+    bootp.resize(28, 0);
+    bootp.extend(MAC.0);
+    bootp.resize(236, 0);
+    bootp.extend([99, 130, 83, 99, 53, 1, kind, 55, 4, 1, 3, 6, 26]);
+    if kind == 3 {
+        bootp.extend([50, 4, 10, 0, 2, 15, 54, 4, 10, 0, 2, 2]);
+    }
+    bootp.push(255);
+    bootp.resize(300, 0);
+    let mut ip = vec![0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255];
+    let total = (20 + 8 + bootp.len()) as u16;
+    ip[2..4].copy_from_slice(&total.to_be_bytes());
+    let sum = checksum(&ip);
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    let mut frame = vec![0xff; 6];
+    frame.extend(MAC.0);
+    frame.extend([8, 0]);
+    frame.extend(ip);
+    frame.extend([0, 68, 0, 67]);
+    frame.extend((8 + bootp.len() as u16).to_be_bytes());
+    frame.extend([0, 0]);
+    frame.extend(bootp);
+    frame
+}
+
+fn is_dhcp(frame: &[u8]) -> bool {
+    frame.len() > 282 && frame[12..14] == [8, 0] && frame[23] == 17 && frame[36..38] == [0, 68]
+}
+
+fn dhcp_option(frame: &[u8], wanted: u8) -> Option<Vec<u8>> {
+    let mut options = &frame[14 + 20 + 8 + 240..];
+    while let [code, length, rest @ ..] = options {
+        match code {
+            0 => options = &options[1..],
+            255 => return None,
+            _ => {
+                let value = &rest[..usize::from(*length)];
+                if *code == wanted {
+                    return Some(value.to_vec());
+                }
+                options = &rest[usize::from(*length)..];
+            }
+        }
+    }
+    None
+}
+
+fn passt_config(forward: &str) -> PasstConfig {
+    PasstConfig {
+        forwards: vec![forward.parse().unwrap()],
+        host_access: true,
+        mtu: None,
+        ipv6: false,
+    }
+}
+
+fn have_passt() -> bool {
+    let there = Command::new("passt").arg("--version").output().is_ok();
+    if !there {
+        eprintln!("skipped: the program 'passt' is not installed");
+    }
+    there
+}
+
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+#[test]
+fn the_guest_gets_an_address_and_a_forwarded_port_from_passt() {
+    if !have_passt() {
+        return;
+    }
+    let port = free_port();
+    let link = Link::new(false).unwrap();
+    let config = passt_config(&format!("tcp:127.0.0.1:{port}-:22"));
+    let passt = Passt::start(config, MAC, link.clone()).unwrap();
+    let mut net = Net::stream(Some(passt), link.clone(), MAC, None);
+    let driver = Driver::start(&mut net);
+    let mut guest = Guest { driver };
+    guest.driver.queues[0].fill(64, BUFFER);
+    guest.transmit(&dhcp(1));
+    let offer = guest.wait_for(is_dhcp);
+    assert_eq!(dhcp_option(&offer, 53), Some(vec![2]));
+    assert_eq!(offer[14 + 20 + 8 + 16..][..4], [10, 0, 2, 15]);
+    guest.transmit(&dhcp(3));
+    let ack = guest.wait_for(is_dhcp);
+    assert_eq!(dhcp_option(&ack, 53), Some(vec![5]));
+    assert_eq!(dhcp_option(&ack, 3), Some(HOST_ADDRESS.octets().to_vec()));
+    assert_eq!(dhcp_option(&ack, 1), Some(vec![255, 255, 255, 0]));
+    assert_eq!(dhcp_option(&ack, 26), Some(vec![0x05, 0xdc]));
+
+    // A connection to the forwarded port reaches port 22 of the guest.
+    let _client = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let syn = guest.wait_for(|frame| frame[12..14] == [8, 0] && frame[23] == 6);
+    assert_eq!(syn[30..34], [10, 0, 2, 15]);
+    assert_eq!(syn[36..38], [0, 22]);
+    assert_eq!(syn[47] & 0x3f, 2, "a SYN");
+
+    // A second machine cannot have the same port, and is told so at once.
+    let config = passt_config(&format!("tcp:127.0.0.1:{port}-:22"));
+    let Err(error) = Passt::start(config, MAC, Link::new(false).unwrap()) else {
+        panic!("the port was forwarded twice");
+    };
+    assert!(error.to_string().contains("passt ended at its start"), "{error}");
+}
+
+#[test]
+fn passt_is_started_again_when_it_dies() {
+    if !have_passt() {
+        return;
+    }
+    let link = Link::new(false).unwrap();
+    let config = passt_config(&format!("tcp:127.0.0.1:{}-:22", free_port()));
+    let passt = Passt::start(config, MAC, link.clone()).unwrap();
+    let first = passt.id();
+    let mut net = Net::stream(Some(passt), link, MAC, None);
+    let driver = Driver::start(&mut net);
+    let mut guest = Guest { driver };
+    guest.driver.queues[0].fill(64, BUFFER);
+    guest.transmit(&dhcp(1));
+    guest.wait_for(is_dhcp);
+    assert!(
+        Command::new("kill").args(["-9", &first.unwrap().to_string()]).status().unwrap().success()
+    );
+    // Down and up may be one or two notifications.
+    guest.driver.interrupt.wait_config_change();
+    let up = |net: &Net| {
+        let mut status = [0];
+        net.read_config(6, &mut status);
+        status[0] == 1 && net.passt_id() != first
+    };
+    while !up(&net) {
+        guest.driver.interrupt.wait_config_change();
+    }
+    guest.transmit(&dhcp(1));
+    guest.wait_for(is_dhcp);
+    let last = net.passt_id().unwrap();
+    drop(net);
+    assert!(!std::path::Path::new(&format!("/proc/{last}")).exists(), "passt is collected");
+}
+
+/// Runs the test `name` again inside a network namespace of its own.
+fn in_namespace(name: &str) -> bool {
+    if std::env::var_os("DRAGO_TEST_NAMESPACE").is_some() {
+        return true;
+    }
+    if !std::path::Path::new("/dev/net/tun").exists() {
+        eprintln!("skipped: there is no /dev/net/tun");
+        return false;
+    }
+    let mut attempt = Command::new("unshare");
+    attempt.args(["-rn", "ip", "tuntap", "add", "t", "mode", "tap"]);
+    if !attempt.output().is_ok_and(|output| output.status.success()) {
+        eprintln!("skipped: no network namespace with a tap interface can be made here");
+        return false;
+    }
+    let status = Command::new("unshare")
+        .args(["-rn"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture"])
+        .env("DRAGO_TEST_NAMESPACE", "1")
+        .status()
+        .unwrap();
+    assert!(status.success());
+    false
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status().unwrap();
+    assert!(status.success(), "ip {arguments}");
+}
+
+#[test]
+fn packets_cross_a_tap_interface() {
+    if !in_namespace("virtio::net::tests::packets_cross_a_tap_interface") {
+        return;
+    }
+    ip("tuntap add dev dragotest0 mode tap vnet_hdr");
+    ip("addr add 192.0.2.1/24 dev dragotest0");
+    let parse = |text: &str| NetConfig::parse(Spec::parse("net", text).unwrap()).unwrap();
+    let mut built = parse("tap=dragotest0,mac=02:00:00:00:00:09,mtu=1400").build().unwrap();
+    // Only now: an interface that is up without a carrier gets its queue some time later.
+    ip("link set dragotest0 up");
+    let mut mac = [0; 12];
+    built.device.read_config(0, &mut mac);
+    assert_eq!(mac, [2, 0, 0, 0, 0, 9, 1, 0, 1, 0, 0x78, 0x05]);
+    let driver = Driver::start(&mut *built.device);
+    let mut guest = Guest { driver };
+    guest.driver.queues[0].fill(64, BUFFER);
+    // Who has 192.0.2.1? The host's kernel answers.
+    let mut request = vec![0xff; 6];
+    request.extend(MAC.0);
+    request.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    request.extend(MAC.0);
+    request.extend([192, 0, 2, 2, 0, 0, 0, 0, 0, 0, 192, 0, 2, 1]);
+    request.resize(60, 0);
+    guest.transmit(&request);
+    let reply = guest.wait_for(|frame| frame[12..14] == [8, 6] && frame[20..22] == [0, 2]);
+    assert_eq!(reply[28..32], [192, 0, 2, 1]);
+
+    // What the host sends arrives.
+    let listener = std::net::UdpSocket::bind("192.0.2.1:0").unwrap();
+    listener.send_to(&frame(1000), "192.0.2.2:9").unwrap();
+    let packet = guest.wait_for(|frame| frame[12..14] == [8, 0] && frame[23] == 17);
+    assert_eq!(packet[42..], frame(1000));
+
+    // In use, then free again, also as an inherited descriptor.
+    let busy = parse("tap=dragotest0").build().unwrap_err().to_string();
+    assert!(busy.contains("another process uses it"), "{busy}");
+    let missing = parse("tap=nosuchtap0").build().unwrap_err().to_string();
+    assert!(missing.contains("ip tuntap add dev nosuchtap0"), "{missing}");
+    drop(built);
+    let tun = std::fs::File::options().read(true).write(true).open("/dev/net/tun").unwrap();
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI;
+    super::sys::attach(std::os::fd::AsFd::as_fd(&tun), "dragotest0", flags | libc::IFF_VNET_HDR)
+        .unwrap();
+    let built = parse(&format!("fd={}", tun.as_raw_fd())).build().unwrap();
+    assert!(built.device.features() & 1 != 0, "offloads");
+    drop((built, tun));
+    let null = std::fs::File::open("/dev/null").unwrap().into_raw_fd();
+    let error = parse(&format!("fd={null}")).build().unwrap_err().to_string();
+    assert!(error.contains("not a tap"), "{error}");
+    let error = parse("fd=999").build().unwrap_err().to_string();
+    assert!(error.contains("not an open descriptor"), "{error}");
+
+    // The interface is removed under a running card.
+    let mut built = parse("tap=dragotest0").build().unwrap();
+    let driver = Driver::start(&mut *built.device);
+    ip("link del dragotest0");
+    driver.interrupt.wait_config_change();
+    let mut status = [9];
+    built.device.read_config(6, &mut status);
+    assert_eq!(status, [0]);
+}
+
+#[test]
+fn options() {
+    let parse = |text: &str| NetConfig::parse(Spec::parse("net", text).unwrap());
+    for right in [
+        "user",
+        "user,hostfwd=tcp::2223-:22,hostfwd=udp::2223-:22,host-access=off,ipv6=off,mtu=9000",
+        "tap=tap0,mac=02:00:00:00:00:01",
+        "fd=3",
+    ] {
+        assert!(parse(right).is_ok(), "{right}");
+    }
+    for wrong in [
+        "",
+        "bridge",
+        "user,tap=a",
+        "tap=a,fd=3",
+        "tap=",
+        "tap=a-name-that-is-too-long",
+        "fd=1",
+        "fd=3:4",
+        "fd=x",
+        "user,mtu=10",
+        "user,mac=ff:ff:ff:ff:ff:ff",
+        "user,hostfwd=tcp::1-:2,hostfwd=tcp::1-:3",
+        "tap=a,hostfwd=tcp::1-:2",
+    ] {
+        assert!(parse(wrong).is_err(), "{wrong}");
+    }
+}
