@@ -1,4 +1,5 @@
 //! The test picture: what is in it, and a thread that moves it.
+#![allow(unreachable_pub, dead_code, reason = "shared by the example and the tests")]
 
 use std::{
     sync::{

@@ -1,42 +1,79 @@
-//! Connects the guest's agent with the clients.
+//! The bridge, shared by the I/O thread and the program's port.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use crate::{AgentPort, proto::DecodeError};
+pub(crate) use super::bridge::ToClient;
+use super::{AgentPort, bridge::Bridge};
+use crate::{MonitorConfig, io::shared::lock, proto::DecodeError};
 
-/// What the agent wants a client to hear.
-pub(crate) enum ToClient {
-    Data(Vec<u8>),
-    Tokens(u32),
-    Disconnected,
-    Connected { tokens: u32 },
-}
-
+/// Connects the guest's agent with the clients. The port is never called with the lock held.
 pub(crate) struct AgentHub {
-    _port: Option<Arc<dyn AgentPort>>,
+    port: Option<Arc<dyn AgentPort>>,
+    bridge: Mutex<Bridge>,
 }
 
 impl AgentHub {
     pub(crate) fn new(port: Option<Arc<dyn AgentPort>>) -> Self {
-        Self { _port: port }
+        Self { port, bridge: Mutex::default() }
     }
-    pub(crate) fn attach(&self, _session: u32) -> u32 {
-        10
-    }
-    pub(crate) fn start(&self, _session: u32, _tokens: u32) {}
-    pub(crate) fn client_data(&self, _session: u32, _data: &[u8]) -> Result<(), DecodeError> {
-        Ok(())
-    }
-    pub(crate) fn client_tokens(&self, _session: u32, _tokens: u32) {}
-    pub(crate) fn next_for_client(&self, _session: u32) -> Option<ToClient> {
-        None
-    }
-    pub(crate) fn pump(&self) {}
+
     pub(crate) fn is_open(&self) -> bool {
-        false
+        lock(&self.bridge).guest_is_open()
     }
+
+    pub(crate) fn attach(&self, session: u32) -> u32 {
+        lock(&self.bridge).attach(session)
+    }
+
+    pub(crate) fn detach(&self, session: u32) {
+        lock(&self.bridge).detach(session);
+    }
+
+    pub(crate) fn start(&self, session: u32, tokens: u32) {
+        lock(&self.bridge).start(session, tokens);
+    }
+
+    pub(crate) fn client_tokens(&self, session: u32, tokens: u32) {
+        lock(&self.bridge).client_tokens(session, tokens);
+    }
+
+    pub(crate) fn client_data(
+        &self,
+        session: u32,
+        data: &[u8],
+    ) -> Result<Option<Vec<Option<MonitorConfig>>>, DecodeError> {
+        lock(&self.bridge).client_data(session, data)
+    }
+
+    pub(crate) fn next_for_client(&self, session: u32) -> Option<ToClient> {
+        let mut bridge = lock(&self.bridge);
+        match bridge.take_returned(session) {
+            Some(tokens) => Some(ToClient::Tokens(tokens)),
+            None => bridge.next_for_client(session),
+        }
+    }
+
     pub(crate) fn guest_data(&self, bytes: &[u8]) -> usize {
-        bytes.len()
+        lock(&self.bridge).guest_data(bytes)
     }
-    pub(crate) fn guest_opened(&self, _open: bool) {}
+
+    pub(crate) fn guest_opened(&self, open: bool) {
+        lock(&self.bridge).guest_opened(open);
+    }
+
+    /// Gives the guest what it takes. Only the I/O thread calls this.
+    pub(crate) fn pump(&self) {
+        let Some(port) = &self.port else { return };
+        loop {
+            let Some(mut item) = lock(&self.bridge).next_for_guest() else { break };
+            let rest = item.bytes.get(item.written..).unwrap_or_default();
+            item.written += port.to_guest(rest).min(rest.len());
+            if !lock(&self.bridge).wrote(item) {
+                break;
+            }
+        }
+        if lock(&self.bridge).take_wanted() {
+            port.guest_data_wanted();
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! The guest agent's byte stream (spice-vdagent) between a virtio port and the clients.
 
+pub(crate) mod bridge;
 pub(crate) mod hub;
 
 use std::sync::Arc;

@@ -6,6 +6,7 @@ pub(crate) mod events;
 pub(crate) mod frame;
 pub(crate) mod geometry;
 pub(crate) mod handle;
+pub(crate) mod resize;
 pub(crate) mod state;
 
 pub use cursor::CursorImage;

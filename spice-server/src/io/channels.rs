@@ -10,6 +10,7 @@ use super::shared::{Shared, lock};
 use crate::{
     Button, KeyEvent, Leds, MouseMode, PointerPosition, Scancode,
     agent::hub::ToClient,
+    display::resize::Resizer,
     display::state::DisplayShared,
     proto::{
         DecodeError,
@@ -67,6 +68,7 @@ impl Channel {
             clock,
             knows_names: request.channel_caps.has(main::CAP_NAME_AND_UUID),
             knows_tokens: request.channel_caps.has(main::CAP_AGENT_CONNECTED_TOKENS),
+            resizer: Resizer::default(),
         };
         Self::new(request, Body::Main(main))
     }
@@ -151,10 +153,17 @@ impl Channel {
 
     /// When [`timer`](Self::timer) wants to be called.
     pub(crate) fn next_timer(&self) -> Option<Instant> {
-        None
+        match &self.body {
+            Body::Main(main) => main.resizer.next_timer(),
+            Body::Inputs(_) | Body::Cursor(_) => None,
+        }
     }
 
-    pub(crate) fn timer(&mut self, _now: Instant, _context: &mut Context<'_>) {}
+    pub(crate) fn timer(&mut self, now: Instant, context: &mut Context<'_>) {
+        if let Body::Main(main) = &mut self.body {
+            main.resizer.timer(now, context.shared);
+        }
+    }
 
     /// Tells the client that the server ends the connection.
     pub(crate) fn say_goodbye(&mut self, out: &mut Vec<u8>) {
@@ -162,9 +171,11 @@ impl Channel {
     }
 
     /// The connection is gone.
-    pub(crate) fn closed(&mut self, shared: &Shared) {
-        if let Body::Inputs(inputs) = &mut self.body {
-            inputs.release_all(shared);
+    pub(crate) fn closed(&mut self, session: u32, shared: &Shared) {
+        match &mut self.body {
+            Body::Main(_) => shared.agent.detach(session),
+            Body::Inputs(inputs) => inputs.release_all(shared),
+            Body::Cursor(_) => {}
         }
     }
 }
@@ -177,6 +188,7 @@ struct MainChannel {
     clock: u32,
     knows_names: bool,
     knows_tokens: bool,
+    resizer: Resizer,
 }
 
 impl MainChannel {
@@ -223,7 +235,9 @@ impl MainChannel {
                 shared.agent.start(context.session, tokens);
             }
             main::ClientMessage::AgentData(data) => {
-                shared.agent.client_data(context.session, data)?;
+                if let Some(monitors) = shared.agent.client_data(context.session, data)? {
+                    self.resizer.wanted(monitors, Instant::now());
+                }
             }
             main::ClientMessage::AgentToken { tokens } => {
                 shared.agent.client_tokens(context.session, tokens);

@@ -8,6 +8,7 @@ pub(crate) mod channels;
 pub(crate) mod keys;
 pub(crate) mod links;
 pub(crate) mod listen;
+pub(crate) mod pace;
 pub(crate) mod reactor;
 pub(crate) mod shared;
 pub(crate) mod sys;

@@ -321,7 +321,7 @@ impl Reactor {
         let Some(connection) = self.connections.remove(&token) else { return };
         let _ = epoll::delete(&self.epoll, &connection.stream);
         if let Stage::Channel(session, mut channel) = connection.stage {
-            channel.closed(&self.shared);
+            channel.closed(session.id, &self.shared);
             let key = channel.key();
             lock(&session.channels).retain(|open| *open != key);
             if channel.kind() == ChannelType::Main {

@@ -17,17 +17,18 @@ use std::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{
+    pace::Pace,
     shared::{Command, Session, Shared},
     wake::Wake,
 };
 use crate::{
     Frame, Rect,
-    display::{handle::to_xrgb8888, state::Work},
+    display::{damage::Damage, handle::to_xrgb8888, state::Work},
     proto::{
         channel::{BaseMessage, Caps},
         display::{
-            CAP_LZ4, ClientMessage, Compression, Surface, decode, limit, put_copy, put_fill, put_mark,
-            put_monitors_config, put_surface_create, put_surface_destroy,
+            CAP_LZ4, ClientMessage, Compression, Surface, decode, limit, put_copy, put_fill,
+            put_mark, put_monitors_config, put_surface_create, put_surface_destroy,
         },
         framing::{Deframer, Framer, HeaderKind},
         image::{Coding, put_image, put_surface_image},
@@ -36,6 +37,12 @@ use crate::{
 
 /// Shortest mean time between two pictures.
 const FRAME_INTERVAL: Duration = Duration::from_micros(16_667);
+/// How long a picture must rest before its lossy parts are drawn exactly.
+const REFINE_AFTER: Duration = Duration::from_millis(300);
+/// Quality of lossy parts, 1 to 100.
+const JPEG_QUALITY: u8 = 80;
+/// Smallest part, in bytes of pixels, that may be lossy.
+const MIN_LOSSY: usize = 64 * 64 * 4;
 /// How long buffers stay allocated while nothing moves.
 const KEEP_BUFFERS: Duration = Duration::from_secs(2);
 /// Encoded bytes worth a write of their own.
@@ -100,6 +107,9 @@ fn run(new: NewViewer, handle: ViewerHandle) {
         shown: None,
         staging: None,
         lz4: new.caps.has(CAP_LZ4),
+        pace: Pace::default(),
+        lossy: None,
+        refine_at: Instant::now(),
         next_sweep: Instant::now(),
         handle,
     };
@@ -144,6 +154,11 @@ struct Viewer {
     /// Size of the surface that collects a new picture, while there is one.
     staging: Option<(u32, u32)>,
     lz4: bool,
+    pace: Pace,
+    /// What was drawn with a lossy coding and not yet exactly.
+    lossy: Option<Damage>,
+    /// When the picture has rested long enough to be drawn exactly.
+    refine_at: Instant,
     /// When the next picture may begin.
     next_sweep: Instant,
     handle: ViewerHandle,
@@ -176,8 +191,16 @@ impl Viewer {
                 self.wait(true, None)?;
                 continue;
             }
+            let now = Instant::now();
             let pause = if self.source.has_work(self.id, self.target().1) {
-                Some(self.next_sweep.saturating_duration_since(Instant::now()))
+                Some(self.next_sweep.saturating_duration_since(now))
+            } else if let Some(lossy) = &mut self.lossy {
+                if now >= self.refine_at {
+                    lossy.begin_sweep();
+                    self.refine();
+                    continue;
+                }
+                Some(self.refine_at - now)
             } else if self.pixels.capacity() > 0 {
                 Some(KEEP_BUFFERS)
             } else {
@@ -217,7 +240,7 @@ impl Viewer {
                 true
             }
             Work::Draw(frame, rect) => {
-                self.draw(frame, rect);
+                self.draw(frame, rect, false);
                 true
             }
             Work::Done => {
@@ -242,7 +265,9 @@ impl Viewer {
         }
         put_surface_create(&mut self.framer, &mut self.out, Surface::Primary, size);
         put_monitors_config(&mut self.framer, &mut self.out, size);
-        self.shown = Some(size);
+        if self.shown.replace(size) != Some(size) {
+            self.lossy = self.lossy.take().filter(|_| self.staging == Some(size));
+        }
     }
 
     /// Shows the collected picture.
@@ -271,19 +296,50 @@ impl Viewer {
         put_fill(&mut self.framer, &mut self.out, surface, rect, 0);
     }
 
-    fn draw(&mut self, frame: Arc<dyn Frame>, rect: Rect) {
+    /// Encodes a part of a frame; `exact` forbids lossy codings.
+    fn draw(&mut self, frame: Arc<dyn Frame>, rect: Rect, exact: bool) {
         let stride = rect.width as usize * 4;
         self.pixels.resize(stride * rect.height as usize, 0);
         frame.copy_rect(rect, &mut self.pixels, stride);
         to_xrgb8888(frame.format(), &mut self.pixels);
         // The frame's slot is free again before the encoder has done its work.
         drop(frame);
-        let coding = if self.lz4 { Coding::Lz4 } else { Coding::Raw };
+        let (surface, target) = self.target();
         let size = (rect.width, rect.height);
-        let surface = self.target().0;
+        let raw = self.pixels.len();
+        let may_lose = !exact && raw >= MIN_LOSSY && self.pace.is_slow(Instant::now());
+        let mut coding = if self.lz4 { Coding::Lz4 } else { Coding::Raw };
         put_copy(&mut self.framer, &mut self.out, surface, rect, |out| {
-            put_image(out, size, &self.pixels, coding);
+            let start = out.len();
+            coding = put_image(out, size, &self.pixels, coding);
+            // What LZ4 cannot shrink is a photograph or a film, where JPEG is at its best; text and
+            // other flat pictures never come here.
+            if may_lose && out.len() - start > raw / 10 * 6 && !is_flat(&self.pixels) {
+                out.truncate(start);
+                coding = put_image(out, size, &self.pixels, Coding::Jpeg(JPEG_QUALITY));
+            }
         });
+        if matches!(coding, Coding::Jpeg(_))
+            && let Some((width, height)) = target
+        {
+            self.lossy.get_or_insert_with(|| Damage::new(width, height)).add(rect);
+            self.refine_at = Instant::now() + REFINE_AFTER;
+        }
+    }
+
+    /// Draws one lossy part again, exactly; `false` if there is none.
+    fn refine(&mut self) -> bool {
+        let (frame, rect) = (self.source.frame(), self.lossy.as_mut().and_then(Damage::take));
+        match (frame, rect) {
+            (Some(frame), Some(rect)) if Some((frame.width(), frame.height())) == self.shown => {
+                self.draw(frame, rect, true);
+                true
+            }
+            _ => {
+                self.lossy = None;
+                false
+            }
+        }
     }
 
     /// Writes what there is; `false` if the socket is full.
@@ -293,15 +349,20 @@ impl Viewer {
                 Ok(0) => return Err(io::ErrorKind::BrokenPipe.into()),
                 Ok(count) => {
                     self.sent += count;
+                    self.pace.took(count);
                     self.session.sent.fetch_add(count as u64, Ordering::Relaxed);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.pace.full(Instant::now());
+                    return Ok(false);
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
         self.out.clear();
         self.sent = 0;
+        self.pace.drained(Instant::now());
         Ok(true)
     }
 
@@ -377,4 +438,14 @@ impl Viewer {
         }
         Ok(())
     }
+}
+
+/// Whether many neighbouring pixels are equal, as in text and drawings.
+fn is_flat(pixels: &[u8]) -> bool {
+    let (mut equal, mut all) = (0usize, 0usize);
+    for pair in pixels.chunks_exact(8) {
+        equal += usize::from(pair.get(..3) == pair.get(4..7));
+        all += 1;
+    }
+    equal * 4 > all
 }

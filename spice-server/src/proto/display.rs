@@ -185,8 +185,9 @@ mod tests {
     #[test]
     fn copy_points_at_its_image() {
         let mut out = Vec::new();
-        put_copy(&mut Framer::new(HeaderKind::Mini), &mut out, Rect::new(8, 16, 32, 64), |out| {
-            out.extend_from_slice(b"IMAGE")
+        let mut framer = Framer::new(HeaderKind::Mini);
+        put_copy(&mut framer, &mut out, Surface::Primary, Rect::new(8, 16, 32, 64), |out| {
+            out.extend_from_slice(b"IMAGE");
         });
         let body = &out[6..];
         let mut reader = Reader::new(body);
