@@ -93,7 +93,7 @@ struct MachineArgs {
     #[arg(long, value_parser = smbios::parse_uuid)]
     uuid: Option<[u8; 16]>,
     /// Serve the screen to SPICE clients
-    #[arg(long, value_name = "ADDRESS:PORT[,password-file=FILE]")]
+    #[arg(long, value_name = "ADDRESS:PORT[,password-file=FILE][,clients=POLICY]")]
     spice: Option<String>,
     /// End with this status when the guest's kernel panics
     #[arg(long, value_name = "STATUS")]
@@ -123,12 +123,13 @@ enum Task {
 
 /// Devices every machine gets unless the option is given: option, value, whether only with
 /// `--spice`.
-const DEFAULTS: [(&str, &str, bool); 5] = [
+const DEFAULTS: [(&str, &str, bool); 6] = [
     // Without it a guest without RDRAND waits for entropy for minutes.
     ("rng", "", false),
     ("gpu", "", true),
     ("input", "keyboard", true),
     ("input", "tablet", true),
+    ("input", "mouse", true),
     ("console", "vdagent=on", true),
 ];
 
