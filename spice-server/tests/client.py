@@ -6,6 +6,7 @@ Every line of stdin is a command with arguments, every line of stdout a JSON obj
 import ctypes
 import hashlib
 import json
+import os
 import sys
 
 import gi
@@ -136,7 +137,7 @@ def command(line):
         main.send_monitor_config()
     elif name == "copy":
         clipboard_text = line.split(" ", 1)[1]
-        main.clipboard_selection_grab(0, [1], 1) if False else main.clipboard_selection_grab(0, [1])
+        main.clipboard_selection_grab(0, [1])
     elif name == "paste":
         main.clipboard_selection_request(0, 1)
     elif name == "pixels":
@@ -156,15 +157,21 @@ def command(line):
         say("error", text="unknown command " + line)
 
 
+unread = b""
+
+
 def stdin_ready(source, condition):
-    line = sys.stdin.readline()
-    if not line:
+    global unread
+    data = os.read(0, 4096)
+    if not data:
         loop.quit()
         return False
-    try:
-        command(line.strip())
-    except Exception as error:  # the test must see it
-        say("error", text=repr(error))
+    *lines, unread = (unread + data).split(b"\n")
+    for line in lines:
+        try:
+            command(line.decode().strip())
+        except Exception as error:  # the test must see it
+            say("error", text=repr(error))
     return True
 
 

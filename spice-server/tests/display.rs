@@ -1,0 +1,312 @@
+//! Pictures, compared pixel by pixel in spicy-screenshot and spice-gtk.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod support;
+
+use std::{
+    net::SocketAddr,
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use spice_server::{ClientPolicy, MemoryFrame, Rect, SurfaceInfo};
+use support::{
+    Client, CountedFrame, eventually, hash, have, have_client,
+    picture::{self, Event, Mode, Picture},
+    setup,
+};
+
+/// What spicy-screenshot saw: width, height, RGB bytes.
+fn screenshot(address: SocketAddr, options: &[&str]) -> Option<(u32, u32, Vec<u8>)> {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("shot.ppm");
+    let status = Command::new("timeout")
+        .args(["30", "spicy-screenshot", "-h", &address.ip().to_string()])
+        .args(["-p", &address.port().to_string(), "-o"])
+        .arg(&file)
+        .args(options)
+        .output()
+        .unwrap()
+        .status;
+    if !status.success() {
+        return None;
+    }
+    let bytes = std::fs::read(file).unwrap();
+    let mut header = bytes.splitn(4, |byte| byte.is_ascii_whitespace());
+    assert_eq!(header.next(), Some(&b"P6"[..]));
+    let mut number =
+        || -> u32 { std::str::from_utf8(header.next().unwrap()).unwrap().parse().unwrap() };
+    let (width, height) = (number(), number());
+    let pixels = header.next().unwrap().strip_prefix(b"255\n").unwrap();
+    Some((width, height, pixels.to_vec()))
+}
+
+fn rgb(pixels: &[u8]) -> Vec<u8> {
+    pixels.chunks_exact(4).flat_map(|p| [p[2], p[1], p[0]]).collect()
+}
+
+#[test]
+fn screenshots_are_exact() {
+    if !have("spicy-screenshot") {
+        return;
+    }
+    for size in [(1024, 768), (1366, 768), (333, 201), (1, 1)] {
+        for compression in ["lz4", "off", "auto-glz"] {
+            let setup = setup(|builder| builder);
+            let pixels = setup.show_background(size);
+            let option = format!("--spice-preferred-compression={compression}");
+            let (width, height, got) = screenshot(setup.address(), &[&option]).unwrap();
+            assert_eq!((width, height), size, "{compression}");
+            assert!(got == rgb(&pixels), "{size:?} {compression}: pixels differ");
+        }
+    }
+}
+
+#[test]
+fn noise_is_exact() {
+    if !have("spicy-screenshot") {
+        return;
+    }
+    let setup = setup(|builder| builder);
+    let mut picture = Picture::new(setup.display.clone(), Mode::Noise, (800, 600));
+    picture.tick();
+    let snapshot = setup.display.snapshot().unwrap();
+    let (_, _, got) = screenshot(setup.address(), &[]).unwrap();
+    assert!(got == rgb(&snapshot.pixels));
+}
+
+#[test]
+fn a_wrong_password_shows_nothing_and_the_right_one_works() {
+    if !have("spicy-screenshot") {
+        return;
+    }
+    let password = spice_server::Secret::new("open sesame").unwrap();
+    let setup = setup(|builder| builder.password(Some(password)));
+    setup.show_background((64, 64));
+    assert!(screenshot(setup.address(), &["-w", "open sesam"]).is_none());
+    assert!(screenshot(setup.address(), &[]).is_none());
+    assert!(screenshot(setup.address(), &["-w", "open sesame"]).is_some());
+}
+
+#[test]
+fn updates_arrive_exactly_whatever_is_damaged() {
+    if !have_client() {
+        return;
+    }
+    let size = (500, 400);
+    let setup = setup(|builder| builder);
+    let mut pixels = setup.show_background(size);
+    let mut client = Client::connect_ready(&setup);
+    assert_eq!(client.pixels(), hash(&pixels));
+    let mut state = 3u32;
+    let mut random = |below: u32| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) % below
+    };
+    for _ in 0..100 {
+        let rect = Rect::new(random(500), random(400), 1 + random(150), 1 + random(150));
+        let rect = rect.clipped(size.0, size.1);
+        let colour = random(1 << 24).to_le_bytes();
+        for y in rect.y..rect.bottom() {
+            for x in rect.x..rect.right() {
+                let at = (y * size.0 + x) as usize * 4;
+                pixels[at..at + 4].copy_from_slice(&colour);
+            }
+        }
+        let frame = MemoryFrame::new(size.0, size.1, pixels.clone()).unwrap();
+        setup.display.present(Arc::new(frame), &[rect]);
+    }
+    let wanted = hash(&pixels);
+    eventually("the client shows the last frame", || client.pixels() == wanted);
+}
+
+#[test]
+fn other_sizes_and_no_picture() {
+    if !have_client() {
+        return;
+    }
+    let setup = setup(|builder| builder);
+    let mut client = Client::connect_ready(&setup);
+    assert_eq!(client.pixels(), hash(&[0; 1024 * 768 * 4]), "black before the first frame");
+    for size in [(640, 480), (1920, 1080), (200, 100)] {
+        let pixels = setup.show_background(size);
+        let wanted = hash(&pixels);
+        client.event("new size", |e| {
+            (e["ev"] == "primary" && e["width"] == size.0 && e["height"] == size.1).then_some(())
+        });
+        eventually("the new picture", || client.pixels() == wanted);
+    }
+    setup.display.set_surface(None);
+    let black = hash(&[0; 200 * 100 * 4]);
+    eventually("black", || client.pixels() == black);
+    setup.display.set_surface(Some(SurfaceInfo { width: 200, height: 100 }));
+    let wanted = hash(&setup.show_background((200, 100)));
+    eventually("the picture again", || client.pixels() == wanted);
+}
+
+#[test]
+fn a_client_resizes_the_display_without_any_guest_agent() {
+    if !have_client() {
+        return;
+    }
+    let setup = setup(|builder| builder.max_size(1000, 700));
+    setup.show_background((640, 480));
+    let mut client = Client::connect_ready(&setup);
+    for (asked, wanted) in [((803, 601), (800, 601)), ((5000, 5000), (1000, 700))] {
+        client.tell(&format!("monitor {} {}", asked.0, asked.1));
+        let got = setup.event("resize", |event| match event {
+            Event::Resize(0, monitor) => Some((monitor.width, monitor.height)),
+            _ => None,
+        });
+        assert_eq!(got, wanted);
+        setup.show_background(got);
+        client.event("new size", |e| {
+            (e["ev"] == "primary" && e["width"] == got.0 && e["height"] == got.1).then_some(())
+        });
+    }
+}
+
+#[test]
+fn the_pointer_has_its_shape_and_colours() {
+    if !have_client() {
+        return;
+    }
+    let setup = setup(|builder| builder);
+    setup.show_background((640, 480));
+    let client = Client::connect_ready(&setup);
+    let cursor = picture::cursor();
+    setup.display.set_cursor(cursor.clone());
+    let shape = client.named("cursor");
+    assert_eq!((&shape["width"], &shape["height"]), (&24.into(), &24.into()));
+    assert_eq!(shape["hot"], serde_json::json!([12, 12]));
+    let pixels = client.named("cursor-pixels");
+    // RGBA with straight alpha: opaque red, and half transparent half red.
+    assert_eq!(pixels["middle"], serde_json::json!([255, 0, 0, 255]));
+    assert_eq!(pixels["rim"], serde_json::json!([128, 0, 0, 128]));
+    setup.display.hide_cursor();
+    client.named("cursor-hide");
+    setup.display.set_cursor(cursor);
+    assert_eq!(client.named("cursor-pixels")["middle"], serde_json::json!([255, 0, 0, 255]));
+}
+
+#[test]
+fn an_idle_picture_costs_no_bytes() {
+    if !have_client() {
+        return;
+    }
+    let setup = setup(|builder| builder);
+    setup.show_background((640, 480));
+    let client = Client::connect_ready(&setup);
+    let sent = || setup.server.status().clients.iter().map(|c| c.bytes_sent).sum::<u64>();
+    let mut before = sent();
+    // The handshake may still be ending; after that a whole second without a byte must come soon.
+    eventually("a second without traffic", || {
+        std::thread::sleep(Duration::from_secs(1));
+        let now = sent();
+        std::mem::replace(&mut before, now) == now
+    });
+    drop(client);
+}
+
+#[test]
+fn a_stalled_client_costs_a_bounded_amount_and_nobody_else_anything() {
+    if !have_client() {
+        return;
+    }
+    let setup = setup(|builder| builder.client_policy(ClientPolicy::Shared));
+    let size = (800, 600);
+    setup.show_background(size);
+    let stalled = Client::connect_ready(&setup);
+    let mut healthy = Client::connect_ready(&setup);
+    let stop = Command::new("kill").args(["-STOP", &stalled.pid().to_string()]).status().unwrap();
+    assert!(stop.success());
+    let dropped = Arc::new(AtomicUsize::new(0));
+    let mut noise = vec![0u8; (size.0 * size.1 * 4) as usize];
+    let mut state = 1u64;
+    let frames = 60;
+    for _ in 0..frames {
+        for bytes in noise.chunks_exact_mut(8) {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            bytes.copy_from_slice(&state.to_le_bytes());
+        }
+        let inner = MemoryFrame::new(size.0, size.1, noise.clone()).unwrap();
+        let frame = CountedFrame { inner, dropped: dropped.clone() };
+        setup.display.present(Arc::new(frame), &[Rect::new(0, 0, size.0, size.1)]);
+        let wanted = hash(&noise);
+        eventually("the healthy client goes on", || healthy.pixels() == wanted);
+    }
+    // Only the newest frame is kept for the stalled one: 115 MB were shown.
+    eventually("old frames are let go", || dropped.load(Ordering::SeqCst) == frames - 1);
+    let status = setup.server.status();
+    let bytes: Vec<u64> = status.clients.iter().map(|c| c.bytes_sent).collect();
+    assert!(bytes[0] < 16 << 20, "the stalled client was sent {bytes:?}");
+    assert!(bytes[1] > 100 << 20, "the healthy client was sent {bytes:?}");
+    let go = Command::new("kill").args(["-CONT", &stalled.pid().to_string()]).status().unwrap();
+    assert!(go.success());
+    let mut stalled = stalled;
+    let wanted = hash(&noise);
+    eventually("the stalled client catches up", || stalled.pixels() == wanted);
+}
+
+#[test]
+fn remote_viewer_shows_the_picture_in_its_window() {
+    if !(have("remote-viewer") && have("Xvfb") && have("xdotool") && have("import")) {
+        return;
+    }
+    let setup = setup(|builder| builder);
+    let size = (640, 480);
+    let pixels = rgb(&setup.show_background(size));
+    let mut xvfb = Command::new("Xvfb")
+        .args(["-displayfd", "1", "-screen", "0", "1000x800x24", "-nolisten", "tcp"])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut number = String::new();
+    let mut stdout = std::io::BufReader::new(xvfb.stdout.take().unwrap());
+    std::io::BufRead::read_line(&mut stdout, &mut number).unwrap();
+    let display = format!(":{}", number.trim());
+    let mut viewer = Command::new("remote-viewer")
+        .args(["--spice-disable-audio", &format!("spice://{}", setup.address())])
+        .env("DISPLAY", &display)
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("root.ppm");
+    let row = &pixels[..(size.0 * 3) as usize];
+    let mut shown = false;
+    for _ in 0..300 {
+        let import = Command::new("import")
+            .args(["-window", "root", "-depth", "8"])
+            .arg(&file)
+            .env("DISPLAY", &display)
+            .output()
+            .unwrap();
+        let root = std::fs::read(&file).unwrap_or_default();
+        // The picture's rows lie 1000 pixels apart somewhere on the screen.
+        let found = root.windows(row.len()).position(|window| window == row);
+        shown = import.status.success()
+            && found.is_some_and(|at| {
+                pixels.chunks_exact(row.len()).enumerate().all(|(y, row)| {
+                    let start = at + y * 1000 * 3;
+                    root.get(start..start + row.len()) == Some(row)
+                })
+            });
+        if shown {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let _ = viewer.kill();
+    let _ = viewer.wait();
+    let _ = xvfb.kill();
+    let _ = xvfb.wait();
+    assert!(shown, "the picture never appeared on the screen");
+}

@@ -1,0 +1,314 @@
+//! Starts servers with a test picture and real clients against them.
+#![allow(dead_code, unreachable_pub, reason = "every test file uses a part of it")]
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    net::SocketAddr,
+    path::Path,
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use spice_server::{
+    AgentPort, DisplayHandle, Frame, MemoryFrame, Rect, ServerBuilder, SpiceServer,
+};
+
+#[path = "../../examples/test-picture/picture.rs"]
+pub mod picture;
+
+use picture::{Event, Reporter};
+
+/// How long anything may take before a test gives up.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A server with everything it reports.
+pub struct Setup {
+    pub server: SpiceServer,
+    pub events: Receiver<Event>,
+    pub display: DisplayHandle,
+}
+
+pub fn setup(configure: impl FnOnce(ServerBuilder) -> ServerBuilder) -> Setup {
+    let (sender, events) = channel();
+    let reporter = Arc::new(Reporter(sender));
+    let builder = SpiceServer::builder()
+        .name("test picture")
+        .listen(([127, 0, 0, 1], 0).into())
+        .input(reporter.clone())
+        .display_events(reporter);
+    let server = configure(builder).start().expect("server");
+    let display = server.display(0).expect("display 0");
+    Setup { server, events, display }
+}
+
+impl Setup {
+    pub fn address(&self) -> SocketAddr {
+        self.server.local_addr().expect("listening")
+    }
+
+    /// Presents the still background.
+    pub fn show_background(&self, size: (u32, u32)) -> Vec<u8> {
+        let pixels = picture::background(size.0, size.1);
+        self.show(size, pixels.clone());
+        pixels
+    }
+
+    pub fn show(&self, size: (u32, u32), pixels: Vec<u8>) {
+        let frame = MemoryFrame::new(size.0, size.1, pixels).expect("size fits");
+        self.display.present(Arc::new(frame), &[Rect::new(0, 0, size.0, size.1)]);
+    }
+
+    /// The next event for which `pick` returns something.
+    pub fn event<T>(&self, what: &str, mut pick: impl FnMut(Event) -> Option<T>) -> T {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match self.events.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(event) => {
+                    if let Some(found) = pick(event) {
+                        return found;
+                    }
+                }
+                Err(error) => panic!("no {what}: {error}"),
+            }
+        }
+    }
+}
+
+/// Waits until something is true.
+pub fn eventually(what: &str, mut is_true: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !is_true() {
+        assert!(Instant::now() < end, "never: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Whether a program is there; says that the test is skipped if not.
+pub fn have(program: &str) -> bool {
+    let found = std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).exists()));
+    if !found {
+        eprintln!("SKIPPED: {program} is not installed");
+    }
+    found
+}
+
+const PYTHON: &str = "/usr/bin/python3";
+
+/// Whether the spice-gtk client can run; says that the test is skipped if not.
+pub fn have_client() -> bool {
+    const PROBE: &str = "import gi; gi.require_version('SpiceClientGLib', '2.0')";
+    let found = Command::new(PYTHON)
+        .args(["-c", PROBE])
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    if !found {
+        eprintln!("SKIPPED: python3-gi or gir1.2-spiceclientglib-2.0 is not installed");
+    }
+    found
+}
+
+/// `tests/client.py`: spice-gtk, remotely controlled.
+pub struct Client {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    events: Receiver<Value>,
+}
+
+impl Client {
+    pub fn connect(address: SocketAddr) -> Self {
+        Self::connect_with(address, None)
+    }
+
+    pub fn connect_with(address: SocketAddr, password: Option<&str>) -> Self {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/client.py");
+        let mut command = Command::new(PYTHON);
+        command.arg(script).arg(address.ip().to_string()).arg(address.port().to_string());
+        command.args(password);
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python starts");
+        let stdout = BufReader::new(child.stdout.take().expect("piped"));
+        let (sender, events) = channel();
+        thread::spawn(move || {
+            for line in stdout.lines().map_while(Result::ok) {
+                let Ok(value) = serde_json::from_str(&line) else { continue };
+                if sender.send(value).is_err() {
+                    break;
+                }
+            }
+        });
+        let stdin = child.stdin.take();
+        Self { child, stdin, events }
+    }
+
+    /// Connects and waits until everything is open and the picture is shown.
+    pub fn connect_ready(setup: &Setup) -> Self {
+        let client = Self::connect(setup.address());
+        client.wait_ready();
+        client
+    }
+
+    pub fn wait_ready(&self) {
+        let mut missing =
+            vec!["MainChannel", "DisplayChannel", "InputsChannel", "CursorChannel", "mark"];
+        self.event("all channels", |event| {
+            let name = match event["ev"].as_str() {
+                Some("channel") if event["event"] == "opened" => event["channel"].as_str(),
+                Some("mark") => Some("mark"),
+                _ => None,
+            };
+            missing.retain(|wanted| Some(*wanted) != name);
+            missing.is_empty().then_some(())
+        });
+    }
+
+    pub fn tell(&mut self, command: &str) {
+        let stdin = self.stdin.as_mut().expect("not closed");
+        writeln!(stdin, "{command}").expect("the client takes commands");
+    }
+
+    /// The next event for which `pick` returns something.
+    pub fn event<T>(&self, what: &str, mut pick: impl FnMut(&Value) -> Option<T>) -> T {
+        let end = Instant::now() + PATIENCE;
+        let mut seen = Vec::new();
+        loop {
+            match self.events.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(event) => {
+                    assert_ne!(event["ev"], "error", "{event}");
+                    if let Some(found) = pick(&event) {
+                        return found;
+                    }
+                    seen.push(event);
+                }
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                    panic!("the client saw no {what}, but {seen:?}")
+                }
+            }
+        }
+    }
+
+    /// The next event of this name.
+    pub fn named(&self, name: &str) -> Value {
+        self.event(name, |event| (event["ev"] == name).then(|| event.clone()))
+    }
+
+    /// SHA-1 of the pixels the client shows, unused bytes 0.
+    pub fn pixels(&mut self) -> String {
+        self.tell("pixels");
+        self.named("pixels")["hash"].as_str().unwrap_or("none").to_owned()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// SHA-1 of pixels as [`Client::pixels`] says it.
+pub fn hash(pixels: &[u8]) -> String {
+    use sha1::{Digest, Sha1};
+    let mut clean = pixels.to_vec();
+    clean.iter_mut().skip(3).step_by(4).for_each(|unused| *unused = 0);
+    Sha1::digest(&clean).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A guest that has an agent's port: keeps what it is sent, takes as much as it is told to.
+#[derive(Default)]
+pub struct GuestPort {
+    pub received: std::sync::Mutex<Vec<u8>>,
+}
+
+impl AgentPort for GuestPort {
+    fn to_guest(&self, bytes: &[u8]) -> usize {
+        self.received.lock().expect("not poisoned").extend_from_slice(bytes);
+        bytes.len()
+    }
+}
+
+impl GuestPort {
+    /// Messages received so far: type and body, without chunk headers.
+    pub fn messages(&self) -> Vec<(u32, Vec<u8>)> {
+        let wire = self.received.lock().expect("not poisoned").clone();
+        let word = |bytes: &[u8], at: usize| {
+            u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+        };
+        let mut streams = [Vec::new(), Vec::new(), Vec::new()];
+        let mut rest = &wire[..];
+        while rest.len() >= 8 {
+            let size = word(rest, 4) as usize;
+            streams[word(rest, 0) as usize].extend_from_slice(&rest[8..8 + size]);
+            rest = &rest[8 + size..];
+        }
+        let mut messages = Vec::new();
+        for stream in streams {
+            let mut rest = &stream[..];
+            while rest.len() >= 20 {
+                let end = 20 + word(rest, 16) as usize;
+                let Some(body) = rest.get(20..end) else { break };
+                messages.push((word(rest, 4), body.to_vec()));
+                rest = &rest[end..];
+            }
+        }
+        messages
+    }
+}
+
+/// An agent message in one chunk, as the guest writes it to its port.
+pub fn guest_message(kind: u32, body: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    let mut put = |value: u32| out.extend_from_slice(&value.to_le_bytes());
+    put(1);
+    put(20 + body.len() as u32);
+    put(1);
+    put(kind);
+    put(0);
+    put(0);
+    put(body.len() as u32);
+    out.extend_from_slice(body);
+    out
+}
+
+/// Sends everything a server reports nowhere.
+pub fn silent() -> Sender<Event> {
+    channel().0
+}
+
+/// A frame that counts how often it is dropped.
+pub struct CountedFrame {
+    pub inner: MemoryFrame,
+    pub dropped: Arc<std::sync::atomic::AtomicUsize>,
+}
+
+impl Frame for CountedFrame {
+    fn width(&self) -> u32 {
+        self.inner.width()
+    }
+    fn height(&self) -> u32 {
+        self.inner.height()
+    }
+    fn format(&self) -> spice_server::PixelFormat {
+        self.inner.format()
+    }
+    fn copy_rect(&self, rect: Rect, out: &mut [u8], out_stride: usize) {
+        self.inner.copy_rect(rect, out, out_stride);
+    }
+}
+
+impl Drop for CountedFrame {
+    fn drop(&mut self) {
+        self.dropped.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+    }
+}
