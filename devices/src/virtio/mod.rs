@@ -2,6 +2,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
+//! | [`balloon`] | memory balloon and free page reporting |
 //! | [`blk`] | disks |
 //! | [`console`] | hvc0 and named ports |
 //! | [`device`] | the trait each device implements, and what it is given at activation |
@@ -12,6 +13,7 @@
 //! | [`registry`] | the one list of devices; a new device is a folder and a line there |
 //! | [`worker`] | a device's thread: an epoll loop that can be stopped and hands its state back |
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod device;

@@ -89,4 +89,5 @@ pub static MODULES: &[&DeviceModule] = &[
     &super::console::MODULE,
     &super::input::MODULE,
     &super::net::MODULE,
+    &super::balloon::MODULE,
 ];

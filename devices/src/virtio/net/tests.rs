@@ -444,7 +444,9 @@ fn packets_cross_a_tap_interface() {
 
     // The interface is removed under a running card.
     let mut built = parse("tap=dragotest0").build().unwrap();
-    let driver = Driver::start(&mut *built.device);
+    let mut driver = Driver::start(&mut *built.device);
+    // Without buffers the card does not look at the interface.
+    driver.queues[0].fill(64, BUFFER);
     ip("link del dragotest0");
     driver.interrupt.wait_config_change();
     let mut status = [9];
