@@ -1,0 +1,82 @@
+//! `--gpu [2d][,socket=PATH][,scanouts=N][,size=WxH]`.
+
+use std::path::PathBuf;
+
+use gpu_protocol::{frames::MAX_SIZE, virtio::MAX_SCANOUTS};
+
+use super::{device, handle::DisplayMode};
+use crate::{
+    spec::{Spec, SpecError},
+    virtio::registry::{BuildError, BuiltDevice, Count, DeviceConfig, DeviceModule},
+};
+
+/// The GPU in the registry.
+pub static MODULE: DeviceModule = DeviceModule {
+    option: "gpu",
+    value_name: "[2d][,socket=PATH][,scanouts=N][,size=WxH]",
+    help: "a display; served by drago-gpu, or by the vhost-user-gpu back end at socket=",
+    count: Count::One,
+    parse,
+    sample: || Box::new(GpuConfig::default()).build(),
+};
+
+/// `--gpu`.
+#[derive(Debug, Clone)]
+pub struct GpuConfig {
+    /// Socket of a back end that runs already; `None`: start `drago-gpu`.
+    pub socket: Option<PathBuf>,
+    /// Number of monitors the guest can have, 1 to 16.
+    pub scanouts: u32,
+    /// Size of the first monitor until somebody asks for another one.
+    pub mode: DisplayMode,
+    /// Offer the back end frames in shared memory; without, pixels come through the socket.
+    pub shared_frames: bool,
+}
+
+impl Default for GpuConfig {
+    fn default() -> Self {
+        Self { socket: None, scanouts: 1, mode: DisplayMode::new(1280, 800), shared_frames: true }
+    }
+}
+
+pub(super) fn parse(mut spec: Spec) -> Result<Box<dyn DeviceConfig>, SpecError> {
+    let mut config = GpuConfig::default();
+    if let Some(word) = spec.take_word()
+        && !matches!(word.as_str(), "2d" | "on")
+    {
+        return Err(SpecError::UnexpectedWord {
+            option: spec.option().to_owned(),
+            word,
+            expected: "expected 2d".to_owned(),
+        });
+    }
+    config.socket = spec.take_path("socket")?;
+    if let Some(scanouts) = spec.take_parsed::<u32>("scanouts")? {
+        if !(1..=MAX_SCANOUTS as u32).contains(&scanouts) {
+            let reason = format!("expected 1 to {MAX_SCANOUTS}");
+            return Err(spec.invalid("scanouts", &scanouts.to_string(), reason));
+        }
+        config.scanouts = scanouts;
+    }
+    if let Some(size) = spec.take("size")? {
+        let parsed = size.split_once('x').and_then(|(width, height)| {
+            let (width, height) = (width.parse().ok()?, height.parse().ok()?);
+            let sizes = 1..=MAX_SIZE;
+            (sizes.contains(&width) && sizes.contains(&height)).then_some((width, height))
+        });
+        let Some((width, height)) = parsed else {
+            let reason = format!("expected WIDTHxHEIGHT, each 1 to {MAX_SIZE}");
+            return Err(spec.invalid("size", &size, reason));
+        };
+        config.mode = DisplayMode::new(width, height);
+    }
+    spec.finish()?;
+    Ok(Box::new(config))
+}
+
+impl DeviceConfig for GpuConfig {
+    fn build(self: Box<Self>) -> Result<BuiltDevice, BuildError> {
+        let (device, handle) = device::build(&self)?;
+        Ok(BuiltDevice { device: Box::new(device), handle: Some(Box::new(handle)) })
+    }
+}
