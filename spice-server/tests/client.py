@@ -82,7 +82,7 @@ def new_channel(session, channel):
         on(channel, "main-clipboard-selection",
            lambda c, sel, kind, data, size: say(
                "clipboard", kind=kind,
-               text=ctypes.string_at(data, size).decode() if isinstance(data, int) else str(data)))
+               text=(ctypes.string_at(data, size) if isinstance(data, int) else bytes(data)).decode()))
     elif name == "DisplayChannel":
         on(channel, "display-primary-create", primary_create)
         on(channel, "display-primary-destroy", primary_destroy)
@@ -100,6 +100,8 @@ def new_channel(session, channel):
 
 
 clipboard_text = ""
+# SpiceImageCompression of spice-protocol.
+S_COMPRESSIONS = {"off": 1, "auto-glz": 2, "lz4": 7}
 
 
 def clipboard_request(channel, selection, kind):
@@ -135,6 +137,8 @@ def command(line):
         main.update_display_enabled(0, True, False)
         main.update_display(0, 0, 0, numbers[0], numbers[1], False)
         main.send_monitor_config()
+    elif name == "compression":
+        channels["DisplayChannel"].display_channel_change_preferred_compression(S_COMPRESSIONS[words[1]])
     elif name == "copy":
         clipboard_text = line.split(" ", 1)[1]
         main.clipboard_selection_grab(0, [1])

@@ -85,8 +85,7 @@ impl Channel {
     }
 
     pub(crate) fn cursor(request: &LinkRequest, display: Arc<DisplayShared>) -> Self {
-        let cursor =
-            CursorChannel { display, shown: None, position: (0, 0), cached: HashSet::new() };
+        let cursor = CursorChannel { display, shown: None, position: None, cached: HashSet::new() };
         Self::new(request, Body::Cursor(cursor))
     }
 
@@ -420,7 +419,8 @@ struct CursorChannel {
     display: Arc<DisplayShared>,
     /// The image the client shows, by its content's number; `None` while it shows none.
     shown: Option<u64>,
-    position: (u32, u32),
+    /// As last told to the client.
+    position: Option<(u32, u32)>,
     cached: HashSet<u64>,
 }
 
@@ -442,17 +442,18 @@ impl CursorChannel {
                         Shape::Cached { id: *id, image }
                     };
                     cursor::put_set(framer, context.out, state.position, shape);
-                    self.position = state.position;
+                    // spice-gtk looks for the position in MOVE only.
+                    self.position = None;
                 }
             }
             self.shown = wanted.map(|(id, _)| id);
         }
         // In client mode the pointer is where the client's own is.
-        if state.position != self.position
+        if Some(state.position) != self.position
             && self.shown.is_some()
             && *lock(&context.shared.mouse_mode) == MouseMode::Server
         {
-            self.position = state.position;
+            self.position = Some(state.position);
             cursor::put_move(framer, context.out, state.position);
         }
     }
