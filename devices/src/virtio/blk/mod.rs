@@ -1,0 +1,105 @@
+//! The block device (VIRTIO 1.3 §5.2) on a raw file or a block device.
+//!
+//! ```text
+//!  driver ─ring─▶ worker ──▶ page cache has it: done at once (RWF_NOWAIT)
+//!            ▲      └──────▶ pool: threads that wait for the disk, flush, discard
+//!            └─── used ◀────────┘ in any order
+//! ```
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `image` | the file: opening, locking, alignment, operations |
+//! | `request` | from a descriptor chain to an operation and its status |
+//! | `pool` | threads for what has to wait |
+//! | `device` | configuration space, life cycle, the queue's worker |
+//! | `sys` | vectored I/O on guest memory |
+
+mod device;
+mod image;
+mod pool;
+mod request;
+mod sys;
+#[cfg(test)]
+mod tests;
+
+use std::{fs::File, path::PathBuf};
+
+use self::{
+    device::Disk,
+    image::{Image, ImageOptions},
+    request::ID_LENGTH,
+};
+use super::registry::{BuildError, BuiltDevice, Count, DeviceConfig, DeviceModule};
+use crate::spec::{Spec, SpecError};
+
+/// The disk in the registry.
+pub static MODULE: DeviceModule = DeviceModule {
+    option: "disk",
+    value_name: "path=FILE[,ro=on][,direct=on][,serial=TEXT][,id=NAME]",
+    help: "a disk: a raw image file or a block device; /dev/vda, /dev/vdb… in the given order",
+    count: Count::Many,
+    parse,
+    sample,
+};
+
+/// `--disk`.
+#[derive(Debug)]
+pub struct DiskConfig {
+    path: PathBuf,
+    options: ImageOptions,
+    serial: String,
+}
+
+fn parse(mut spec: Spec) -> Result<Box<dyn DeviceConfig>, SpecError> {
+    // `--disk FILE` is short for `--disk path=FILE`.
+    let path = match (spec.take_word(), spec.take_path("path")?) {
+        (Some(word), None) => PathBuf::from(word),
+        (None, Some(path)) => path,
+        (Some(word), Some(_)) => {
+            return Err(SpecError::UnexpectedWord {
+                option: spec.option().to_owned(),
+                word,
+                expected: "there is a path= already".to_owned(),
+            });
+        }
+        (None, None) => PathBuf::from(spec.require("path")?),
+    };
+    let read_only = spec.take_switch("ro")?.unwrap_or(false);
+    let direct = spec.take_switch("direct")?.unwrap_or(false);
+    let id = spec.take("id")?;
+    let serial = spec.take("serial")?;
+    if let Some(serial) = &serial
+        && (serial.len() > ID_LENGTH || !serial.bytes().all(|byte| byte.is_ascii_graphic()))
+    {
+        return Err(spec.invalid(
+            "serial",
+            serial,
+            format_args!("up to {ID_LENGTH} printable ASCII characters are possible"),
+        ));
+    }
+    spec.finish()?;
+    // The name given with id= shows up in the guest as the serial number unless there is another.
+    let serial = serial.or(id).unwrap_or_default();
+    Ok(Box::new(DiskConfig { path, options: ImageOptions { read_only, direct }, serial }))
+}
+
+impl DeviceConfig for DiskConfig {
+    fn build(self: Box<Self>) -> Result<BuiltDevice, BuildError> {
+        let image = Image::open(&self.path, &self.options)?;
+        Ok(BuiltDevice { device: Box::new(Disk::new(image, &self.serial)), handle: None })
+    }
+}
+
+fn sample() -> Result<BuiltDevice, BuildError> {
+    let host = |source| BuildError::Host {
+        option: MODULE.option,
+        what: "no memory for the sample disk".to_owned(),
+        source,
+    };
+    let file = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC)
+        .map_err(|error| host(error.into()))?;
+    let file = File::from(file);
+    file.set_len(1 << 20).map_err(host)?;
+    let image = Image::new("sample".to_owned(), file, None, false)?;
+    Ok(BuiltDevice { device: Box::new(Disk::new(image, "sample")), handle: None })
+}
