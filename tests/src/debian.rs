@@ -11,8 +11,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::{paths, progress};
 
-const MIRROR: &str = "http://deb.debian.org/debian";
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+pub(crate) const MIRROR: &str = "http://deb.debian.org/debian";
+pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// A Debian release seen through a private apt folder.
 #[derive(Debug)]

@@ -6,6 +6,7 @@
 
 pub mod cpio;
 pub mod debian;
+pub mod guest;
 pub mod modules;
 pub mod paths;
 pub mod progress;

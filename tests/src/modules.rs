@@ -79,6 +79,11 @@ impl ModuleTree {
         order.into_iter().map(|file| self.unpack(file)).collect()
     }
 
+    /// The names that exist as modules: what is missing is built into some kernels.
+    pub fn existing<'a>(&self, names: &[&'a str]) -> Vec<&'a str> {
+        names.iter().copied().filter(|name| self.modules.contains_key(&key(name))).collect()
+    }
+
     fn unpack(&self, file: &str) -> Result<Module> {
         let path = self.root.join(file);
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or(file);

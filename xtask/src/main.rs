@@ -1,6 +1,7 @@
 //! Developer commands: `cargo xtask demo|test|testbed|bench`.
 
 mod build;
+mod guest;
 mod testbed;
 
 use std::process::ExitCode;
@@ -19,11 +20,14 @@ struct Cli {
 enum Task {
     /// Runs a command on a machine with real KVM, /dev/dri, udmabuf, tun and vhost: the nested-KVM test host
     Testbed(testbed::Args),
+    /// Makes a guest if need be and prints where its kernel, initrd and disk are
+    Guest(guest::Args),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Task::Testbed(args) => testbed::run(&args),
+        Task::Guest(args) => guest::run(&args),
     };
     match result {
         Ok(code) => code,

@@ -90,7 +90,9 @@ pub(crate) fn config(token: &str, agent: &Path, rw: &[PathBuf]) -> Result<Vec<u8
 /// QEMU's command line for the test host, without network and folders.
 pub(crate) fn qemu(kernel: &Kernel, initramfs: &Path, memory_mib: u32, cpus: u32) -> Command {
     let cpu = std::env::var("DRAGO_TESTBED_CPU").unwrap_or_else(|_| CPU.to_owned());
-    let mut qemu = Command::new("qemu-system-x86_64");
+    let program =
+        std::env::var("DRAGO_TESTBED_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned());
+    let mut qemu = Command::new(program);
     qemu.args(["-accel", "tcg,thread=multi", "-M", "q35"])
         .args(["-cpu", &cpu])
         .args(["-smp", &cpus.to_string(), "-m", &memory_mib.to_string()])

@@ -1,0 +1,48 @@
+//! `cargo xtask guest`: makes a guest and says where its parts are.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::ValueEnum;
+use drago_tests::guest::{Desktop, Guest};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Which guest
+    pub(crate) guest: Kind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Kind {
+    /// A busybox system with a text console
+    Minimal,
+    /// Debian with weston
+    Weston,
+    /// Debian with GNOME
+    Gnome,
+}
+
+impl Kind {
+    pub(crate) fn make(self) -> Result<Guest> {
+        match self {
+            Self::Minimal => Guest::minimal(),
+            Self::Weston => Guest::desktop(Desktop::Weston),
+            Self::Gnome => Guest::desktop(Desktop::Gnome),
+        }
+    }
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let guest = args.guest.make()?;
+    println!("KERNEL={}", guest.kernel.display());
+    println!("INITRD={}", guest.initrd.display());
+    println!("CMDLINE='{}'", guest.cmdline);
+    if let Some(disk) = &guest.disk {
+        println!("DISK={}", disk.display());
+    }
+    if let Some(key) = &guest.ssh_key {
+        println!("SSH_KEY={}", key.display());
+    }
+    println!("MEMORY={}", guest.memory_mib);
+    Ok(ExitCode::SUCCESS)
+}
