@@ -19,6 +19,10 @@ use harness::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
+/// Device types whose queues are served by another process, which has its own way to complain
+/// about a broken ring: GPU and file system.
+const SERVED_ELSEWHERE: [u16; 2] = [16, 26];
+
 fn sample(option: &str) -> Box<dyn VirtioDevice> {
     let module = MODULES.iter().find(|module| module.option == option).unwrap();
     (module.sample)().unwrap_or_else(|error| panic!("--{option}: {error}")).device
@@ -510,9 +514,77 @@ fn an_impossible_available_index_needs_a_reset() {
             }
             guest.reset();
         }
-        // A back end in another process may have its own way to say so.
-        println!("needs reset: {seen}");
+        let elsewhere = SERVED_ELSEWHERE.contains(&(guest.config(0x02, 2) as u16 - 0x1040));
+        assert!(seen || elsewhere, "no queue noticed");
         guest.start();
+    });
+}
+
+/// Makes the device signal a configuration change: a queue that cannot be enabled does it.
+fn provoke_config_change(guest: &Guest<'_>) {
+    guest.select(0);
+    guest.set_addresses(u64::MAX, u64::MAX, u64::MAX);
+    guest.set_common(reg::QUEUE_ENABLE, 1, 2);
+    assert_ne!(guest.status() & NEEDS_RESET, 0);
+}
+
+#[test]
+fn interrupts_are_routed_masked_and_pending_as_programmed() {
+    for_every_device(|machine, guest| {
+        guest.set_decoding(true);
+        let msix = guest.msix();
+        let table = guest.bar + (guest.config(msix.offset + 4, 4) & !7);
+        let pending = guest.bar + (guest.config(msix.offset + 8, 4) & !7);
+        let vector = guest.vector(0);
+        let routed = || *vector.route.lock().unwrap();
+
+        // Without MSI-X the interrupt status register is all there is (§4.1.4.5).
+        assert!(guest.negotiate(VERSION_1));
+        let isr = guest.bar + u64::from(guest.capability(3).start);
+        provoke_config_change(&guest);
+        assert!(!readable(&vector.fd, 0));
+        assert_eq!(machine.read(isr, 1), 2);
+        assert_eq!(machine.read(isr, 1), 0, "reading clears it");
+
+        // Unmasked: routed as programmed, and raised.
+        assert!(guest.negotiate(VERSION_1));
+        guest.set_up_vectors();
+        let message = routed().expect("a route");
+        assert_eq!((message.address, message.data), (0xfee0_0000, 0x30));
+        provoke_config_change(&guest);
+        assert!(readable(&vector.fd, 0));
+        assert_eq!(machine.read(isr, 1), 0, "not with MSI-X");
+        assert_eq!(machine.read(pending, 8) & 1, 0, "on its way, not pending");
+        vector.fd.read().unwrap();
+
+        // Masked in the table: pending until unmasked.
+        assert!(guest.negotiate(VERSION_1));
+        guest.set_up_vectors();
+        machine.write(table + 12, 1, 4);
+        assert_eq!(routed(), None);
+        provoke_config_change(&guest);
+        assert_eq!(machine.read(pending, 8) & 1, 1);
+        machine.write(table + 12, 0, 4);
+        assert_eq!(routed(), Some(message));
+        assert_eq!(machine.read(pending, 8) & 1, 0);
+        assert_eq!(vector.fd.read().unwrap(), 1, "the services deliver what waited");
+
+        // Masked as a whole, then switched off.
+        guest.set_config(msix.offset + 2, 0xc000, 2);
+        assert_eq!(routed(), None);
+        guest.set_config(msix.offset + 2, 0x8000, 2);
+        assert_eq!(routed(), Some(message));
+        guest.set_config(msix.offset + 2, 0, 2);
+        assert_eq!(routed(), None);
+
+        // No vector, no interrupt.
+        assert!(guest.negotiate(VERSION_1));
+        guest.set_up_vectors();
+        guest.set_common(reg::CONFIG_VECTOR, 0xffff, 2);
+        provoke_config_change(&guest);
+        let raised = (0..=usize::from(guest.queue_count()))
+            .any(|index| readable(&guest.vector(index).fd, 0));
+        assert!(!raised);
     });
 }
 
