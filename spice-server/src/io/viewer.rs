@@ -324,6 +324,7 @@ impl Viewer {
         {
             self.lossy.get_or_insert_with(|| Damage::new(width, height)).add(rect);
             self.refine_at = Instant::now() + REFINE_AFTER;
+            self.pace.lossy();
         }
     }
 
