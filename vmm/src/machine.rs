@@ -24,7 +24,7 @@ use crate::{
     boot::{self, LoadError},
     config::{ConfigError, VmConfig},
     control::{self, ControlError, ControlTarget, SocketError, server::ControlServer},
-    display::{self, DisplayControl, DisplayError, Handles},
+    display::{self, DisplayControl, DisplayError, Handles, Identity},
     exit::{Exit, ExitReason},
     kvm::{
         self,
@@ -161,7 +161,8 @@ impl Machine {
             tracing::debug!(option, %address, "device added");
             handles.by_option.extend(built.handle.map(|handle| (option, handle)));
         }
-        let display = display::start(config.spice.as_ref(), handles)?;
+        let identity = Identity { name: config.name.clone(), uuid: config.uuid };
+        let display = display::start(config.spice.as_ref(), identity, handles)?;
 
         let target = Target {
             name: config.name,

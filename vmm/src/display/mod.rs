@@ -1,38 +1,53 @@
-//! The display: connects the handles of the GPU, input and console devices with the SPICE server.
+//! The display: connects the run-time handles of the GPU, input and console devices with the SPICE
+//! server and the control socket.
+//!
+//! | module | direction |
+//! |---|---|
+//! | [`screen`] | frames and pointer images: virtio-gpu → viewers, screenshots |
+//! | [`input`] | keys and pointer: viewers → virtio-input |
+//! | [`agent`] | clipboard and files: spice-vdagent in the guest ↔ viewers |
+//! | [`options`] | `--spice` |
 
-use std::{any::Any, path::PathBuf, sync::Arc};
+mod agent;
+mod input;
+mod options;
+mod screen;
 
-use devices::spec::{Spec, SpecError};
+use std::{
+    any::Any,
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, Weak},
+};
+
+use devices::virtio::{
+    console::{ConsoleHandle, VDAGENT_PORT},
+    gpu::GpuHandle,
+    input::InputHandle,
+};
+use spice_server::{DisplayEvents, Leds, MonitorConfig, SpiceServer};
 
 use crate::control::ControlError;
-
-/// `--spice`: where to listen and who may come in.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SpiceConfig {
-    /// `address:port`.
-    pub listen: String,
-    /// File whose first line is the password; without one anybody may connect.
-    pub password_file: Option<PathBuf>,
-}
-
-impl SpiceConfig {
-    /// Parses `ADDRESS:PORT[,password-file=FILE]`.
-    pub fn parse(mut spec: Spec) -> Result<Self, SpecError> {
-        let listen = spec.take_word().ok_or_else(|| SpecError::MissingKey {
-            option: spec.option().to_owned(),
-            key: "ADDRESS:PORT".to_owned(),
-        })?;
-        let password_file = spec.take_path("password-file")?;
-        spec.finish()?;
-        Ok(Self { listen, password_file })
-    }
-}
+use agent::Port;
+use input::Inputs;
+pub use options::SpiceConfig;
+use screen::Screen;
 
 /// The run-time handles of the devices that have one.
 #[derive(Default)]
 pub struct Handles {
     /// Option name (`gpu`, `input`, …) and handle, in the order of the devices on the bus.
     pub by_option: Vec<(&'static str, Box<dyn Any + Send>)>,
+}
+
+/// What viewers are told about the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// `--name`.
+    pub name: String,
+    /// `--uuid`.
+    pub uuid: Option<[u8; 16]>,
 }
 
 /// What the control socket may do with a display.
@@ -51,14 +66,179 @@ pub trait DisplayControl: Send + Sync {
 
 /// The display could not be started.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct DisplayError(pub String);
+pub enum DisplayError {
+    /// The address is not one.
+    #[error("--spice {text}: not an address; expected ADDRESS:PORT, such as 127.0.0.1:5900")]
+    Address {
+        /// As given.
+        text: String,
+        /// Why it was not understood.
+        #[source]
+        source: io::Error,
+    },
+    /// The password cannot be used.
+    #[error("--spice password-file={}: no password can be had from there", path.display())]
+    Password {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: spice_server::Error,
+    },
+    /// The server did not start.
+    #[error("--spice: the server cannot be started")]
+    Server(#[from] spice_server::Error),
+    /// SPICE without anything to show.
+    #[error("--spice: there is no display to serve; do not switch --gpu off")]
+    NoGpu,
+}
 
-/// Starts what `config` asks for. `None` if the machine has no display.
+/// Connects what `config` asks for. `None` if the machine has no display.
 pub fn start(
     config: Option<&SpiceConfig>,
+    identity: Identity,
     handles: Handles,
 ) -> Result<Option<Arc<dyn DisplayControl>>, DisplayError> {
-    let _ = (config, handles);
-    Ok(None)
+    let mut inputs = Inputs::default();
+    let mut gpu = None;
+    let mut agent_port = None;
+    for (_, handle) in &handles.by_option {
+        if let Some(input) = handle.downcast_ref::<InputHandle>() {
+            inputs.add(input);
+        } else if let Some(handle) = handle.downcast_ref::<GpuHandle>() {
+            gpu = Some(handle.clone());
+        } else if let Some(console) = handle.downcast_ref::<ConsoleHandle>() {
+            agent_port = agent_port.or_else(|| console.port(VDAGENT_PORT));
+        }
+    }
+    let Some(gpu) = gpu else {
+        return if config.is_some() { Err(DisplayError::NoGpu) } else { Ok(None) };
+    };
+    let inputs = Arc::new(inputs);
+    let screens: Vec<Arc<Screen>> = (0..gpu.scanouts()).map(|id| Screen::new(id, &gpu)).collect();
+    let server = match config {
+        None => None,
+        Some(config) => {
+            let events = Arc::new(Viewers { screens: screens.clone() });
+            let mut builder = SpiceServer::builder()
+                .name(identity.name)
+                .listen(config.address()?)
+                .password(config.password()?)
+                .client_policy(config.clients)
+                .displays(gpu.scanouts())
+                .input(inputs.clone())
+                .display_events(events);
+            if let Some(uuid) = identity.uuid {
+                builder = builder.uuid(uuid);
+            }
+            if let Some(port) = &agent_port {
+                builder = builder.agent(Arc::new(Port(port.clone())));
+            }
+            Some(Arc::new(builder.start()?))
+        }
+    };
+    if let Some(server) = &server {
+        for screen in &screens {
+            screen.set_viewer(server.display(screen.id()));
+        }
+        if let Some(port) = &agent_port {
+            agent::connect(port, server.agent());
+        }
+        if let Some(keyboard) = inputs.keyboard() {
+            show_leds(keyboard, Arc::downgrade(server));
+        }
+        if let Some(address) = server.local_addr() {
+            tracing::info!(%address, "SPICE server listens");
+        }
+    }
+    gpu.set_sink(Arc::new(screen::Sink::new(screens.clone())));
+    Ok(Some(Arc::new(Display { server, screens, inputs })))
+}
+
+fn show_leds(keyboard: &InputHandle, server: Weak<SpiceServer>) {
+    keyboard.on_led(move |leds| {
+        if let Some(server) = server.upgrade() {
+            server.set_leds(Leds {
+                scroll_lock: leds.scroll_lock,
+                num_lock: leds.num_lock,
+                caps_lock: leds.caps_lock,
+            });
+        }
+    });
+}
+
+/// Hears what viewers want.
+struct Viewers {
+    screens: Vec<Arc<Screen>>,
+}
+
+impl DisplayEvents for Viewers {
+    fn viewers_changed(&self, any: bool) {
+        for screen in &self.screens {
+            screen.set_watched(any);
+        }
+    }
+
+    fn resize_requested(&self, display: u32, monitor: MonitorConfig) {
+        match self.screens.get(display as usize) {
+            Some(screen) => screen.resize(monitor),
+            None => {
+                tracing::debug!(number = display, "a viewer asked for a display that is not there")
+            }
+        }
+    }
+}
+
+/// Everything that makes a running display.
+struct Display {
+    server: Option<Arc<SpiceServer>>,
+    screens: Vec<Arc<Screen>>,
+    inputs: Arc<Inputs>,
+}
+
+impl Display {
+    fn screen(&self, display: u32) -> Result<&Screen, ControlError> {
+        self.screens.get(display as usize).map(Arc::as_ref).ok_or_else(|| {
+            let last = self.screens.len().saturating_sub(1);
+            ControlError(format!("there is no display {display}; the last one is {last}"))
+        })
+    }
+}
+
+impl DisplayControl for Display {
+    fn address(&self) -> Option<String> {
+        let address: Option<SocketAddr> = self.server.as_ref()?.local_addr();
+        address.map(|address| address.to_string())
+    }
+
+    fn clients(&self) -> Vec<String> {
+        let Some(server) = &self.server else { return Vec::new() };
+        server.status().clients.iter().map(|client| client.peer.to_string()).collect()
+    }
+
+    fn screenshot(&self, display: u32) -> Result<Vec<u8>, ControlError> {
+        self.screen(display)?.screenshot()
+    }
+
+    fn resize(&self, display: u32, width: u32, height: u32) -> Result<(), ControlError> {
+        const SIDES: std::ops::RangeInclusive<u32> = 64..=16384;
+        if !SIDES.contains(&width) || !SIDES.contains(&height) {
+            let message = format!("{width}x{height}: both sides must be 64 to 16384 pixels");
+            return Err(ControlError(message));
+        }
+        let monitor = MonitorConfig { width, height, x: 0, y: 0, width_mm: 0, height_mm: 0 };
+        self.screen(display)?.resize(monitor);
+        Ok(())
+    }
+
+    fn ctrl_alt_del(&self) -> Result<(), ControlError> {
+        if self.inputs.keyboard().is_none() {
+            return Err(ControlError("this machine has no keyboard; add --input keyboard".into()));
+        }
+        if self.inputs.ctrl_alt_del() {
+            Ok(())
+        } else {
+            Err(ControlError("the guest has no driver for its keyboard yet".into()))
+        }
+    }
 }

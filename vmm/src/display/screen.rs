@@ -1,0 +1,276 @@
+//! Frames and pointer images, from the GPU device to viewers and screenshots.
+
+use std::{
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::{Duration, Instant},
+};
+
+use devices::virtio::gpu::{self, DisplayMode, DisplaySink, GpuHandle};
+use spice_server::{
+    CursorImage, DisplayHandle, Frame, MonitorConfig, PixelFormat, Rect, SurfaceInfo,
+};
+
+use crate::control::ControlError;
+
+/// Frames per second a viewer gets at most.
+const MAX_FPS: u32 = 60;
+
+/// How long a screenshot waits for the GPU process to deliver a picture.
+const SCREENSHOT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// One scanout of the GPU.
+pub(super) struct Screen {
+    id: u32,
+    gpu: GpuHandle,
+    viewer: OnceLock<DisplayHandle>,
+    /// Held while demand changes and the GPU is told, so that the last change is told last. Never
+    /// taken on the GPU's thread.
+    demand: Mutex<()>,
+    state: Mutex<State>,
+    arrived: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Size of the guest's picture; `None` while the guest shows nothing.
+    size: Option<(u32, u32)>,
+    /// Somebody is connected to the SPICE server.
+    watched: bool,
+    /// Screenshots that wait for a frame.
+    screenshots: u32,
+    /// The newest frame, as long as somebody wants frames: it occupies one of the GPU's slots.
+    newest: Option<gpu::Frame>,
+    /// Where in the pointer's image the pixel is that points.
+    hot_spot: (u32, u32),
+}
+
+impl State {
+    fn frames_wanted(&self) -> bool {
+        self.watched || self.screenshots > 0
+    }
+}
+
+impl Screen {
+    pub(super) fn new(id: u32, gpu: &GpuHandle) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            gpu: gpu.clone(),
+            viewer: OnceLock::new(),
+            demand: Mutex::default(),
+            state: Mutex::default(),
+            arrived: Condvar::new(),
+        })
+    }
+
+    pub(super) fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Where frames go; set once, before the first one.
+    pub(super) fn set_viewer(&self, viewer: Option<DisplayHandle>) {
+        if let Some(viewer) = viewer {
+            // A second call would be a defect in `start`, and harmless.
+            let _ = self.viewer.set(viewer);
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The first viewer came or the last one went: without any the GPU need not copy pixels.
+    pub(super) fn set_watched(&self, watched: bool) {
+        self.change_demand(|state| state.watched = watched);
+    }
+
+    /// Applies `change` and tells the GPU if frames are wanted now and were not before, or the
+    /// other way round.
+    fn change_demand(&self, change: impl FnOnce(&mut State)) {
+        let _order = self.demand.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
+        let before = state.frames_wanted();
+        change(&mut state);
+        let after = state.frames_wanted();
+        // Dropped outside the lock: a frame tells the GPU that its slot is free.
+        let stale = if after { None } else { state.newest.take() };
+        drop(state);
+        drop(stale);
+        if before != after {
+            self.gpu.want_frames(self.id, if after { MAX_FPS } else { 0 });
+        }
+    }
+
+    /// Gives the guest another monitor.
+    pub(super) fn resize(&self, monitor: MonitorConfig) {
+        let mode = DisplayMode {
+            width: monitor.width,
+            height: monitor.height,
+            width_mm: monitor.width_mm.into(),
+            height_mm: monitor.height_mm.into(),
+        };
+        if self.gpu.set_display(self.id, Some(mode)) {
+            tracing::debug!(display = self.id, mode.width, mode.height, "monitor changed");
+        }
+    }
+
+    /// The picture as a PNG file.
+    pub(super) fn screenshot(&self) -> Result<Vec<u8>, ControlError> {
+        if self.state().size.is_none() {
+            return Err(ControlError("the guest shows nothing on this display".to_owned()));
+        }
+        self.change_demand(|state| state.screenshots += 1);
+        let frame = self.wait_for_frame();
+        self.change_demand(|state| state.screenshots -= 1);
+        let frame = frame.ok_or_else(|| {
+            ControlError("the GPU process delivered no picture; see the log".to_owned())
+        })?;
+        encode_png(&frame)
+    }
+
+    fn wait_for_frame(&self) -> Option<gpu::Frame> {
+        let deadline = Instant::now() + SCREENSHOT_PATIENCE;
+        let mut state = self.state();
+        loop {
+            if let Some(frame) = &state.newest {
+                return Some(frame.clone());
+            }
+            let left = deadline.checked_duration_since(Instant::now())?;
+            state =
+                self.arrived.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn scanout(&self, size: Option<(u32, u32)>) {
+        let mut state = self.state();
+        state.size = size;
+        let stale = state.newest.take();
+        drop(state);
+        drop(stale);
+        if let Some(viewer) = self.viewer.get() {
+            viewer.set_surface(size.map(|(width, height)| SurfaceInfo { width, height }));
+        }
+    }
+
+    fn frame(&self, frame: gpu::Frame, damage: &[gpu::Rect]) {
+        let mut state = self.state();
+        let stale = if state.frames_wanted() { state.newest.replace(frame.clone()) } else { None };
+        drop(state);
+        drop(stale);
+        self.arrived.notify_all();
+        if let Some(viewer) = self.viewer.get() {
+            let damage: Vec<Rect> =
+                damage.iter().map(|r| Rect::new(r.x, r.y, r.width, r.height)).collect();
+            viewer.present(Arc::new(Picture(frame)), &damage);
+        }
+    }
+}
+
+/// Hands what the GPU shows to the screens.
+pub(super) struct Sink(Vec<Arc<Screen>>);
+
+impl Sink {
+    pub(super) fn new(screens: Vec<Arc<Screen>>) -> Self {
+        Self(screens)
+    }
+
+    fn screen(&self, id: u32) -> Option<&Screen> {
+        self.0.get(id as usize).map(Arc::as_ref)
+    }
+
+    fn viewer(&self, id: u32) -> Option<&DisplayHandle> {
+        self.screen(id)?.viewer.get()
+    }
+}
+
+impl DisplaySink for Sink {
+    fn scanout(&self, id: u32, size: Option<(u32, u32)>) {
+        if let Some(screen) = self.screen(id) {
+            screen.scanout(size);
+        }
+    }
+
+    fn frame(&self, id: u32, frame: gpu::Frame, damage: &[gpu::Rect]) {
+        if let Some(screen) = self.screen(id) {
+            screen.frame(frame, damage);
+        }
+    }
+
+    fn cursor_define(&self, id: u32, image: &gpu::CursorImage<'_>) {
+        let Some(screen) = self.screen(id) else { return };
+        // The guest may say anything; viewers expect a pixel of the image.
+        let hot_x = image.hot_x.min(image.width.saturating_sub(1));
+        let hot_y = image.hot_y.min(image.height.saturating_sub(1));
+        screen.state().hot_spot = (hot_x, hot_y);
+        if let Some(viewer) = screen.viewer.get() {
+            viewer.set_cursor(CursorImage {
+                width: image.width,
+                height: image.height,
+                hot_x,
+                hot_y,
+                argb: image.pixels.to_vec(),
+            });
+        }
+    }
+
+    fn cursor_move(&self, id: u32, x: u32, y: u32) {
+        let Some(screen) = self.screen(id) else { return };
+        let (hot_x, hot_y) = screen.state().hot_spot;
+        if let Some(viewer) = screen.viewer.get() {
+            // Linux moves the image's corner, SPICE the pixel that points. At the left and top
+            // edges the corner is negative, which wraps.
+            viewer.move_cursor(x.wrapping_add(hot_x), y.wrapping_add(hot_y));
+        }
+    }
+
+    fn cursor_hide(&self, id: u32) {
+        if let Some(viewer) = self.viewer(id) {
+            viewer.hide_cursor();
+        }
+    }
+}
+
+/// A frame of the GPU as the SPICE server wants it. Dropping the last copy frees the GPU's slot.
+struct Picture(gpu::Frame);
+
+impl Frame for Picture {
+    fn width(&self) -> u32 {
+        self.0.width()
+    }
+
+    fn height(&self) -> u32 {
+        self.0.height()
+    }
+
+    fn format(&self) -> PixelFormat {
+        PixelFormat::Xrgb8888
+    }
+
+    fn copy_rect(&self, rect: Rect, out: &mut [u8], out_stride: usize) {
+        let rect = gpu::Rect { x: rect.x, y: rect.y, width: rect.width, height: rect.height };
+        if let Err(error) = self.0.copy_rect(rect, out, out_stride) {
+            tracing::error!(%error, ?rect, "the SPICE server asked for pixels that do not exist");
+        }
+    }
+}
+
+fn encode_png(frame: &gpu::Frame) -> Result<Vec<u8>, ControlError> {
+    let failed = |error: &dyn std::fmt::Display| {
+        ControlError(format!("the picture could not be encoded: {error}"))
+    };
+    let (width, height) = (frame.width(), frame.height());
+    let stride = width as usize * 4;
+    let mut pixels = vec![0; stride * height as usize];
+    frame
+        .copy_rect(gpu::Rect { x: 0, y: 0, width, height }, &mut pixels, stride)
+        .map_err(|error| failed(&error))?;
+    let rgb: Vec<u8> = pixels.chunks_exact(4).flat_map(|p| [p[2], p[1], p[0]]).collect();
+    let mut file = Vec::new();
+    let mut encoder = png::Encoder::new(&mut file, width, height);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    encoder.set_compression(png::Compression::Fast);
+    let mut writer = encoder.write_header().map_err(|error| failed(&error))?;
+    writer.write_image_data(&rgb).map_err(|error| failed(&error))?;
+    writer.finish().map_err(|error| failed(&error))?;
+    Ok(file)
+}
