@@ -22,6 +22,8 @@ pub(crate) struct Ring {
     kick: EventFd,
     memory: Arc<GuestMemory>,
     interrupt: Arc<dyn VirtioInterrupt>,
+    /// The driver is to notify.
+    kicks: bool,
     failed: bool,
 }
 
@@ -35,7 +37,7 @@ impl Ring {
     ) -> Self {
         let ActiveQueue { index, queue, kick } = active;
         let (memory, interrupt) = (memory.clone(), interrupt.clone());
-        Self { device, index, queue, kick, memory, interrupt, failed: false }
+        Self { device, index, queue, kick, memory, interrupt, kicks: true, failed: false }
     }
 
     /// The queue's index in its device.
@@ -74,7 +76,8 @@ impl Ring {
         let _ = self.kick.write(1);
     }
 
-    /// The next available chain. `None` if there is none, or after a violation.
+    /// The next available chain. `None` if there is none, or after a violation. From then on the
+    /// driver need not notify until [`enable_kicks`](Self::enable_kicks).
     pub(crate) fn pop(&mut self) -> Option<Chain> {
         if self.failed {
             return None;
@@ -90,10 +93,12 @@ impl Ring {
             self.fail(format_args!("descriptor {} is out of range", chain.head_index()));
             return None;
         }
+        self.disable_kicks();
         Some(chain)
     }
 
-    /// Makes the chain that [`pop`](Self::pop) returned last available again.
+    /// Makes the chain that [`pop`](Self::pop) returned last available again. No notification comes
+    /// for it: whoever waits for further buffers calls [`enable_kicks`](Self::enable_kicks) before.
     pub(crate) fn put_back(&mut self) {
         self.queue.go_to_previous_position();
     }
@@ -152,7 +157,10 @@ impl Ring {
 
     /// Asks the driver for no notifications, as long as the worker looks at the queue anyway.
     pub(crate) fn disable_kicks(&mut self) {
-        if !self.failed && self.queue.disable_notification(&*self.memory).is_err() {
+        if self.failed || !std::mem::take(&mut self.kicks) {
+            return;
+        }
+        if self.queue.disable_notification(&*self.memory).is_err() {
             self.fail("the used ring is not in guest memory");
         }
     }
@@ -163,6 +171,7 @@ impl Ring {
         if self.failed {
             return false;
         }
+        self.kicks = true;
         match self.queue.enable_notification(&*self.memory) {
             Ok(more) => more,
             Err(error) => {

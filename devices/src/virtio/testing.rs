@@ -5,7 +5,7 @@ use std::{
     os::fd::AsRawFd,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, Ordering, fence},
     },
 };
 
@@ -114,7 +114,10 @@ pub(crate) struct DriverQueue {
     desc: u64,
     avail: u64,
     used: u64,
+    event_idx: bool,
     next_avail: u16,
+    /// `next_avail` at the last notification.
+    kicked: u16,
     next_used: u16,
     next_desc: u16,
     next_buffer: u64,
@@ -165,9 +168,22 @@ impl DriverQueue {
         head
     }
 
-    /// Notifies the device.
-    pub(crate) fn kick(&self) {
-        self.kick.write(1).unwrap();
+    /// Notifies the device if it wants to know of what was added since the last call (§2.7.10).
+    pub(crate) fn kick(&mut self) {
+        fence(Ordering::SeqCst);
+        let (old, new) = (self.kicked, self.next_avail);
+        self.kicked = new;
+        let wanted = if self.event_idx {
+            let event = self.used + 4 + 8 * u64::from(self.size);
+            let event: u16 = self.memory.read_obj(GuestAddress(event)).unwrap();
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            let flags: u16 = self.memory.read_obj(GuestAddress(self.used)).unwrap();
+            flags & 1 == 0
+        };
+        if wanted {
+            self.kick.write(1).unwrap();
+        }
     }
 
     /// Makes a chain available and notifies the device.
@@ -284,6 +300,7 @@ impl Driver {
         enabled: &[u16],
     ) -> Self {
         let features = features | F_VERSION_1;
+        let event_idx = features & RING_FEATURES & (1 << 29) != 0;
         let sizes = device.queue_sizes().to_vec();
         let interrupt = Arc::new(TestInterrupt::new(sizes.len()));
         let share = (MEMORY_SIZE as u64 - BUFFERS) / sizes.len() as u64 / 4096 * 4096;
@@ -301,7 +318,7 @@ impl Driver {
             queue.try_set_desc_table_address(GuestAddress(desc)).unwrap();
             queue.try_set_avail_ring_address(GuestAddress(avail)).unwrap();
             queue.try_set_used_ring_address(GuestAddress(used)).unwrap();
-            queue.set_event_idx(features & RING_FEATURES & (1 << 29) != 0);
+            queue.set_event_idx(event_idx);
             queue.set_ready(true);
             let kick = EventFd::new(EFD_NONBLOCK).unwrap();
             let start = BUFFERS + share * index as u64;
@@ -314,7 +331,9 @@ impl Driver {
                 desc,
                 avail,
                 used,
+                event_idx,
                 next_avail: 0,
+                kicked: 0,
                 next_used: 0,
                 next_desc: 0,
                 next_buffer: start,

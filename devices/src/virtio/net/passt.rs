@@ -57,7 +57,7 @@ impl PasstConfig {
         let mut arguments: Vec<String> = Vec::new();
         let mut add =
             |words: &[&str]| arguments.extend(words.iter().map(|word| (*word).to_owned()));
-        add(&["--foreground", "--mac-addr", HOST_MAC]);
+        add(&["--foreground", "--quiet", "--mac-addr", HOST_MAC]);
         add(&["--address", &GUEST_ADDRESS.to_string(), "--netmask", "24"]);
         add(&["--gateway", &HOST_ADDRESS.to_string()]);
         add(&["--mtu", &self.mtu.unwrap_or(1500).to_string()]);
@@ -150,9 +150,10 @@ impl Passt {
         let Running { child, socket, errors } = running;
         let child = Arc::new(Mutex::new(Some(child)));
         let slot = child.clone();
+        link.connect(socket);
         let thread = thread::Builder::new()
             .name("passt".to_owned())
-            .spawn(move || supervise(&config, mac, &link, &slot, &stopped, (socket, errors)))
+            .spawn(move || supervise(&config, mac, &link, &slot, &stopped, errors))
             .map_err(|source| host("passt cannot be supervised", source))?;
         Ok(Self { stop, child, thread })
     }
@@ -182,18 +183,17 @@ fn supervise(
     link: &Link,
     slot: &Mutex<Option<Child>>,
     stopped: &mpsc::Receiver<()>,
-    first: (UnixStream, BufReader<ChildStderr>),
+    first: BufReader<ChildStderr>,
 ) {
     let slot = || slot.lock().unwrap_or_else(PoisonError::into_inner);
     let mut next = Some(first);
     let mut delay = FIRST_DELAY;
     loop {
-        if let Some((socket, mut errors)) = next.take() {
+        if let Some(mut errors) = next.take() {
             let since = Instant::now();
-            link.connect(socket);
             while let Some(line) = read_line(&mut errors) {
                 if !is_noise(&line) {
-                    tracing::info!(target: "passt", "{line}");
+                    tracing::warn!(target: "passt", "{line}");
                 }
             }
             let child = slot().take();
@@ -222,7 +222,8 @@ fn supervise(
                     return;
                 }
                 *slot = Some(child);
-                next = Some((socket, errors));
+                link.connect(socket);
+                next = Some(errors);
             }
             Err(error) => tracing::warn!(%error, ?delay, "user networking is not back yet"),
         }
@@ -366,7 +367,7 @@ mod tests {
         let line = config.arguments(HostRoutes::None).join(" ");
         assert_eq!(
             line,
-            "--foreground --mac-addr 9a:55:9a:55:9a:55 --address 10.0.2.15 --netmask 24 \
+            "--foreground --quiet --mac-addr 9a:55:9a:55:9a:55 --address 10.0.2.15 --netmask 24 \
              --gateway 10.0.2.2 --mtu 9000 --interface lo --ipv4-only --no-map-gw \
              --tcp-ports 127.0.0.1/2223:22 --udp-ports 5:6"
         );

@@ -111,6 +111,26 @@ fn packets_wait_for_buffers_and_survive_a_reset() {
 }
 
 #[test]
+fn a_large_packet_waits_for_enough_buffers() {
+    for event_idx in [0, 1 << 29] {
+        let (mut net, _link, mut peer) = stream_card();
+        let features = net.features() & !(1 << 29) | event_idx;
+        let mut driver = Driver::start_with(&mut net, features, guest_memory());
+        driver.queues[0].fill(2, BUFFER);
+        write_frame(&mut peer, &frame(9000));
+        // An answer on the other queue proves that the card has looked.
+        for _ in 0..2 {
+            send(&mut driver.queues[1], &frame(60));
+            driver.queues[1].wait_used();
+        }
+        driver.queues[0].fill(2, BUFFER);
+        driver.queues[0].fill(2, BUFFER);
+        let packet: Vec<u8> = (0..5).flat_map(|_| driver.queues[0].wait_used().1).collect();
+        assert_eq!(packet[HEADER..], frame(9000));
+    }
+}
+
+#[test]
 fn a_full_stream_holds_the_driver_back_without_loss() {
     let (mut net, _link, mut peer) = stream_card();
     let mut driver = Driver::start(&mut net);

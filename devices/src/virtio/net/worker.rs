@@ -109,9 +109,7 @@ impl NetWorker {
                 }
                 Placed::NoBuffers => {
                     self.waiting = Some(length);
-                    if !ring.enable_kicks() {
-                        break;
-                    }
+                    break;
                 }
             }
         }
@@ -218,6 +216,7 @@ enum Placed {
     Done,
     /// It does not fit, and took a buffer with it.
     TooLarge,
+    /// The driver will notify when there are more.
     NoBuffers,
 }
 
@@ -228,6 +227,10 @@ fn place(ring: &mut Ring, packet: &mut [u8], mergeable: bool) -> Placed {
     let mut room = 0;
     while room < packet.len() {
         let Some(chain) = ring.pop() else {
+            // Before any goes back: the notification is to come with one more than there are now.
+            if ring.enable_kicks() {
+                continue;
+            }
             for _ in &buffers {
                 ring.put_back();
             }
