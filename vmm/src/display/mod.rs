@@ -179,11 +179,11 @@ impl DisplayEvents for Viewers {
         }
     }
 
-    fn resize_requested(&self, display: u32, monitor: MonitorConfig) {
-        match self.screens.get(display as usize) {
+    fn resize_requested(&self, id: u32, monitor: MonitorConfig) {
+        match self.screens.get(id as usize) {
             Some(screen) => screen.resize(monitor),
             None => {
-                tracing::debug!(number = display, "a viewer asked for a display that is not there")
+                tracing::debug!(id, "a viewer asked for a display that is not there")
             }
         }
     }
