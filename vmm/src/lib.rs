@@ -15,6 +15,7 @@ pub mod control;
 pub mod display;
 pub mod doctor;
 pub mod exit;
+pub mod firmware;
 pub mod kvm;
 pub mod layout;
 pub mod machine;

@@ -26,6 +26,7 @@ use crate::{
     control::{self, ControlError, ControlTarget, SocketError, server::ControlServer},
     display::{self, DisplayControl, DisplayError, Handles, Identity},
     exit::{Exit, ExitReason},
+    firmware,
     kvm::{
         self,
         cpuid::Template,
@@ -139,6 +140,7 @@ impl Machine {
         )
         .map_err(Error::Tables)?;
         smbios::write(&memory, config.uuid).map_err(Error::Tables)?;
+        firmware::write(&memory).map_err(Error::Tables)?;
         let registers = boot::load(&memory, ram_size, &config.boot, rsdp)?;
 
         let services = KvmServices::new(vm.clone());

@@ -188,6 +188,7 @@ impl Vcpu {
         let width = sys::PortWidth::new(&mut self.fd);
         loop {
             if self.control.stop.load(Ordering::Acquire) {
+                tracing::debug!("processor stopped{}", self.with_registers(String::new()));
                 return Stop::Asked;
             }
             let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
@@ -196,7 +197,9 @@ impl Vcpu {
                     count(&self.counts.port);
                     // More than one access at once: a string instruction.
                     for access in data.chunks(width.get()) {
-                        self.ports.write(u64::from(port), access);
+                        if !self.ports.write(u64::from(port), access) {
+                            tracing::trace!(port, ?access, "a write nobody answers");
+                        }
                     }
                 }
                 Ok(VcpuExit::IoIn(port, data)) => {
