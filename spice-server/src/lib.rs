@@ -3,6 +3,8 @@
 mod agent;
 mod display;
 mod error;
+#[doc(hidden)]
+pub mod fuzz;
 mod input;
 mod io;
 mod proto;

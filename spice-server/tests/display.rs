@@ -15,7 +15,7 @@ use std::{
 
 use spice_server::{ClientPolicy, MemoryFrame, Rect, SurfaceInfo};
 use support::{
-    Client, CountedFrame, eventually, hash, have, have_client,
+    Client, CountedFrame, SlowLine, eventually, hash, have, have_client,
     picture::{self, Event, Mode, Picture},
     setup,
 };
@@ -274,6 +274,62 @@ fn a_stalled_client_costs_a_bounded_amount_and_nobody_else_anything() {
     let mut stalled = stalled;
     let wanted = hash(&noise);
     eventually("the stalled client catches up", || stalled.pixels() == wanted);
+}
+
+#[test]
+fn a_slow_line_gets_photographs_lossy_first_and_exact_when_they_rest() {
+    if !have_client() {
+        return;
+    }
+    let setup = setup(|builder| builder);
+    let size = (640, 480);
+    setup.show_background(size);
+    let line = SlowLine::to(setup.address(), 2_000_000);
+    let mut client = Client::connect(line.address);
+    client.wait_ready();
+    // Like a photograph: neighbours differ a little, and no two rows are alike.
+    let mut state = 9u32;
+    let mut photo = move || {
+        let mut pixels = Vec::new();
+        for y in 0..size.1 {
+            for x in 0..size.0 {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let grain = (state >> 28) as u8;
+                pixels.extend_from_slice(&[(x / 3) as u8 + grain, (y / 2) as u8 ^ grain, grain, 0]);
+            }
+        }
+        pixels
+    };
+    eventually("a JPEG", || {
+        setup.show(size, photo());
+        std::thread::sleep(Duration::from_millis(20));
+        line.jpeg_seen.load(Ordering::SeqCst)
+    });
+    let last = photo();
+    setup.show(size, last.clone());
+    let wanted = hash(&last);
+    eventually("the exact picture", || client.pixels() == wanted);
+}
+
+#[test]
+fn text_is_never_lossy() {
+    if !have_client() {
+        return;
+    }
+    let setup = setup(|builder| builder);
+    let size = (640, 480);
+    let mut pixels = setup.show_background(size);
+    let line = SlowLine::to(setup.address(), 500_000);
+    let mut client = Client::connect(line.address);
+    client.wait_ready();
+    for _ in 0..60 {
+        pixels.rotate_left(4 * 640);
+        setup.show(size, pixels.clone());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let wanted = hash(&pixels);
+    eventually("the last picture", || client.pixels() == wanted);
+    assert!(!line.jpeg_seen.load(Ordering::SeqCst));
 }
 
 #[test]

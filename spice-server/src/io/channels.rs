@@ -121,7 +121,7 @@ impl Channel {
         match &mut self.body {
             Body::Main(main) => {
                 while let Some((kind, body)) = self.deframer.next_message(main::limit)? {
-                    main.message(main::decode(kind, body)?, &mut self.framer, context)?;
+                    main.message(main::decode(kind, body)?, context)?;
                 }
             }
             Body::Inputs(inputs) => {
@@ -201,6 +201,14 @@ impl MainChannel {
             mm_time: self.clock,
         };
         main::put_init(framer, context.out, &init);
+        // The client will ask for the channels next: telling them now saves a round trip. The
+        // display comes first, because its first picture takes longest.
+        let mut channels = Vec::new();
+        let ids = || (0..=u8::MAX).take(shared.displays.len());
+        channels.extend(ids().map(|id| (ChannelType::Display, id)));
+        channels.push((ChannelType::Inputs, 0));
+        channels.extend(ids().map(|id| (ChannelType::Cursor, id)));
+        main::put_channels_list(framer, context.out, &channels);
         if self.knows_names {
             if let Some(name) = &shared.config.name {
                 main::put_name(framer, context.out, name);
@@ -214,19 +222,12 @@ impl MainChannel {
     fn message(
         &mut self,
         message: main::ClientMessage<'_>,
-        framer: &mut Framer,
         context: &mut Context<'_>,
     ) -> Result<(), DecodeError> {
         let shared = context.shared;
         match message {
-            main::ClientMessage::AttachChannels => {
-                let mut channels = vec![(ChannelType::Inputs, 0)];
-                for id in (0..=u8::MAX).take(shared.displays.len()) {
-                    channels.push((ChannelType::Display, id));
-                    channels.push((ChannelType::Cursor, id));
-                }
-                main::put_channels_list(framer, context.out, &channels);
-            }
+            // Answered before it was asked.
+            main::ClientMessage::AttachChannels => {}
             main::ClientMessage::MouseModeRequest(mode) => {
                 *lock(&shared.mouse_mode) = mode;
             }

@@ -312,3 +312,55 @@ impl Drop for CountedFrame {
         self.dropped.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
     }
 }
+
+/// A line to a server that carries so many bytes per second and no more, and tells whether a JPEG
+/// came along.
+pub struct SlowLine {
+    pub address: SocketAddr,
+    pub jpeg_seen: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl SlowLine {
+    pub fn to(target: SocketAddr, bytes_per_second: u32) -> Self {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let jpeg_seen = Arc::<std::sync::atomic::AtomicBool>::default();
+        let seen = jpeg_seen.clone();
+        thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                let server = std::net::TcpStream::connect(target).expect("the server is there");
+                let (mut from_client, mut to_server) =
+                    (client.try_clone().expect("clone"), server.try_clone().expect("clone"));
+                thread::spawn(move || std::io::copy(&mut from_client, &mut to_server));
+                let seen = seen.clone();
+                thread::spawn(move || carry_slowly(server, client, bytes_per_second, &seen));
+            }
+        });
+        Self { address, jpeg_seen }
+    }
+}
+
+fn carry_slowly(
+    mut from: std::net::TcpStream,
+    mut to: std::net::TcpStream,
+    bytes_per_second: u32,
+    jpeg_seen: &std::sync::atomic::AtomicBool,
+) {
+    use std::io::Read;
+    let mut buffer = [0; 8192];
+    let mut free_at = Instant::now();
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
+        let now = Instant::now();
+        let busy = f64::from(count as u32) / f64::from(bytes_per_second);
+        free_at = free_at.max(now) + Duration::from_secs_f64(busy);
+        thread::sleep(free_at - now);
+        if buffer[..count].windows(4).any(|four| four == b"JFIF") {
+            jpeg_seen.store(true, std::sync::atomic::Ordering::SeqCst);
+        }
+        if to.write_all(&buffer[..count]).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(std::net::Shutdown::Both);
+    let _ = from.shutdown(std::net::Shutdown::Both);
+}
