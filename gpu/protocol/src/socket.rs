@@ -420,7 +420,9 @@ pub enum Side {
 
 impl Side {
     fn limit(self, header: &Header) -> Result<usize, ProtocolError> {
-        let reply = header.flags & FLAG_REPLY != 0;
+        // A back end sends nothing but requests, and QEMU's leaves the flags of UPDATE
+        // uninitialised, so they tell nothing there.
+        let reply = self == Self::BackEnd && header.flags & FLAG_REPLY != 0;
         let unknown = ProtocolError::Unknown { request: header.request, flags: header.flags };
         let limit = match (self, header.request, reply) {
             (Self::FrontEnd, id::GET_PROTOCOL_FEATURES | id::GET_DISPLAY_INFO, false) => 0,
@@ -606,7 +608,13 @@ mod tests {
         decoder.push(Header { request: 99, flags: 0, size: 0 }.as_bytes());
         assert!(matches!(decoder.next_message(), Err(ProtocolError::Unknown { .. })));
 
-        // An answer is not a request, and the other way round.
+        // QEMU's back end does not set the flags.
+        let mut decoder = Decoder::new(Side::FrontEnd);
+        decoder
+            .push(Header { request: id::GET_DISPLAY_INFO, flags: 0xffff_ffff, size: 0 }.as_bytes());
+        assert!(decoder.next_message().unwrap().is_some());
+
+        // A request is not an answer.
         let mut decoder = Decoder::new(Side::BackEnd);
         decoder.push(Header { request: id::GET_EDID, flags: 0, size: 0 }.as_bytes());
         assert!(matches!(decoder.next_message(), Err(ProtocolError::Unknown { .. })));
