@@ -10,6 +10,7 @@ pub(crate) mod links;
 pub(crate) mod listen;
 pub(crate) mod pace;
 pub(crate) mod reactor;
+pub(crate) mod seen;
 pub(crate) mod shared;
 pub(crate) mod sys;
 pub(crate) mod viewer;

@@ -18,6 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{
     pace::Pace,
+    seen::{Seen, keep_columns},
     shared::{Command, Session, Shared},
     wake::Wake,
 };
@@ -108,6 +109,7 @@ fn run(new: NewViewer, handle: ViewerHandle) {
         staging: None,
         lz4: new.caps.has(CAP_LZ4),
         pace: Pace::default(),
+        seen: Seen::new((0, 0)),
         lossy: None,
         refine_at: Instant::now(),
         next_sweep: Instant::now(),
@@ -155,6 +157,8 @@ struct Viewer {
     staging: Option<(u32, u32)>,
     lz4: bool,
     pace: Pace,
+    /// What the client shows.
+    seen: Seen,
     /// What was drawn with a lossy coding and not yet exactly.
     lossy: Option<Damage>,
     /// When the picture has rested long enough to be drawn exactly.
@@ -230,6 +234,7 @@ impl Viewer {
                 let staging = Surface::Staging;
                 put_surface_create(&mut self.framer, &mut self.out, staging, size);
                 self.staging = Some(size);
+                self.seen = Seen::new(size);
                 self.source.begin_sweep(self.id);
                 true
             }
@@ -293,6 +298,7 @@ impl Viewer {
     fn fill_black(&mut self, (width, height): (u32, u32)) {
         let rect = Rect::new(0, 0, width, height);
         let surface = self.target().0;
+        self.seen = Seen::new((width, height));
         put_fill(&mut self.framer, &mut self.out, surface, rect, 0);
     }
 
@@ -305,6 +311,14 @@ impl Viewer {
         // The frame's slot is free again before the encoder has done its work.
         drop(frame);
         let (surface, target) = self.target();
+        let Some(target) = target else { return };
+        let rect = if exact {
+            rect
+        } else {
+            let Some(part) = self.seen.unseen(rect, &self.pixels) else { return };
+            keep_columns(&mut self.pixels, rect, part);
+            part
+        };
         let size = (rect.width, rect.height);
         let raw = self.pixels.len();
         let may_lose = !exact && raw >= MIN_LOSSY && self.pace.is_slow(Instant::now());
@@ -319,9 +333,9 @@ impl Viewer {
                 coding = put_image(out, size, &self.pixels, Coding::Jpeg(JPEG_QUALITY));
             }
         });
-        if matches!(coding, Coding::Jpeg(_))
-            && let Some((width, height)) = target
-        {
+        if matches!(coding, Coding::Jpeg(_)) {
+            let (width, height) = target;
+            self.seen.forget(rect);
             self.lossy.get_or_insert_with(|| Damage::new(width, height)).add(rect);
             self.refine_at = Instant::now() + REFINE_AFTER;
             self.pace.lossy();
