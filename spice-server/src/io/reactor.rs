@@ -6,6 +6,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     os::fd::AsFd,
     sync::{Arc, atomic::Ordering},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -20,7 +21,7 @@ use super::{
     viewer::{NewViewer, ViewerHandle, is_hangup},
 };
 use crate::{
-    ClientPolicy,
+    ClientPolicy, MouseMode,
     proto::{
         channel::{ChannelType, cap_word},
         display, inputs,
@@ -40,6 +41,8 @@ const LINK_TIMEOUT: Duration = Duration::from_secs(10);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Most unsent bytes of a connection; a client that lets more pile up is cut off.
 const MAX_UNSENT: usize = 512 * 1024;
+/// How long no connections are accepted after the system refused one.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 const READ_SIZE: usize = 16 * 1024;
 
 const TOKEN_WAKE: u64 = 0;
@@ -79,6 +82,9 @@ pub(crate) struct Reactor {
     listeners: Vec<TcpListener>,
     connections: HashMap<u64, Connection>,
     sessions: Vec<SessionEntry>,
+    viewer_threads: Vec<JoinHandle<()>>,
+    /// When accepting, which the system refused, is tried again.
+    accept_again: Option<Instant>,
     next_token: u64,
     keys: KeyService,
     failures: FailureDelay,
@@ -105,6 +111,8 @@ impl Reactor {
             listeners,
             connections: HashMap::new(),
             sessions: Vec::new(),
+            viewer_threads: Vec::new(),
+            accept_again: None,
             next_token: TOKEN_CONNECTIONS,
             keys,
             failures: FailureDelay::default(),
@@ -143,8 +151,12 @@ impl Reactor {
             self.serve_channels();
             self.update_status();
         }
-        for entry in &self.sessions {
-            entry.viewers.values().for_each(ViewerHandle::close);
+        let sessions: Vec<u32> = self.sessions.iter().map(|entry| entry.session.id).collect();
+        for session in sessions {
+            self.disconnect_session(session);
+        }
+        for thread in self.viewer_threads {
+            let _ = thread.join();
         }
     }
 
@@ -155,8 +167,12 @@ impl Reactor {
         let (stream, peer) = match listener.accept() {
             Ok(accepted) => accepted,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => return,
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection");
+                // Out of descriptors, most likely: epoll would report the listener for ever.
+                tracing::warn!(%error, "cannot accept connections for a while");
+                self.watch_listeners(false);
+                self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
                 return;
             }
         };
@@ -181,6 +197,16 @@ impl Reactor {
             stage: Stage::Link(Box::new(link)),
         };
         self.connections.insert(token, connection);
+    }
+
+    fn watch_listeners(&self, watch: bool) {
+        let flags = if watch { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
+        for (token, listener) in (TOKEN_LISTENERS..).zip(&self.listeners) {
+            let data = epoll::EventData::new_u64(token);
+            if let Err(error) = epoll::modify(&self.epoll, listener, data, flags) {
+                tracing::error!(%error, "cannot watch a listening socket");
+            }
+        }
     }
 
     /// Pushes the oldest connection out that has not authenticated, if there are too many.
@@ -544,7 +570,8 @@ impl Reactor {
             unsent,
         };
         match viewer.spawn() {
-            Ok(handle) => {
+            Ok((handle, thread)) => {
+                self.viewer_threads.push(thread);
                 lock(&entry.session.channels).push((ChannelType::Display, request.channel_id));
                 entry.viewers.insert(request.channel_id, handle);
             }
@@ -576,6 +603,9 @@ impl Reactor {
         tracing::info!(peer = %entry.session.peer, session = id, "client disconnected");
         lock(&self.shared.sessions).retain(|session| session.id != id);
         entry.viewers.values().for_each(ViewerHandle::close);
+        if self.sessions.is_empty() {
+            *lock(&self.shared.mouse_mode) = MouseMode::Client;
+        }
         let of_session = |connection: &Connection| matches!(&connection.stage, Stage::Channel(session, _) if session.id == id);
         let tokens: Vec<u64> =
             self.connections.iter().filter(|(_, c)| of_session(c)).map(|(t, _)| *t).collect();
@@ -596,6 +626,7 @@ impl Reactor {
                 }
                 Command::Key(KeyEvent::Verified { token, ok }) => self.ticket_verified(token, ok),
                 Command::ViewerGone { session, display } => {
+                    self.viewer_threads.retain(|thread| !thread.is_finished());
                     let known = |entry: &&mut SessionEntry| entry.session.id == session;
                     if let Some(entry) = self.sessions.iter_mut().find(known) {
                         entry.viewers.remove(&display);
@@ -625,11 +656,14 @@ impl Reactor {
             Stage::Closing { until } => Some(*until),
             Stage::Channel(_, channel) => channel.next_timer(),
         });
-        connections.min()
+        connections.chain(self.accept_again).min()
     }
 
     fn run_timers(&mut self) {
         let now = Instant::now();
+        if self.accept_again.take_if(|at| *at <= now).is_some() {
+            self.watch_listeners(true);
+        }
         let mut refuse = Vec::new();
         let mut expired = Vec::new();
         for (token, connection) in &mut self.connections {

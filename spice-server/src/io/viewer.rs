@@ -11,6 +11,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -24,7 +25,11 @@ use super::{
 };
 use crate::{
     Frame, Rect,
-    display::{damage::Damage, handle::to_xrgb8888, state::Work},
+    display::{
+        damage::Damage,
+        handle::to_xrgb8888,
+        state::{DisplayShared, Work},
+    },
     proto::{
         channel::{BaseMessage, Caps},
         display::{
@@ -79,13 +84,13 @@ pub(crate) struct NewViewer {
 
 impl NewViewer {
     /// Starts the channel's thread.
-    pub(crate) fn spawn(self) -> io::Result<ViewerHandle> {
+    pub(crate) fn spawn(self) -> io::Result<(ViewerHandle, JoinHandle<()>)> {
         let handle = ViewerHandle { closed: Arc::default(), wake: Arc::new(Wake::new()?) };
         let for_thread = handle.clone();
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name(format!("spice-view-{}", self.display))
             .spawn(move || run(self, for_thread))?;
-        Ok(handle)
+        Ok((handle, thread))
     }
 }
 
@@ -95,6 +100,7 @@ fn run(new: NewViewer, handle: ViewerHandle) {
     let Some(source) = shared.displays.get(usize::from(number)).cloned() else { return };
     let id = source.add_viewer(handle.wake.clone());
     shared.count_viewer(true);
+    let _registration = Registration { shared, source: source.clone(), id, session, number };
     let mut viewer = Viewer {
         id,
         source,
@@ -108,6 +114,9 @@ fn run(new: NewViewer, handle: ViewerHandle) {
         shown: None,
         staging: None,
         lz4: new.caps.has(CAP_LZ4),
+        // Whoever knows LZ4 is spice-gtk or a relative; browsers' clients know neither.
+        staged: new.caps.has(CAP_LZ4),
+        mark_due: false,
         pace: Pace::default(),
         seen: Seen::new((0, 0)),
         lossy: None,
@@ -123,9 +132,23 @@ fn run(new: NewViewer, handle: ViewerHandle) {
         }
         Err(error) => tracing::warn!(session, number, %error, "display channel failed"),
     }
-    viewer.source.remove_viewer(id);
-    shared.count_viewer(false);
-    shared.command(Command::ViewerGone { session, display: number });
+}
+
+/// Tells everybody that the viewer is gone when dropped, even by a panic in the program's frame.
+struct Registration {
+    shared: Arc<Shared>,
+    source: Arc<DisplayShared>,
+    id: u64,
+    session: u32,
+    number: u8,
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.source.remove_viewer(self.id);
+        self.shared.count_viewer(false);
+        self.shared.command(Command::ViewerGone { session: self.session, display: self.number });
+    }
 }
 
 /// Whether an error only says that the client left.
@@ -141,7 +164,7 @@ pub(crate) fn is_hangup(error: &io::Error) -> bool {
 
 struct Viewer {
     id: u64,
-    source: Arc<crate::display::state::DisplayShared>,
+    source: Arc<DisplayShared>,
     deframer: Deframer,
     framer: Framer,
     session: Arc<Session>,
@@ -156,6 +179,10 @@ struct Viewer {
     /// Size of the surface that collects a new picture, while there is one.
     staging: Option<(u32, u32)>,
     lz4: bool,
+    /// The client is known to handle a second surface.
+    staged: bool,
+    /// The client waits for `MARK` to show its surface.
+    mark_due: bool,
     pace: Pace,
     /// What the client shows.
     seen: Seen,
@@ -227,6 +254,13 @@ impl Viewer {
                 put_mark(&mut self.framer, &mut self.out);
                 true
             }
+            Work::FrameSurface(size) if !self.staged => {
+                self.show_surface(size);
+                self.mark_due = true;
+                self.seen = Seen::new(size);
+                self.source.begin_sweep(self.id);
+                true
+            }
             Work::FrameSurface(size) => {
                 // The parts of a new picture meet on a surface the client does not show, and
                 // appear together: no half-painted first frame, no flicker when the size changes.
@@ -250,6 +284,9 @@ impl Viewer {
             }
             Work::Done => {
                 self.show_staging();
+                if std::mem::take(&mut self.mark_due) {
+                    put_mark(&mut self.framer, &mut self.out);
+                }
                 false
             }
         }
@@ -286,7 +323,7 @@ impl Viewer {
             put_surface_image(out, size, Surface::Staging);
         });
         self.drop_staging();
-        put_mark(&mut self.framer, &mut self.out);
+        self.mark_due = true;
     }
 
     fn drop_staging(&mut self) {
