@@ -208,6 +208,8 @@ impl Scanout {
         renderer: &mut dyn Renderer,
         link: &Link,
     ) {
+        // Until it is negotiated, a front end does not know what to prepare for a picture.
+        let Some(transport) = transport else { return };
         // A size is told only when there is room, so that a guest that keeps changing it cannot
         // fill our memory.
         if self.told != self.size() {
@@ -219,9 +221,8 @@ impl Scanout {
             self.told = (width, height);
         }
         match transport {
-            Some(Transport::Shm) => self.pump_frame(id, renderer, link),
-            Some(Transport::Update) => self.pump_updates(id, renderer, link),
-            None => {}
+            Transport::Shm => self.pump_frame(id, renderer, link),
+            Transport::Update => self.pump_updates(id, renderer, link),
         }
     }
 

@@ -90,4 +90,5 @@ pub static MODULES: &[&DeviceModule] = &[
     &super::input::MODULE,
     &super::net::MODULE,
     &super::balloon::MODULE,
+    &super::gpu::MODULE,
 ];

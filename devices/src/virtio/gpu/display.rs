@@ -268,6 +268,9 @@ impl Display {
                 state.features = Some(features);
                 for id in 0..state.scanouts.len() as u32 {
                     state.send_want(id);
+                    // A picture that was announced too early gets the right kind of memory now.
+                    let size = state.scanouts.get_mut(id as usize).and_then(|s| s.size.take());
+                    state.set_size(id, size);
                 }
             }
             FromBackEnd::GetDisplayInfo => {
