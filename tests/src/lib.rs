@@ -4,10 +4,15 @@
 //! this machine's root file system mounted inside. It is how the project is tested on machines without
 //! usable KVM, and how `cargo xtask demo` runs there.
 
+pub mod client;
+pub mod console;
 pub mod cpio;
 pub mod debian;
 pub mod guest;
+pub mod keys;
 pub mod modules;
 pub mod paths;
+pub mod picture;
 pub mod progress;
 pub mod testbed;
+pub mod vm;

@@ -1,0 +1,86 @@
+//! Text that a running program writes, and waiting for it.
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+/// Everything a program has written so far; clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Console {
+    shared: Arc<(Mutex<Text>, Condvar)>,
+}
+
+#[derive(Debug, Default)]
+struct Text {
+    bytes: Vec<u8>,
+    ended: bool,
+}
+
+impl Console {
+    /// Adds what was written.
+    pub fn push(&self, bytes: &[u8]) {
+        let mut text = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+        text.bytes.extend(bytes);
+        self.shared.1.notify_all();
+    }
+
+    /// Says that nothing more will come.
+    pub fn end(&self) {
+        self.shared.0.lock().unwrap_or_else(PoisonError::into_inner).ended = true;
+        self.shared.1.notify_all();
+    }
+
+    /// How much was written: a place from which to wait.
+    pub fn mark(&self) -> usize {
+        self.shared.0.lock().unwrap_or_else(PoisonError::into_inner).bytes.len()
+    }
+
+    /// Everything from a place on.
+    pub fn since(&self, mark: usize) -> String {
+        let text = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(text.bytes.get(mark..).unwrap_or_default()).into_owned()
+    }
+
+    /// Waits until something is written after a place; returns all from there to its end.
+    ///
+    /// # Errors
+    /// If it is not written in time.
+    pub fn wait_for(&self, mark: usize, wanted: &str, limit: Duration) -> Result<String> {
+        let end = Instant::now() + limit;
+        let mut text = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let have = String::from_utf8_lossy(text.bytes.get(mark..).unwrap_or_default());
+            if let Some(at) = have.find(wanted) {
+                return Ok(have[..at + wanted.len()].to_owned());
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || text.ended {
+                let tail: String = have.chars().rev().take(2000).collect();
+                let tail: String = tail.chars().rev().collect();
+                let why = if text.ended { "the program ended" } else { "time is over" };
+                bail!("{wanted:?} was not written ({why}); the last that was:\n{tail}");
+            }
+            text = self.shared.1.wait_timeout(text, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_for_what_another_thread_writes() {
+        let console = Console::default();
+        let writer = console.clone();
+        let thread = std::thread::spawn(move || {
+            writer.push(b"one tw");
+            writer.push(b"o three");
+            writer.end();
+        });
+        assert_eq!(console.wait_for(0, "two", Duration::from_secs(60)).unwrap(), "one two");
+        assert!(console.wait_for(7, "two", Duration::from_secs(60)).is_err());
+        thread.join().unwrap();
+    }
+}

@@ -1,0 +1,310 @@
+//! A virtual machine under test: drago-vmm in the test host, its console, its log and its end.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+
+use crate::client::SpiceClient;
+use crate::console::Console;
+use crate::guest::Guest;
+use crate::paths;
+use crate::picture::{Picture, reads};
+use crate::progress::step;
+use crate::testbed::{Options, RemoteChild, RemoteOutput, Stream, Testbed};
+
+/// How long anything may take. Nested on a busy machine everything is some 50 times slower than life, so
+/// this only ends what hangs.
+pub const PATIENCE: Duration = Duration::from_secs(600);
+
+/// The port inside on which the suites' machines serve SPICE.
+pub const SPICE_PORT: u16 = 5900;
+
+/// The port inside that leads to the guest's ssh server.
+pub const SSH_PORT: u16 = 2223;
+
+/// The test host with what a suite needs.
+#[derive(Debug)]
+pub struct Host {
+    testbed: Testbed,
+    programs: PathBuf,
+    /// Where logs and pictures of this suite go.
+    pub results: PathBuf,
+}
+
+/// A running drago-vmm.
+#[derive(Debug)]
+pub struct Vm {
+    child: RemoteChild,
+    /// The guest's first serial port.
+    pub serial: Console,
+    /// What drago-vmm says on stderr.
+    pub log: Console,
+    results: PathBuf,
+    name: String,
+    shots: u32,
+}
+
+impl Host {
+    /// Boots a test host for a suite. `agent` is the test host agent's executable; drago-vmm is taken
+    /// from the same folder unless `DRAGO_PROGRAMS` names another one.
+    ///
+    /// # Errors
+    /// If the programs are not built or the test host does not boot.
+    pub fn boot(suite: &str, agent: &Path, memory_mib: u32) -> Result<Self> {
+        let programs = match std::env::var_os("DRAGO_PROGRAMS") {
+            Some(dir) => PathBuf::from(dir),
+            None => agent.parent().context("the agent has no folder")?.to_path_buf(),
+        };
+        for program in ["drago-vmm", "drago-gpu"] {
+            if !programs.join(program).is_file() {
+                bail!(
+                    "no {program} in {}: cargo build -p drago-vmm -p drago-gpu, or run cargo xtask test",
+                    programs.display()
+                );
+            }
+        }
+        let results = paths::cache(&format!("e2e/{suite}"))?;
+        let mut options = Options::new(agent.to_path_buf());
+        options.memory_mib = memory_mib;
+        options.forward = vec![(0, SPICE_PORT), (0, SSH_PORT)];
+        let testbed = Testbed::boot(&options)?;
+        Ok(Self { testbed, programs, results })
+    }
+
+    /// Runs a command in the test host to its end.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn run(&self, script: &str) -> Result<RemoteOutput> {
+        self.testbed.command("sh").args(["-c", script]).output()
+    }
+
+    /// The path of one of the project's programs.
+    pub fn program(&self, name: &str) -> String {
+        self.programs.join(name).display().to_string()
+    }
+
+    /// Starts drago-vmm with a guest and further options.
+    ///
+    /// # Errors
+    /// If the test host is gone.
+    pub fn start(&self, name: &str, guest: &Guest, options: &[&str]) -> Result<Vm> {
+        let mut command = self
+            .testbed
+            .command(self.program("drago-vmm"))
+            .args(["--kernel", &guest.kernel.display().to_string()])
+            .args(["--initrd", &guest.initrd.display().to_string()]);
+        if !options.contains(&"--cmdline") {
+            command = command.args(["--cmdline", &guest.cmdline]);
+        }
+        if !options.contains(&"--memory") {
+            command = command.args(["--memory", &guest.memory_mib.to_string()]);
+        }
+        let command = command.args(options.iter().copied());
+        let (serial, log) = (Console::default(), Console::default());
+        let (to_serial, to_log) = (serial.clone(), log.clone());
+        let mut files = [
+            std::fs::File::create(self.results.join(format!("{name}-serial.log")))?,
+            std::fs::File::create(self.results.join(format!("{name}-vmm.log")))?,
+        ];
+        let child = command.spawn(move |stream, bytes| {
+            let (console, file) = match stream {
+                Stream::Out => (&to_serial, &mut files[0]),
+                Stream::Err => (&to_log, &mut files[1]),
+            };
+            console.push(bytes);
+            let _ = file.write_all(bytes);
+        })?;
+        Ok(Vm {
+            child,
+            serial,
+            log,
+            results: self.results.clone(),
+            name: name.to_owned(),
+            shots: 0,
+        })
+    }
+
+    /// A copy of a guest's disk that the machine may write to.
+    ///
+    /// # Errors
+    /// If the copy fails.
+    pub fn disk(&self, guest: &Guest) -> Result<PathBuf> {
+        let from = guest.disk.as_ref().context("this guest has no disk")?;
+        let copy = self.results.join("root.img");
+        let mut cp = std::process::Command::new("cp");
+        cp.args(["--reflink=auto", "--sparse=always"]).arg(from).arg(&copy);
+        step("copying the guest's disk", || crate::debian::check(&mut cp))?;
+        Ok(copy)
+    }
+
+    /// Connects a real SPICE client to the machine.
+    ///
+    /// # Errors
+    /// If the client cannot be started.
+    pub fn spice(&self) -> Result<SpiceClient> {
+        SpiceClient::connect(self.outer(SPICE_PORT)?)
+    }
+
+    /// The port on this machine that leads to one inside.
+    ///
+    /// # Errors
+    /// If it was not forwarded.
+    pub fn outer(&self, inner: u16) -> Result<u16> {
+        self.testbed.outer_port(inner).with_context(|| format!("port {inner} is not forwarded"))
+    }
+
+    /// Runs a command in the guest over ssh, as `root` or `demo`.
+    ///
+    /// # Errors
+    /// If ssh fails or the command does not end with 0.
+    pub fn ssh(&self, guest: &Guest, user: &str, command: &str) -> Result<String> {
+        let key = guest.ssh_key.as_ref().context("this guest has no ssh key")?;
+        let mut ssh = std::process::Command::new("ssh");
+        ssh.arg("-i")
+            .arg(key)
+            .args(["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"])
+            .args(["-o", "LogLevel=ERROR", "-o", "BatchMode=yes", "-o", "ConnectTimeout=300"])
+            .args(["-p", &self.outer(SSH_PORT)?.to_string()])
+            .arg(format!("{user}@127.0.0.1"))
+            .arg(command)
+            .stdin(std::process::Stdio::null());
+        crate::debian::check(&mut ssh)
+    }
+}
+
+impl Vm {
+    /// Types a line on the guest's serial console.
+    ///
+    /// # Errors
+    /// If the test host is gone.
+    pub fn type_serial(&self, line: &str) -> Result<()> {
+        self.child.stdin().write_all(format!("{line}\n").as_bytes()).context("no serial console")
+    }
+
+    /// Runs a command in a root shell on the serial console and returns what it printed.
+    ///
+    /// # Errors
+    /// If the end of the command is not seen.
+    pub fn serial_command(&self, command: &str) -> Result<String> {
+        let mark = self.serial.mark();
+        // The quotes keep the markers out of the echo of the line.
+        self.type_serial(&format!("echo 'BE''GIN'; {command}; echo 'E''ND'"))?;
+        let said = self.serial.wait_for(mark, "END", PATIENCE)?;
+        let said = said.rsplit_once("BEGIN").map_or(said.as_str(), |(_, rest)| rest);
+        Ok(said.trim_end_matches("END").trim().replace('\r', ""))
+    }
+
+    /// Waits for the end of drago-vmm: its exit status.
+    ///
+    /// # Errors
+    /// If it does not end.
+    pub fn wait(&mut self) -> Result<i32> {
+        self.child.wait_timeout(PATIENCE).with_context(|| self.state())
+    }
+
+    /// Whether drago-vmm has ended.
+    ///
+    /// # Errors
+    /// If the test host is gone.
+    pub fn ended(&mut self) -> Result<Option<i32>> {
+        self.child.try_wait()
+    }
+
+    /// Sends drago-vmm a signal.
+    ///
+    /// # Errors
+    /// If the test host is gone.
+    pub fn signal(&self, number: u8) -> Result<()> {
+        self.child.signal(number)
+    }
+
+    /// Ends drago-vmm's standard input.
+    ///
+    /// # Errors
+    /// If the test host is gone.
+    pub fn close_stdin(&self) -> Result<()> {
+        self.child.stdin().close().context("the test host is gone")
+    }
+
+    /// A picture of the screen as a client shows it, kept with the suite's results.
+    ///
+    /// # Errors
+    /// If the client has none.
+    pub fn picture(&mut self, client: &mut SpiceClient) -> Result<Picture> {
+        client.wait_state("a picture", PATIENCE, |state| state["width"].as_u64() > Some(0))?;
+        self.shots += 1;
+        let path = self.results.join(format!("{}-{}.ppm", self.name, self.shots % 4));
+        client.screenshot(&path)?;
+        Picture::open(&path)
+    }
+
+    /// Waits until the picture satisfies a condition; looks again whenever it changes.
+    ///
+    /// # Errors
+    /// If that does not come about in time; the last picture is saved.
+    pub fn wait_picture(
+        &mut self,
+        client: &mut SpiceClient,
+        what: &str,
+        mut is: impl FnMut(&Picture) -> Result<bool>,
+    ) -> Result<Picture> {
+        let end = std::time::Instant::now() + PATIENCE;
+        loop {
+            let seen = client.ask("state", json!({}))?["invalidated"].as_u64();
+            let picture = self.picture(client)?;
+            if is(&picture)? {
+                let kept =
+                    self.results.join(format!("{}-{}.png", self.name, what.replace(' ', "-")));
+                picture.save_png(&kept)?;
+                return Ok(picture);
+            }
+            if let Some(code) = self.ended()? {
+                bail!(
+                    "drago-vmm ended with {code} before the screen showed {what}\n{}",
+                    self.state()
+                );
+            }
+            let left = end.saturating_duration_since(std::time::Instant::now());
+            let changed = client
+                .wait_state(what, left, |state| state["invalidated"].as_u64() != seen)
+                .map(drop);
+            if let Err(error) = changed {
+                let kept = self.results.join(format!("{}-last.png", self.name));
+                picture.save_png(&kept)?;
+                return Err(error.context(format!(
+                    "the screen never showed {what}; last picture: {}\n{}",
+                    kept.display(),
+                    self.state()
+                )));
+            }
+        }
+    }
+
+    /// Waits until a text can be read on the screen.
+    ///
+    /// # Errors
+    /// As [`Vm::wait_picture`].
+    pub fn wait_text(&mut self, client: &mut SpiceClient, text: &str) -> Result<Picture> {
+        let what = format!("the text {text}");
+        self.wait_picture(client, &what, |picture| Ok(reads(&picture.text(None)?, text)))
+    }
+
+    /// The ends of both logs, for an error.
+    pub fn state(&self) -> String {
+        let tail = |console: &Console| {
+            let all = console.since(0);
+            let lines: Vec<&str> = all.lines().rev().take(25).collect();
+            lines.into_iter().rev().collect::<Vec<_>>().join("\n")
+        };
+        format!(
+            "--- drago-vmm says:\n{}\n--- serial console:\n{}\n--- all of it: {}",
+            tail(&self.log),
+            tail(&self.serial),
+            self.results.display()
+        )
+    }
+}
