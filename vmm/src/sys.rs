@@ -76,6 +76,21 @@ pub fn internal_error(vcpu: &mut VcpuFd) -> (u32, Vec<u64>) {
     (details.suberror, details.data[..count].to_vec())
 }
 
+/// A CPUID leaf of the host: EAX, EBX, ECX, EDX. Zero beyond what it has.
+pub fn cpuid(leaf: u32) -> [u32; 4] {
+    use std::arch::x86_64::__cpuid_count;
+    #[allow(unused_unsafe, reason = "became a safe function in later compilers")]
+    // SAFETY: every x86-64 processor has CPUID.
+    let highest = unsafe { __cpuid_count(leaf & 0x8000_0000, 0) }.eax;
+    if leaf > highest {
+        return [0; 4];
+    }
+    #[allow(unused_unsafe, reason = "became a safe function in later compilers")]
+    // SAFETY: as above.
+    let result = unsafe { __cpuid_count(leaf, 0) };
+    [result.eax, result.ebx, result.ecx, result.edx]
+}
+
 /// Blocks `signals` in this thread and all it starts later, and returns a descriptor from which
 /// they can be read.
 pub fn signal_fd(signals: &[libc::c_int]) -> io::Result<OwnedFd> {

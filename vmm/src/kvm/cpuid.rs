@@ -11,6 +11,7 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
 use super::{Error, call};
+use crate::sys;
 
 const FLAG_SIGNIFICANT_INDEX: u32 = 1;
 
@@ -124,6 +125,15 @@ static INSERT: &[(Vendor, u32, u32, &str)] = &[
     (Any, 0xb, 2, "extended topology: some hosts give none"),
 ];
 
+/// Leaves KVM leaves empty although the guest may know them.
+#[rustfmt::skip]
+static COPY: &[(Vendor, u32, &str)] = &[
+    (Any, 0x8000_0002, "brand string: what the user sees as the processor's name"),
+    (Any, 0x8000_0003, "brand string, second part"),
+    (Any, 0x8000_0004, "brand string, third part"),
+    (Amd, 0x8000_0005, "L1 cache sizes"),
+];
+
 /// Leaves that describe the host's topology in ways not patched here.
 #[rustfmt::skip]
 static REMOVE: &[(u32, &str)] = &[
@@ -146,10 +156,16 @@ impl Template {
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(call("tell which CPUID leaves it supports"))?;
-        Ok(Self::from_entries(supported.as_slice(), count, super::has_tsc_deadline(kvm)))
+        let tsc_deadline = super::has_tsc_deadline(kvm);
+        Ok(Self::from_entries(supported.as_slice(), count, tsc_deadline, sys::cpuid))
     }
 
-    fn from_entries(entries: &[kvm_cpuid_entry2], count: u32, tsc_deadline: bool) -> Self {
+    fn from_entries(
+        entries: &[kvm_cpuid_entry2],
+        count: u32,
+        tsc_deadline: bool,
+        host: fn(u32) -> [u32; 4],
+    ) -> Self {
         let mut entries: Vec<_> = entries
             .iter()
             .filter(|entry| !REMOVE.iter().any(|(leaf, _)| *leaf == entry.function))
@@ -171,6 +187,17 @@ impl Template {
                 flags: FLAG_SIGNIFICANT_INDEX,
                 ..Default::default()
             });
+        }
+        for &(who, function, _) in COPY {
+            if who != Any && who != vendor {
+                continue;
+            }
+            let empty = |e: &&mut kvm_cpuid_entry2| {
+                e.function == function && [e.eax, e.ebx, e.ecx, e.edx] == [0; 4]
+            };
+            if let Some(entry) = entries.iter_mut().find(empty) {
+                [entry.eax, entry.ebx, entry.ecx, entry.edx] = host(function);
+            }
         }
         for entry in &mut entries {
             if entry.function == 0 {
@@ -247,11 +274,13 @@ mod tests {
             entry(0, 0, [0x10, u32::from_le_bytes(*b"Auth"), 0, 0]),
             entry(1, 0, [0, 0x0708_0800, 0x0100_2008, 0]),
             entry(0x8000_0001, 0, [0, 0, 0x0040_0004, 0]),
+            entry(0x8000_0002, 0, [0; 4]),
+            entry(0x8000_0003, 0, [1, 2, 3, 4]),
             entry(0x8000_0008, 0, [0x3028, 0, 0x7007, 0]),
             entry(0x8000_001e, 0, [7, 0x103, 5, 0]),
             entry(0x8000_0026, 0, [1, 2, 3, 4]),
         ];
-        Template::from_entries(&entries, count, true)
+        Template::from_entries(&entries, count, true, |leaf| [leaf; 4])
     }
 
     fn find(entries: &[kvm_cpuid_entry2], leaf: u32, index: u32) -> kvm_cpuid_entry2 {
@@ -287,6 +316,8 @@ mod tests {
         assert_eq!((core.eax, core.ebx, core.ecx), (2, 3, 0x201));
         assert_eq!(find(&entries, 0x8000_0001, 0).ecx, 0x0040_0006, "SVM stays");
         assert_eq!(find(&entries, 0, 0).eax, 0x10);
+        assert_eq!(find(&entries, 0x8000_0002, 0).ebx, 0x8000_0002, "from the host");
+        assert_eq!(find(&entries, 0x8000_0003, 0).ebx, 2, "KVM's word comes first");
         let single = amd(1).patched(0);
         assert_eq!(find(&single, 1, 0).edx >> 28, 0);
         assert_eq!(find(&single, 0xb, 1).eax, 0);
