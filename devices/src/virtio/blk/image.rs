@@ -5,7 +5,7 @@ use std::{
     io::{self, Seek, SeekFrom},
     os::{
         fd::AsRawFd,
-        unix::fs::{FileTypeExt, OpenOptionsExt},
+        unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     },
     path::Path,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -153,10 +153,7 @@ impl Image {
             (logical, rustix::fs::ioctl_blkpbszget(&buffered).unwrap_or(logical))
         } else {
             // Partition tables in images count in 512-byte blocks.
-            (
-                SECTOR as u32,
-                u32::try_from(std::os::unix::fs::MetadataExt::blksize(&metadata)).unwrap_or(4096),
-            )
+            (SECTOR as u32, metadata.blksize().try_into().unwrap_or(u32::MAX))
         };
         let direct = direct.map(|file| {
             let alignment = alignment(&file, block_size);
@@ -176,7 +173,7 @@ impl Image {
             length,
             read_only,
             block_size,
-            allocation_size: allocation_size.clamp(block_size, 1 << 20),
+            allocation_size: allocation_unit(allocation_size, block_size),
             can_discard,
             nowait_read: AtomicBool::new(true),
             nowait_write: AtomicBool::new(true),
@@ -344,6 +341,13 @@ impl Image {
     }
 }
 
+/// The unit to tell the guest. Network file systems report their transfer size, which is no unit
+/// of allocation and may be no power of two either.
+fn allocation_unit(reported: u32, block_size: u32) -> u32 {
+    let plausible = reported.is_power_of_two() && reported <= 64 << 10;
+    if plausible { reported } else { 4096 }.max(block_size)
+}
+
 /// Opens the same file once more; by its descriptor, so that a rename cannot come between.
 fn reopen(file: &File, read_only: bool, flags: i32) -> io::Result<File> {
     OpenOptions::new()
@@ -384,4 +388,18 @@ fn alignment(file: &File, block_size: u32) -> Alignment {
     }
     let size = block_size.max(4096);
     Alignment { memory: size as usize, offset: size.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn implausible_units_are_replaced() {
+        assert_eq!(allocation_unit(4096, 512), 4096);
+        assert_eq!(allocation_unit(512, 4096), 4096);
+        assert_eq!(allocation_unit(507_904, 512), 4096, "9p with a message size of 500 KiB");
+        assert_eq!(allocation_unit(1 << 20, 512), 4096, "NFS");
+        assert_eq!(allocation_unit(0, 512), 4096);
+    }
 }
