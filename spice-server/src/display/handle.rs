@@ -32,6 +32,13 @@ impl DisplayHandle {
         self.shared.present(frame, damage);
     }
 
+    /// Lets go of the newest frame without changing what viewers see: for programs that make frames
+    /// only while there are viewers, once there are none. A viewer that comes later waits a moment
+    /// for the next [`present`](Self::present) instead of seeing an old picture.
+    pub fn release_frame(&self) {
+        self.shared.release_frame();
+    }
+
     /// Sets the pointer's picture and shows it. Invalid images are ignored with a log line.
     pub fn set_cursor(&self, image: CursorImage) {
         if !image.is_valid() {
@@ -92,7 +99,10 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::{MemoryFrame, display::state::Work};
+    use crate::{
+        MemoryFrame,
+        display::state::{HasWork, Work},
+    };
 
     fn handle() -> DisplayHandle {
         DisplayHandle { shared: Arc::new(DisplayShared::new()), io: Arc::new(Wake::new().unwrap()) }
@@ -147,9 +157,9 @@ mod tests {
         let display = handle();
         let shared = &display.shared;
         let viewer = shared.add_viewer(Arc::new(Wake::new().unwrap()));
-        assert!(shared.has_work(viewer, None));
+        assert_eq!(shared.has_work(viewer, None), HasWork::Yes);
         assert!(matches!(shared.next_work(viewer, None), Work::Surface((1024, 768))));
-        assert!(!shared.has_work(viewer, Some((1024, 768))));
+        assert_eq!(shared.has_work(viewer, Some((1024, 768))), HasWork::No);
         let frame = MemoryFrame::new(64, 64, vec![0; 64 * 64 * 4]).unwrap();
         display.present(Arc::new(frame.clone()), &[]);
         let shown = Some((64, 64));
@@ -165,6 +175,9 @@ mod tests {
         shared.begin_sweep(viewer);
         let Work::Draw(_, rect) = shared.next_work(viewer, shown) else { panic!("no work") };
         assert_eq!(rect, Rect::new(1, 2, 11, 4));
+        display.release_frame();
+        assert_eq!(shared.has_work(viewer, shown), HasWork::No);
+        assert_eq!(shared.has_work(viewer, None), HasWork::OnlyBlack);
         display.set_surface(None);
         assert!(matches!(shared.next_work(viewer, shown), Work::Blank));
         assert!(matches!(shared.next_work(viewer, shown), Work::Done));

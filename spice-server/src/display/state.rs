@@ -58,6 +58,15 @@ pub(crate) enum Work {
     Done,
 }
 
+/// Whether a viewer has something to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HasWork {
+    No,
+    Yes,
+    /// It has nothing to show but black, though a picture of known size should come soon.
+    OnlyBlack,
+}
+
 impl DisplayShared {
     pub(crate) fn new() -> Self {
         Self { state: Mutex::default() }
@@ -80,6 +89,12 @@ impl DisplayShared {
         }
         drop(state);
         // A frame's drop is the program's code: not under our lock.
+        drop(old);
+    }
+
+    /// Lets go of the newest frame; the picture's size stays.
+    pub(crate) fn release_frame(&self) {
+        let old = self.lock().frame.take();
         drop(old);
     }
 
@@ -136,12 +151,21 @@ impl DisplayShared {
     }
 
     /// Whether a sweep would find anything to do for this viewer.
-    pub(crate) fn has_work(&self, id: u64, shown: Option<(u32, u32)>) -> bool {
+    pub(crate) fn has_work(&self, id: u64, shown: Option<(u32, u32)>) -> HasWork {
         let state = self.lock();
         let Some(viewer) = state.viewers.iter().find(|viewer| viewer.id == id) else {
-            return false;
+            return HasWork::No;
         };
-        shown.is_none() || viewer.blank || (state.frame.is_some() && !viewer.damage.is_empty())
+        let work = match (&state.frame, shown) {
+            (Some(frame), Some(size)) => {
+                !viewer.damage.is_empty() || size != (frame.width(), frame.height())
+            }
+            (Some(_), None) => true,
+            (None, Some(_)) => viewer.blank,
+            (None, None) if state.surface.is_some() => return HasWork::OnlyBlack,
+            (None, None) => true,
+        };
+        if work { HasWork::Yes } else { HasWork::No }
     }
 
     /// Begins a sweep for this viewer.

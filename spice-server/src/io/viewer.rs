@@ -28,7 +28,7 @@ use crate::{
     display::{
         damage::Damage,
         handle::to_xrgb8888,
-        state::{DisplayShared, Work},
+        state::{DisplayShared, HasWork, Work},
     },
     proto::{
         channel::{BaseMessage, Caps},
@@ -49,6 +49,8 @@ const REFINE_AFTER: Duration = Duration::from_millis(300);
 const JPEG_QUALITY: u8 = 80;
 /// Smallest part, in bytes of pixels, that may be lossy.
 const MIN_LOSSY: usize = 64 * 64 * 4;
+/// How long a new viewer waits for a picture that is being made for it.
+const FIRST_PICTURE: Duration = Duration::from_secs(1);
 /// How long buffers stay allocated while nothing moves.
 const KEEP_BUFFERS: Duration = Duration::from_secs(2);
 /// Encoded bytes worth a write of their own.
@@ -122,6 +124,7 @@ fn run(new: NewViewer, handle: ViewerHandle) {
         lossy: None,
         refine_at: Instant::now(),
         next_sweep: Instant::now(),
+        black_at: Instant::now() + FIRST_PICTURE,
         handle,
     };
     viewer.deframer.receive(&new.received);
@@ -192,6 +195,8 @@ struct Viewer {
     refine_at: Instant,
     /// When the next picture may begin.
     next_sweep: Instant,
+    /// When black is better than nothing, if no picture has come.
+    black_at: Instant,
     handle: ViewerHandle,
 }
 
@@ -204,9 +209,9 @@ impl Viewer {
                 self.wait(true, None)?;
                 continue;
             }
-            if !sweeping && self.source.has_work(self.id, self.target().1) {
+            if !sweeping && let Some(due) = self.next_work_at() {
                 let now = Instant::now();
-                if now >= self.next_sweep {
+                if now >= due {
                     // An interval of credit evens out a source that ticks unevenly.
                     let earliest = now.checked_sub(FRAME_INTERVAL).unwrap_or(now);
                     self.next_sweep = self.next_sweep.max(earliest) + FRAME_INTERVAL;
@@ -223,8 +228,8 @@ impl Viewer {
                 continue;
             }
             let now = Instant::now();
-            let pause = if self.source.has_work(self.id, self.target().1) {
-                Some(self.next_sweep.saturating_duration_since(now))
+            let pause = if let Some(due) = self.next_work_at() {
+                Some(due.saturating_duration_since(now))
             } else if let Some(lossy) = &mut self.lossy {
                 if now >= self.refine_at {
                     lossy.begin_sweep();
@@ -243,6 +248,15 @@ impl Viewer {
             }
         }
         Ok(())
+    }
+
+    /// When the next sweep may begin, if there is anything to do.
+    fn next_work_at(&self) -> Option<Instant> {
+        match self.source.has_work(self.id, self.target().1) {
+            HasWork::No => None,
+            HasWork::Yes => Some(self.next_sweep),
+            HasWork::OnlyBlack => Some(self.next_sweep.max(self.black_at)),
+        }
     }
 
     /// Does one piece of a sweep; `false` at its end.
