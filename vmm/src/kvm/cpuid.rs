@@ -192,11 +192,20 @@ impl Template {
             if who != Any && who != vendor {
                 continue;
             }
-            let empty = |e: &&mut kvm_cpuid_entry2| {
-                e.function == function && [e.eax, e.ebx, e.ecx, e.edx] == [0; 4]
-            };
-            if let Some(entry) = entries.iter_mut().find(empty) {
-                [entry.eax, entry.ebx, entry.ecx, entry.edx] = host(function);
+            let [eax, ebx, ecx, edx] = host(function);
+            match entries.iter_mut().find(|entry| entry.function == function) {
+                Some(entry) if [entry.eax, entry.ebx, entry.ecx, entry.edx] == [0; 4] => {
+                    [entry.eax, entry.ebx, entry.ecx, entry.edx] = [eax, ebx, ecx, edx];
+                }
+                Some(_) => {}
+                None => entries.push(kvm_cpuid_entry2 {
+                    function,
+                    eax,
+                    ebx,
+                    ecx,
+                    edx,
+                    ..Default::default()
+                }),
             }
         }
         for entry in &mut entries {
