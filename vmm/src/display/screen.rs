@@ -96,6 +96,10 @@ impl Screen {
         drop(state);
         drop(stale);
         if before != after {
+            if let Some(viewer) = self.viewer.get().filter(|_| !after) {
+                // The next viewer must not see what was on the screen when the last one left.
+                viewer.release_frame();
+            }
             self.gpu.want_frames(self.id, if after { MAX_FPS } else { 0 });
         }
     }
