@@ -51,7 +51,7 @@ pub enum CliError {
 #[derive(Debug, Parser)]
 #[command(name = "drago-vmm", version, about = "A virtual machine monitor for graphical microVMs")]
 #[command(args_override_self = true, args_conflicts_with_subcommands = true)]
-#[command(subcommand_negates_reqs = true, max_term_width = 100)]
+#[command(subcommand_negates_reqs = true, max_term_width = 100, next_line_help = true)]
 struct Cli {
     #[command(flatten)]
     machine: MachineArgs,

@@ -9,11 +9,17 @@ use drago_vmm::{
 };
 use tracing_subscriber::EnvFilter;
 
+/// Status for a wrong command line, the same as clap's.
+const USAGE: u8 = 2;
+
 fn main() -> ExitCode {
     let invocation = match cli::parse(std::env::args_os()) {
         Ok(invocation) => invocation,
         Err(CliError::Clap(error)) => error.exit(),
-        Err(error) => return fail(&error),
+        Err(error) => {
+            fail(&error);
+            return ExitCode::from(USAGE);
+        }
     };
     match invocation {
         Invocation::Run { config, log } => {
