@@ -117,7 +117,7 @@ fn run(new: NewViewer, handle: ViewerHandle) {
         staging: None,
         lz4: new.caps.has(CAP_LZ4),
         // Whoever knows LZ4 is spice-gtk or a relative; browsers' clients know neither.
-        staged: new.caps.has(CAP_LZ4),
+        modern: new.caps.has(CAP_LZ4),
         mark_due: false,
         pace: Pace::default(),
         seen: Seen::new((0, 0)),
@@ -182,8 +182,8 @@ struct Viewer {
     /// Size of the surface that collects a new picture, while there is one.
     staging: Option<(u32, u32)>,
     lz4: bool,
-    /// The client is known to handle a second surface.
-    staged: bool,
+    /// The client knows LZ4 and a second surface.
+    modern: bool,
     /// The client waits for `MARK` to show its surface.
     mark_due: bool,
     pace: Pace,
@@ -268,7 +268,7 @@ impl Viewer {
                 put_mark(&mut self.framer, &mut self.out);
                 true
             }
-            Work::FrameSurface(size) if !self.staged => {
+            Work::FrameSurface(size) if !self.modern => {
                 self.show_surface(size);
                 self.mark_due = true;
                 self.seen = Seen::new(size);
@@ -496,10 +496,10 @@ impl Viewer {
                 ClientMessage::Base(BaseMessage::Disconnecting) => {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
-                ClientMessage::PreferredCompression(Compression::Automatic)
-                | ClientMessage::Base(_)
-                | ClientMessage::Init
-                | ClientMessage::Ignored => {}
+                ClientMessage::PreferredCompression(Compression::Automatic) => {
+                    self.lz4 = self.modern;
+                }
+                ClientMessage::Base(_) | ClientMessage::Init | ClientMessage::Ignored => {}
             }
         }
         Ok(())
