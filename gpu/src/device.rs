@@ -26,7 +26,10 @@ use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatu
 use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard};
-use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::{
+    epoll::EventSet,
+    event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier},
+};
 use zerocopy::IntoBytes;
 
 use crate::{
@@ -438,6 +441,13 @@ impl VhostUserBackend for GpuDevice {
 
     fn queues_per_thread(&self) -> Vec<u64> {
         vec![1 << CONTROL_QUEUE, 1 << CURSOR_QUEUE]
+    }
+
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        // Without one the library waits for its threads for ever when the connection ends.
+        new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
+            .inspect_err(|error| tracing::error!(%error, "a queue thread cannot be ended"))
+            .ok()
     }
 
     fn stop_vring(&self, index: u32) -> io::Result<()> {
