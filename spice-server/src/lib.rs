@@ -1,4 +1,22 @@
 //! A SPICE server for any program that has a picture to show.
+//!
+//! The server shows frames to clients such as remote-viewer and hands their keyboard, pointer, resize
+//! requests and guest agent data to the program. It knows nothing of virtual machines. How it works
+//! and what its limits are is told in `docs/spice.md`.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use spice_server::{MemoryFrame, Rect, SpiceServer};
+//!
+//! let server = SpiceServer::builder()
+//!     .name("hello")
+//!     .listen("127.0.0.1:5930".parse()?)
+//!     .start()?;
+//! let display = server.display(0).ok_or("no display")?;
+//! let grey = MemoryFrame::new(640, 480, vec![0x80; 640 * 480 * 4]).ok_or("wrong size")?;
+//! display.present(Arc::new(grey), &[Rect::new(0, 0, 640, 480)]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod agent;
 mod display;

@@ -180,7 +180,8 @@ impl ServerBuilder {
     }
 }
 
-/// A running server. Dropping it disconnects all clients and ends its threads.
+/// A running server. Dropping it disconnects all clients and ends its threads, so it must not be
+/// dropped from one of its own callbacks.
 pub struct SpiceServer {
     addresses: Vec<SocketAddr>,
     shared: Arc<Shared>,
