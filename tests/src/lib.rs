@@ -8,6 +8,7 @@ pub mod client;
 pub mod console;
 pub mod cpio;
 pub mod debian;
+pub mod desktop;
 pub mod guest;
 pub mod keys;
 pub mod modules;

@@ -1,7 +1,10 @@
 //! Developer commands: `cargo xtask demo|test|testbed|bench`.
 
 mod build;
+mod check;
+mod demo;
 mod guest;
+mod packages;
 mod testbed;
 
 use std::process::ExitCode;
@@ -18,6 +21,10 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// Shows a guest's desktop over SPICE on 127.0.0.1:5900
+    Demo(demo::Args),
+    /// Installs what tests need and runs them
+    Test(check::Args),
     /// Runs a command on a machine with real KVM, /dev/dri, udmabuf, tun and vhost: the nested-KVM test host
     Testbed(testbed::Args),
     /// Makes a guest if need be and prints where its kernel, initrd and disk are
@@ -26,6 +33,8 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Task::Demo(args) => demo::run(&args),
+        Task::Test(args) => check::run(&args),
         Task::Testbed(args) => testbed::run(&args),
         Task::Guest(args) => guest::run(&args),
     };

@@ -1,0 +1,219 @@
+//! `cargo xtask test`.
+
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    path::PathBuf,
+    process::{Command, ExitCode, Stdio},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
+use drago_tests::{
+    paths,
+    progress::{note, step},
+};
+
+use crate::packages::{self, For};
+
+/// The crates whose types meet in our interfaces: two versions of one do not fit together.
+const RUST_VMM: &[&str] = &[
+    "acpi_tables",
+    "event-manager",
+    "kvm-bindings",
+    "kvm-ioctls",
+    "linux-loader",
+    "vhost",
+    "vhost-user-backend",
+    "virtio-bindings",
+    "virtio-queue",
+    "vm-memory",
+    "vm-superio",
+    "vmm-sys-util",
+];
+
+/// Seconds for each fuzz target.
+const FUZZ_SECONDS: &str = "60";
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Which tests
+    #[arg(long, value_enum, default_value_t = Suite::Default)]
+    suite: Suite,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Suite {
+    /// fast, then nested: what CI runs
+    Default,
+    /// Format, lints, licences, unit tests, real SPICE clients; no virtual machine with a kernel
+    Fast,
+    /// Stock Debian guests on drago-vmm inside the nested-KVM test host
+    Nested,
+    /// A minute of fuzzing for each target
+    Fuzz,
+    /// The GNOME desktop inside the nested-KVM test host
+    Slow,
+    /// Everything
+    All,
+}
+
+impl Suite {
+    fn includes(self, other: Self) -> bool {
+        match self {
+            Self::All => true,
+            Self::Default => matches!(other, Self::Fast | Self::Nested),
+            _ => self == other,
+        }
+    }
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    packages::install(For::Tests)?;
+    if args.suite.includes(Suite::Fast) {
+        fast()?;
+    }
+    if args.suite.includes(Suite::Nested) {
+        nested(&["minimal", "weston"])?;
+    }
+    if args.suite.includes(Suite::Fuzz) {
+        fuzz()?;
+    }
+    if args.suite.includes(Suite::Slow) {
+        nested(&["gnome"])?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn fast() -> Result<()> {
+    step("format", || cargo(&["fmt", "--all", "--check"]))?;
+    step("one version of each rust-vmm crate", single_versions)?;
+    step("licences and sources", deny)?;
+    step("lints", || {
+        cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"])
+    })?;
+    // Binaries first: device tests start drago-gpu, which is not their crate's.
+    step("build", || cargo(&["build", "--quiet", "--workspace", "--all-targets"]))?;
+    step("tests", || cargo(&["test", "--workspace", "--no-fail-fast"]))
+}
+
+fn nested(suites: &[&str]) -> Result<()> {
+    step("build", || {
+        cargo(&["build", "--quiet", "-p", "drago-vmm", "-p", "drago-gpu", "-p", "drago-tests"])
+    })?;
+    for suite in suites {
+        step(format_args!("nested suite {suite}"), || {
+            cargo(&[
+                "test",
+                "-p",
+                "drago-tests",
+                "--test",
+                suite,
+                "--",
+                "--ignored",
+                "--nocapture",
+                "--test-threads=1",
+            ])
+        })?;
+    }
+    Ok(())
+}
+
+fn fuzz() -> Result<()> {
+    tool("cargo-fuzz")?;
+    step("fuzzing", || {
+        let script = paths::workspace().join("tests/fuzz/run.sh");
+        let status = command(&script.display().to_string()).arg(FUZZ_SECONDS).status()?;
+        ensure!(status.success(), "a fuzz target failed");
+        Ok(())
+    })
+}
+
+/// A command in the workspace that finds the tools installed by [`tool`].
+fn command(program: &str) -> Command {
+    let mut command = Command::new(program);
+    command.current_dir(paths::workspace()).stdin(Stdio::null());
+    if let Some(path) = env::var_os("PATH") {
+        let mut folders: Vec<PathBuf> = env::split_paths(&path).collect();
+        folders.push(paths::workspace().join("target/tools/bin"));
+        if let Ok(joined) = env::join_paths(folders) {
+            command.env("PATH", joined);
+        }
+    }
+    command
+}
+
+fn cargo(arguments: &[&str]) -> Result<()> {
+    let program = env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let status = command(&program).args(arguments).status().context("cannot run cargo")?;
+    ensure!(status.success(), "cargo {} failed", arguments.join(" "));
+    Ok(())
+}
+
+/// Makes a cargo subcommand available: as installed, or installed below `target/`.
+fn tool(name: &str) -> Result<()> {
+    let found = command(name).arg("--version").output().is_ok_and(|out| out.status.success());
+    if found {
+        return Ok(());
+    }
+    let root = paths::workspace().join("target/tools");
+    step(format_args!("cargo install {name}"), || {
+        cargo(&["install", "--quiet", "--locked", "--root", &root.display().to_string(), name])
+    })
+}
+
+fn deny() -> Result<()> {
+    tool("cargo-deny")?;
+    cargo(&["deny", "--log-level", "error", "check", "licenses", "bans", "sources"])?;
+    // The database of advisories lives on a server that not every machine reaches.
+    let fetched = command("cargo").args(["deny", "fetch", "db"]).output()?;
+    if fetched.status.success() {
+        cargo(&["deny", "--log-level", "error", "check", "advisories"])
+    } else {
+        note("SKIPPED advisories: their database cannot be fetched here");
+        Ok(())
+    }
+}
+
+fn single_versions() -> Result<()> {
+    let lock = fs::read_to_string(paths::workspace().join("Cargo.lock"))?;
+    let versions = locked_versions(&lock);
+    for name in RUST_VMM {
+        match versions.get(name).map(Vec::as_slice) {
+            None => bail!("{name} is not used any more: remove it from the list in {}", file!()),
+            Some([_]) => {}
+            Some(several) => bail!("{name} is there in versions {}", several.join(" and ")),
+        }
+    }
+    Ok(())
+}
+
+/// Every package of a Cargo.lock with its versions.
+fn locked_versions(lock: &str) -> BTreeMap<&str, Vec<&str>> {
+    let mut versions: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    let mut name = "";
+    for line in lock.lines() {
+        match line.split_once(" = ") {
+            Some(("name", value)) => name = value.trim_matches('"'),
+            Some(("version", value)) => {
+                versions.entry(name).or_default().push(value.trim_matches('"'));
+            }
+            _ => {}
+        }
+    }
+    versions
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_from_the_lock_file() {
+        let lock = "[[package]]\nname = \"a\"\nversion = \"1.0\"\n\n[[package]]\nname = \"a\"\n\
+                    version = \"2.0\"\n[[package]]\nname = \"b\"\nversion = \"1.0\"\n";
+        let versions = locked_versions(lock);
+        assert_eq!(versions["a"], ["1.0", "2.0"]);
+        assert_eq!(versions["b"], ["1.0"]);
+    }
+}

@@ -1,0 +1,128 @@
+//! The Debian packages that demo and tests need, in one place, with the reason for each.
+
+use std::{
+    io::ErrorKind,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+use drago_tests::progress::{note, step};
+
+/// Package and what it is for.
+type Need = (&'static str, &'static str);
+
+/// Without these nothing can be built or made.
+const BASE: &[Need] = &[
+    ("gcc", "links Rust programs"),
+    ("libc6-dev", "links Rust programs"),
+    ("pkg-config", "finds libraries while building"),
+    ("passt", "user networking of the guest"),
+    ("qemu-system-x86", "the nested-KVM test host, and QEMU as a peer to compare with"),
+    ("mmdebstrap", "makes guests from Debian packages"),
+    ("debian-archive-keyring", "checks those packages' signatures"),
+    ("e2fsprogs", "makes the guests' disks"),
+    ("busybox-static", "programs of the test host and of the minimal guest"),
+    ("kmod", "finds the kernel modules a guest needs"),
+    ("cpio", "packs initial RAM disks"),
+    ("zstd", "packs initial RAM disks"),
+    ("xz-utils", "unpacks kernel modules"),
+    ("openssh-client", "ssh into the guest"),
+    ("iproute2", "network of the test host"),
+];
+
+/// A real client that looks at the screen.
+const CLIENT: &[Need] = &[
+    ("spice-client-gtk", "a real SPICE client: screenshots"),
+    ("python3-gi", "a real SPICE client, remote-controlled"),
+    ("gir1.2-spiceclientglib-2.0", "a real SPICE client, remote-controlled"),
+    ("imagemagick", "converts screenshots"),
+    ("tesseract-ocr", "reads the text on screenshots"),
+];
+
+/// What only the tests need.
+const TESTS: &[Need] = &[
+    ("virt-viewer", "remote-viewer, the client people use"),
+    ("xvfb", "a screen for remote-viewer"),
+    ("xauth", "a screen for remote-viewer"),
+    ("xdotool", "keys and mouse for remote-viewer"),
+    ("acpica-tools", "iasl checks our ACPI tables"),
+    ("edid-decode", "checks our EDID"),
+    ("qemu-system-common", "QEMU's own vhost-user-gpu as a foreign back end"),
+    ("util-linux", "unshare: network namespaces for the tap tests"),
+    ("procps", "looks for processes left behind"),
+];
+
+/// What is about to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum For {
+    /// `cargo xtask demo`.
+    Demo,
+    /// `cargo xtask demo --screenshot`.
+    Screenshot,
+    /// `cargo xtask test`.
+    Tests,
+}
+
+/// Installs what is missing, after saying what and why.
+pub(crate) fn install(purpose: For) -> Result<()> {
+    let lists: &[&[Need]] = match purpose {
+        For::Demo => &[BASE],
+        For::Screenshot => &[BASE, CLIENT],
+        For::Tests => &[BASE, CLIENT, TESTS],
+    };
+    let mut missing = Vec::new();
+    for need in lists.iter().copied().flatten() {
+        if !installed(need.0)? {
+            missing.push(need);
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    eprintln!("==> these Debian packages are missing and will be installed:");
+    for (package, reason) in &missing {
+        note(format_args!("{package:<28} {reason}"));
+    }
+    let names: Vec<&str> = missing.iter().map(|need| need.0).collect();
+    step("apt-get update", || apt(&["update", "-q"]))?;
+    let mut arguments = vec!["install", "-y", "-q", "--no-install-recommends"];
+    arguments.extend(&names);
+    step("apt-get install", || apt(&arguments))
+}
+
+fn installed(package: &str) -> Result<bool> {
+    let out = Command::new("dpkg-query")
+        .args(["-W", "-f", "${db:Status-Status}", package])
+        .stderr(Stdio::null())
+        .output();
+    match out {
+        Ok(out) => Ok(out.stdout == b"installed"),
+        Err(error) if error.kind() == ErrorKind::NotFound => bail!(
+            "there is no dpkg-query: this needs Debian. Elsewhere install the packages listed in \
+             xtask/src/packages.rs by hand and run cargo test"
+        ),
+        Err(error) => Err(error).context("cannot run dpkg-query"),
+    }
+}
+
+fn apt(arguments: &[&str]) -> Result<()> {
+    // Root needs no sudo, and often has none.
+    let root = Command::new("id").arg("-u").output().is_ok_and(|out| out.stdout == b"0\n");
+    let mut command = if root {
+        Command::new("apt-get")
+    } else {
+        let mut sudo = Command::new("sudo");
+        sudo.arg("apt-get");
+        sudo
+    };
+    let out = command
+        .args(arguments)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run apt-get (as another user than root it needs sudo)")?;
+    if !out.status.success() {
+        bail!("apt-get {} failed:\n{}", arguments[0], String::from_utf8_lossy(&out.stderr));
+    }
+    Ok(())
+}
