@@ -11,8 +11,8 @@
 //! A device is one folder plus one line in [`virtio::registry`].
 
 pub mod bus;
-pub mod pci;
 pub mod legacy;
+pub mod pci;
 pub mod services;
 pub mod spec;
 pub mod virtio;
