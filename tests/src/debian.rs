@@ -81,6 +81,38 @@ impl Release {
         self.unpacked(name)
     }
 
+    /// Packages with all they depend on, unpacked into one folder: programs of this release that run on
+    /// another one, started through the folder's own dynamic loader.
+    ///
+    /// # Errors
+    /// If the mirror cannot be reached.
+    pub fn tree(&self, name: &str, packages: &[&str]) -> Result<PathBuf> {
+        let _lock = self.lock()?;
+        let root = self.dir.join("root").join(format!("{name}.tree"));
+        if root.is_dir() {
+            return Ok(root);
+        }
+        progress::step(format!("fetching {name} of Debian {}", self.suite), || {
+            let work = tempfile::tempdir_in(&self.dir)?;
+            let fresh = work.path().join("root");
+            let mut mmdebstrap = Command::new("mmdebstrap");
+            mmdebstrap
+                .args([
+                    "--quiet",
+                    "--variant=extract",
+                    "--aptopt=APT::Install-Recommends \"false\"",
+                ])
+                .arg(format!("--include={}", packages.join(",")))
+                .arg(&self.suite)
+                .arg(&fresh)
+                .arg(format!("deb [signed-by={KEYRING}] {MIRROR} {} main", self.suite));
+            check(&mut mmdebstrap).context("mmdebstrap (package mmdebstrap)")?;
+            std::fs::create_dir_all(self.dir.join("root"))?;
+            std::fs::rename(&fresh, &root)?;
+            Ok(root.clone())
+        })
+    }
+
     fn unpacked(&self, package: &str) -> Result<PathBuf> {
         let root = self.dir.join("root").join(package);
         if root.is_dir() {

@@ -17,7 +17,7 @@ use crate::testbed::{Options, RemoteChild, RemoteOutput, Stream, Testbed};
 
 /// How long anything may take. Nested on a busy machine everything is some 50 times slower than life, so
 /// this only ends what hangs.
-pub const PATIENCE: Duration = Duration::from_secs(600);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The port inside on which the suites' machines serve SPICE.
 pub const SPICE_PORT: u16 = 5900;

@@ -100,6 +100,7 @@ fn every_processor_and_all_memory_is_there() {
 fn the_screen_shows_the_console_and_takes_keys() {
     let host = host();
     let mut vm = booted(&host, "console", SPICE);
+    vm.log.wait_for(0, "SPICE server listens", PATIENCE).unwrap();
     let mut client = host.0.spice().unwrap();
     vm.wait_text(&mut client, "minimal#").unwrap();
 

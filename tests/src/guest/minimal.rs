@@ -22,6 +22,7 @@ const MODULES: &[&str] = &[
     "virtio_balloon",
     "i8042",
     "pvpanic-pci",
+    "pvpanic-mmio",
 ];
 
 pub(crate) fn guest() -> Result<Guest> {

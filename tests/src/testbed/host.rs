@@ -106,7 +106,7 @@ impl Testbed {
         for (outer, inner) in &forward {
             net.push_str(&format!(",hostfwd=tcp:127.0.0.1:{outer}-127.0.0.1:{inner}"));
         }
-        let mut qemu = image::qemu(kernel, &both, options.memory_mib, options.cpus);
+        let mut qemu = image::qemu(kernel, &both, options.memory_mib, options.cpus)?;
         qemu.args(["-netdev", &net, "-device", "virtio-net-pci,netdev=n,romfile="])
             .args([
                 "-fsdev",
@@ -128,7 +128,7 @@ impl Testbed {
             // Ctrl-C ends the driver, whose lease ends the test host in order.
             .process_group(0)
             .spawn()
-            .context("cannot run qemu-system-x86_64 (package qemu-system-x86)")?;
+            .context("cannot run QEMU for the test host")?;
         let ready = qemu
             .stdout
             .take()

@@ -87,14 +87,47 @@ pub(crate) fn config(token: &str, agent: &Path, rw: &[PathBuf]) -> Result<Vec<u8
     Ok(archive.finish()?)
 }
 
+/// The oldest QEMU whose TCG locks pages while it translates. Older ones now and then run a stale `int3`
+/// when a kernel with two processors patches itself, and the test host dies ("Oops: int3").
+const QEMU_MIN: (u32, u32) = (8, 1);
+
+/// This machine's QEMU if it is good enough, else Debian 13's.
+fn qemu_program() -> Result<Command> {
+    let own = Command::new("qemu-system-x86_64").arg("--version").output();
+    let version = own.ok().and_then(|out| version(&String::from_utf8_lossy(&out.stdout)));
+    if version >= Some(QEMU_MIN) {
+        return Ok(Command::new("qemu-system-x86_64"));
+    }
+    let tree = Release::open("trixie")?.tree("qemu-system-x86", &["qemu-system-x86"])?;
+    let libraries = tree.join("usr/lib/x86_64-linux-gnu");
+    let mut qemu = Command::new(libraries.join("ld-linux-x86-64.so.2"));
+    qemu.arg("--library-path")
+        .arg(libraries)
+        .arg(tree.join("usr/bin/qemu-system-x86_64"))
+        .arg("-L")
+        .arg(tree.join("usr/share/qemu"))
+        .arg("-L")
+        .arg(tree.join("usr/share/seabios"));
+    Ok(qemu)
+}
+
+/// Major and minor number in what `--version` says.
+fn version(said: &str) -> Option<(u32, u32)> {
+    let numbers = said.split("version ").nth(1)?;
+    let mut numbers = numbers.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
 /// QEMU's command line for the test host, without network and folders.
-pub(crate) fn qemu(kernel: &Kernel, initramfs: &Path, memory_mib: u32, cpus: u32) -> Command {
-    let cpu = std::env::var("DRAGO_TESTBED_CPU").unwrap_or_else(|_| CPU.to_owned());
-    let program =
-        std::env::var("DRAGO_TESTBED_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned());
-    let mut qemu = Command::new(program);
+pub(crate) fn qemu(
+    kernel: &Kernel,
+    initramfs: &Path,
+    memory_mib: u32,
+    cpus: u32,
+) -> Result<Command> {
+    let mut qemu = qemu_program()?;
     qemu.args(["-accel", "tcg,thread=multi", "-M", "q35"])
-        .args(["-cpu", &cpu])
+        .args(["-cpu", CPU])
         .args(["-smp", &cpus.to_string(), "-m", &memory_mib.to_string()])
         .args(["-nodefaults", "-nographic", "-serial", "stdio", "-no-reboot"])
         .args(["-object", "rng-random,id=rng,filename=/dev/urandom"])
@@ -104,5 +137,18 @@ pub(crate) fn qemu(kernel: &Kernel, initramfs: &Path, memory_mib: u32, cpus: u32
         .arg("-initrd")
         .arg(initramfs)
         .args(["-append", "console=ttyS0 panic=-1 mitigations=off quiet tsc=reliable"]);
-    qemu
+    Ok(qemu)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        assert_eq!(version("QEMU emulator version 10.0.13 (Debian 1:10)"), Some((10, 0)));
+        assert!(version("QEMU emulator version 7.2.22 (Debian)") < Some(QEMU_MIN));
+        assert!(version("QEMU emulator version 10.0.13") >= Some(QEMU_MIN));
+        assert_eq!(version(""), None);
+    }
 }

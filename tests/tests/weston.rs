@@ -1,0 +1,189 @@
+//! The nested suite with the weston guest: one boot, seen and driven by a real SPICE client and by ssh.
+//!
+//! Run by `cargo xtask test --suite nested`; needs the test host, so it is `#[ignore]`d by default. The
+//! steps build on one another's boot, hence one test; each says what it is about.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use std::path::Path;
+
+use drago_tests::client::SpiceClient;
+use drago_tests::guest::{Desktop, Guest};
+use drago_tests::picture::reads;
+use drago_tests::progress::step;
+use drago_tests::vm::{Host, PATIENCE, Vm};
+use serde_json::json;
+
+/// Weston's background in the recipe.
+const BACKGROUND: [u8; 3] = [0x1f, 0x5f, 0x8b];
+
+struct World {
+    host: Host,
+    guest: Guest,
+    vm: Vm,
+    client: SpiceClient,
+}
+
+#[test]
+#[ignore = "nested"]
+fn a_desktop_is_seen_and_driven_by_real_clients() {
+    let guest = Guest::desktop(Desktop::Weston).unwrap();
+    let agent = Path::new(env!("CARGO_BIN_EXE_drago-testbed-agent"));
+    let host = Host::boot("weston", agent, 4096).unwrap();
+    let disk = format!("path={}", host.disk(&guest).unwrap().display());
+    let options = [
+        "--cpus",
+        "2",
+        "--disk",
+        &disk,
+        "--net",
+        "user,hostfwd=tcp::2223-:22",
+        "--spice",
+        "127.0.0.1:5900",
+        "--control",
+        "/run/drago.sock",
+    ];
+    let vm = host.start("weston", &guest, &options).unwrap();
+    let client = connect(&host, &vm);
+    let mut world = World { host, guest, vm, client };
+
+    world.step("the desktop is shown", World::desktop_is_shown);
+    world.step("keys arrive in the terminal", World::keys_arrive);
+    world.step("ssh through hostfwd", World::ssh_works);
+    world.step("the pointer lands where it is put", World::pointer_lands);
+    world.step("clipboard from client to guest", World::clipboard_to_guest);
+    world.step("clipboard from guest to client", World::clipboard_to_client);
+    world.step("resize by the client", World::resize);
+    world.step("power button", World::power_button);
+}
+
+/// drago-vmm listens at once, but not before it runs.
+fn connect(host: &Host, vm: &Vm) -> SpiceClient {
+    vm.log.wait_for(0, "SPICE server listens", PATIENCE).unwrap();
+    host.spice().unwrap()
+}
+
+impl World {
+    fn step(&mut self, what: &str, run: impl FnOnce(&mut Self) -> anyhow::Result<()>) {
+        if let Err(error) = step(what, || run(self)) {
+            panic!("{what}: {error:#}\n{}", self.vm.state());
+        }
+    }
+
+    fn desktop_is_shown(&mut self) -> anyhow::Result<()> {
+        let picture = self.vm.wait_picture(&mut self.client, "the desktop", |picture| {
+            Ok(picture.share_of(BACKGROUND, 6) > 0.2
+                && reads(&picture.text(None)?, "DRAGO GUEST DESKTOP"))
+        })?;
+        // The panel's clock, at the right end of the top line: a date and a time of day.
+        let clock = picture.text(Some((picture.width - 260, 0, 260, 32)))?;
+        anyhow::ensure!(clock.contains(':'), "no clock in the panel: {clock:?}");
+        Ok(())
+    }
+
+    fn keys_arrive(&mut self) -> anyhow::Result<()> {
+        self.client.type_text("echo \"Typed: $((6*7)) OK\" | tee /tmp/typed\n")?;
+        self.vm.wait_text(&mut self.client, "Typed: 42 OK").map(drop)
+    }
+
+    fn ssh_works(&mut self) -> anyhow::Result<()> {
+        let typed = self.host.ssh(&self.guest, "demo", "id -un; cat /tmp/typed")?;
+        anyhow::ensure!(typed == "demo\nTyped: 42 OK\n", "{typed:?}");
+        Ok(())
+    }
+
+    /// The whole way to a program: a full-screen window is told the pointer's place by the compositor.
+    fn pointer_lands(&mut self) -> anyhow::Result<()> {
+        self.client.wait_state("client mouse mode", PATIENCE, |state| state["mouse"] == 2)?;
+        self.host.ssh(
+            &self.guest,
+            "demo",
+            "export XDG_RUNTIME_DIR=/run/user/1000; cd /tmp; \
+             WAYLAND_DISPLAY=wayland-1 WAYLAND_DEBUG=client setsid weston-terminal --fullscreen \
+             >/dev/null 2>/tmp/pointer.log </dev/null & \
+             until grep -q 'wl_keyboard.*enter' /tmp/pointer.log; do sleep 0.2; done",
+        )?;
+        let state = self.client.ask("state", json!({}))?;
+        let (width, height) = (state["width"].as_u64(), state["height"].as_u64());
+        let (width, height) = (width.unwrap_or(0) as u32, height.unwrap_or(0) as u32);
+        for (x, y) in
+            [(width / 2, height / 2), (17, 31), (width - 2, height - 2), (333, 222), (1, 1)]
+        {
+            self.client.position(x, y)?;
+            let (px, py) = (i64::from(x), i64::from(y));
+            // wl_pointer.motion(time, x, y) or enter(serial, surface, x, y) with the place wanted.
+            let check = format!(
+                "for i in $(seq 300); do tail -n 40 /tmp/pointer.log | \
+                 grep -aE 'wl_pointer.*(motion|enter)' | tail -n 1 | \
+                 sed -E 's/.*[, ](-?[0-9.]+), (-?[0-9.]+)\\)$/\\1 \\2/' | \
+                 awk '{{ dx = $1 - {px}; dy = $2 - {py}; if (dx <= 1 && dx >= -1 && dy <= 1 && dy >= -1) exit 0; exit 1 }}' \
+                 && exit 0; sleep 0.2; done; tail -n 5 /tmp/pointer.log >&2; exit 1"
+            );
+            self.host.ssh(&self.guest, "demo", &check).map_err(|error| {
+                error.context(format!("the pointer was put at {x},{y} and did not land there"))
+            })?;
+        }
+        self.host.ssh(&self.guest, "demo", "pkill -f 'weston-terminal --fullscreen'")?;
+        Ok(())
+    }
+
+    fn clipboard_to_guest(&mut self) -> anyhow::Result<()> {
+        self.client.wait_state("the guest's agent", PATIENCE, |state| state["agent"] == true)?;
+        self.client.ask("copy", json!({ "text": "from the client: żółć 42" }))?;
+        let pasted = self.host.ssh(
+            &self.guest,
+            "demo",
+            "export DISPLAY=:0; for i in $(seq 100); do \
+             timeout 20 xclip -selection clipboard -o 2>/dev/null | grep -a client && exit 0; sleep 0.5; \
+             done; exit 1",
+        )?;
+        anyhow::ensure!(pasted.trim() == "from the client: żółć 42", "{pasted:?}");
+        Ok(())
+    }
+
+    fn clipboard_to_client(&mut self) -> anyhow::Result<()> {
+        self.host.ssh(
+            &self.guest,
+            "demo",
+            "export DISPLAY=:0; echo -n 'from the guest: žluťoučký 17' | \
+             setsid xclip -selection clipboard -i >/dev/null 2>&1 </dev/stdin",
+        )?;
+        self.client
+            .wait_state("the guest's clipboard", PATIENCE, |state| {
+                state["clipboard"] == "from the guest: žluťoučký 17"
+            })
+            .map(drop)
+    }
+
+    fn resize(&mut self) -> anyhow::Result<()> {
+        for (width, height) in [(1440, 904), (1024, 768)] {
+            self.client.ask("resize", json!({ "width": width, "height": height }))?;
+            self.client.wait_state("the new size", PATIENCE, |state| {
+                state["width"] == width && state["height"] == height
+            })?;
+            let modes = self.host.ssh(
+                &self.guest,
+                "root",
+                "head -n1 /sys/class/drm/card0-Virtual-1/modes",
+            )?;
+            anyhow::ensure!(modes.trim() == format!("{width}x{height}"), "{modes:?}");
+            self.vm.wait_picture(&mut self.client, "the desktop resized", |picture| {
+                Ok((picture.width, picture.height) == (width, height)
+                    && picture.share_of(BACKGROUND, 6) > 0.1)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn power_button(&mut self) -> anyhow::Result<()> {
+        let ctl = format!("{} ctl --control /run/drago.sock", self.host.program("drago-vmm"));
+        let asked = self.host.run(&format!("{ctl} status && {ctl} shutdown"))?;
+        anyhow::ensure!(asked.code == 0, "{}", String::from_utf8_lossy(&asked.stderr));
+        let code = self.vm.wait()?;
+        anyhow::ensure!(code == 0, "drago-vmm ended with {code}");
+        // Long after the machine is off nothing may be left behind.
+        let left = self.host.run("pgrep -a 'drago-gpu|passt'; true")?;
+        anyhow::ensure!(left.stdout.is_empty(), "{}", String::from_utf8_lossy(&left.stdout));
+        Ok(())
+    }
+}
