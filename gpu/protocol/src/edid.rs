@@ -159,7 +159,7 @@ fn manufacturer(letters: [u8; 3]) -> [u8; 2] {
 }
 
 fn round_cm(mm: u32) -> Option<u8> {
-    u8::try_from((mm + 5) / 10).ok().map(|cm| cm.max(1))
+    u8::try_from(mm.saturating_add(5) / 10).ok().map(|cm| cm.max(1))
 }
 
 fn detailed_timing(b: &mut Vec<u8>, t: &Timing, size_mm: (u32, u32)) {
@@ -283,6 +283,8 @@ mod tests {
         assert_eq!(edid[54 + 12..54 + 15], [(344 - 256) as u8, 194, 0x10]);
         let plain = generate(&Monitor::new(0, 1920, 1080));
         assert_eq!(plain[21..23], [51, 29]);
+        let huge = Monitor { width_mm: u32::MAX, height_mm: u32::MAX, ..hidpi };
+        assert_eq!(generate(&huge)[21..23], [0, 0], "a size that does not fit is not told");
         assert_ne!(hidpi.index, 0);
         assert_ne!(edid[12..16], plain[12..16], "monitors have serial numbers of their own");
     }
