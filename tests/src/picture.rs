@@ -117,9 +117,12 @@ mod tests {
     fn text_and_colour_are_found_in_a_picture() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.ppm");
+        // By path: ImageMagick's own names of fonts depend on what else is installed.
+        let font = "/usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf";
         check(
             Command::new("convert")
                 .args(["-size", "400x80", "xc:black", "-fill", "white", "-pointsize", "16"])
+                .args(["-font", font])
                 .args(["-annotate", "+20+40", "demo$ echo works"])
                 .arg(&path),
         )

@@ -164,7 +164,7 @@ impl Machine {
             handles.by_option.extend(built.handle.map(|handle| (option, handle)));
         }
         let identity = Identity { name: config.name.clone(), uuid: config.uuid };
-        let display = display::start(config.spice.as_ref(), identity, handles)?;
+        let display = display::start(config.spice.as_ref(), identity, &handles)?;
 
         let target = Target {
             name: config.name,

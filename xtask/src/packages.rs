@@ -47,7 +47,8 @@ const TESTS: &[Need] = &[
     ("xdotool", "keys and mouse for remote-viewer"),
     ("acpica-tools", "iasl checks our ACPI tables"),
     ("edid-decode", "checks our EDID"),
-    ("qemu-system-common", "QEMU's own vhost-user-gpu as a foreign back end"),
+    ("qemu-system-gui", "QEMU's own vhost-user-gpu as a foreign back end"),
+    ("fonts-dejavu-core", "text on pictures that the tests draw"),
     ("util-linux", "unshare: network namespaces for the tap tests"),
     ("procps", "looks for processes left behind"),
 ];

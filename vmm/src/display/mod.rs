@@ -97,7 +97,7 @@ pub enum DisplayError {
 pub fn start(
     config: Option<&SpiceConfig>,
     identity: Identity,
-    handles: Handles,
+    handles: &Handles,
 ) -> Result<Option<Arc<dyn DisplayControl>>, DisplayError> {
     let mut inputs = Inputs::default();
     let mut gpu = None;
@@ -183,7 +183,7 @@ impl DisplayEvents for Viewers {
         match self.screens.get(id as usize) {
             Some(screen) => screen.resize(monitor),
             None => {
-                tracing::debug!(id, "a viewer asked for a display that is not there")
+                tracing::debug!(id, "a viewer asked for a display that is not there");
             }
         }
     }
