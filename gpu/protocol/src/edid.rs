@@ -112,7 +112,7 @@ fn base_block(index: u32, size_mm: (u32, u32), timing: &Timing, extension: bool)
     b.extend_from_slice(&[0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0]);
     b.extend_from_slice(&manufacturer(*b"DRG"));
     b.extend_from_slice(&1_u16.to_le_bytes()); // product code
-    b.extend_from_slice(&(index + 1).to_le_bytes()); // serial number
+    b.extend_from_slice(&index.saturating_add(1).to_le_bytes()); // serial number
     b.extend_from_slice(&[1, 2026_u16.wrapping_sub(1990) as u8, 1, 4]); // week, year, EDID 1.4
     b.push(0b1010_0101); // digital, 8 bits per colour, DisplayPort
     // Centimetres; a monitor beyond 2.55 m has no size here and only one in the timing.
@@ -129,7 +129,7 @@ fn base_block(index: u32, size_mm: (u32, u32), timing: &Timing, extension: bool)
     }
     detailed_timing(&mut b, timing, size_mm);
     text_descriptor(&mut b, 0xfc, "drago-vmm");
-    text_descriptor(&mut b, 0xff, &format!("{}", index + 1));
+    text_descriptor(&mut b, 0xff, &format!("{}", index.saturating_add(1)));
     b.extend_from_slice(&[0, 0, 0, 0x10]); // an unused descriptor
     b.resize(126, 0);
     b.push(u8::from(extension));
@@ -206,7 +206,7 @@ fn display_id_block(index: u32, t: &Timing) -> [u8; BLOCK] {
     b.extend_from_slice(&[0x00, 0x00, IDENTITY]); // product identification block
     b.extend_from_slice(b"DRG");
     b.extend_from_slice(&1_u16.to_le_bytes());
-    b.extend_from_slice(&(index + 1).to_le_bytes());
+    b.extend_from_slice(&index.saturating_add(1).to_le_bytes());
     b.extend_from_slice(&[1, 26, 0]); // week, year, no name
     b.extend_from_slice(&[0x03, 0x00, TIMING]); // Type I timing block
     let clock = (t.clock - 1).min(0xff_ffff) as u32;
