@@ -150,7 +150,10 @@ pub fn load(
     let limits = match &image {
         Image::BzImage(image) => Limits {
             kernel_start: image.preferred_address.max(layout::EXTENDED_MEMORY),
-            kernel_end: image.preferred_address.max(layout::EXTENDED_MEMORY) + image.init_size,
+            kernel_end: image
+                .preferred_address
+                .max(layout::EXTENDED_MEMORY)
+                .saturating_add(image.init_size),
             initrd_max: image.initrd_max,
             command_line: image.command_line_max,
         },
@@ -357,6 +360,10 @@ mod tests {
         big[0x260..0x264].copy_from_slice(&0x400_0000u32.to_le_bytes());
         let big = file(&big);
         assert!(text(&config(big.path())).contains("give --memory 80 or more"));
+        let mut far = image::tests::bzimage(0x20f, 1, 64);
+        far[0x258..0x260].fill(0xff);
+        let far = file(&far);
+        assert!(text(&config(far.path())).contains("the kernel needs memory"), "no wrap around");
         let kernel = file(&image::tests::bzimage(0x20f, 1, 64));
         let mut long = config(kernel.path());
         long.command_line = "x".repeat(2048);
