@@ -106,6 +106,28 @@ fn set_slots(control: &mut Control, input: &mut Input<'_>) {
     control.set_slots(layout, Some(memory.file.into()));
 }
 
+/// A picture that is shown by the rules, as a place to go astray from.
+fn show(control: &mut Control, memory: &GuestMemory, input: &mut Input<'_>) {
+    let (width, height) = (u32::from(input.u8() % 80) + 1, u32::from(input.u8() % 80) + 1);
+    control.negotiate(u64::MAX);
+    let mut run = |kind: u32, words: &[u32]| {
+        let mut command = CtrlHdr::new(kind).as_bytes().to_vec();
+        words.iter().for_each(|word| command.extend_from_slice(&word.to_le_bytes()));
+        execute(control, memory, &command);
+    };
+    run(0x101, &[1, 1, width, height]);
+    run(0x106, &[1, 1, 0x1000, 0, 80 * 80 * 4, 0]);
+    run(0x105, &[0, 0, width, height, 0, 0, 1, 0]);
+    run(0x103, &[0, 0, width, height, 0, 1]);
+    let layout = ShmScanout::layout(0, 1, width, height, 3).unwrap();
+    let mut slots = MemoryFile::new().unwrap();
+    slots.fill(&[], layout.checked_size().unwrap()).unwrap();
+    rustix::fs::fcntl_add_seals(&slots.file, rustix::fs::SealFlags::SHRINK).unwrap();
+    control.set_slots(layout, Some(slots.file.into()));
+    control.want(&Want { scanout: 0, max_fps: 1_000_000, flags: 1, reserved: 0 });
+    control.pump();
+}
+
 fuzz_target!(|bytes: &[u8]| {
     let fixture = Fixture::get();
     let memory = &fixture.memory;
@@ -153,7 +175,8 @@ fuzz_target!(|bytes: &[u8]| {
                 }
                 control.set_display(&info);
             }
-            _ => match input.u8() % 4 {
+            _ => match input.u8() % 5 {
+                4 => show(&mut control, memory, &mut input),
                 0 => drop(control.cursor_image(input.number())),
                 1 => control.reset(),
                 2 => control.connected(),
