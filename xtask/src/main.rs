@@ -1,5 +1,6 @@
 //! Developer commands: `cargo xtask demo|test|testbed|bench`.
 
+mod bench;
 mod build;
 mod check;
 mod demo;
@@ -25,6 +26,8 @@ enum Task {
     Demo(demo::Args),
     /// Installs what tests need and runs them
     Test(check::Args),
+    /// Measures against QEMU in the same run
+    Bench(bench::Args),
     /// Runs a command on a machine with real KVM, /dev/dri, udmabuf, tun and vhost: the nested-KVM test host
     Testbed(testbed::Args),
     /// Makes a guest if need be and prints where its kernel, initrd and disk are
@@ -35,6 +38,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => check::run(&args),
+        Task::Bench(args) => bench::run(&args),
         Task::Testbed(args) => testbed::run(&args),
         Task::Guest(args) => guest::run(&args),
     };

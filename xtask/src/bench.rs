@@ -1,0 +1,246 @@
+//! `cargo xtask bench`: figures against QEMU in the same run, as JSON and as a table.
+//!
+//! * boot: exec → the guest's init, KVM exits until then, memory without the guest's own, all in the
+//!   nested-KVM test host with the same kernel, initrd and memory for every side;
+//! * spice: `spice-server/bench/spice_bench.py` on this machine.
+
+use std::{
+    fs,
+    process::{Command, ExitCode},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use drago_tests::{
+    console::Console,
+    guest::Guest,
+    paths,
+    progress::{note, step},
+    testbed::{Options, RemoteChild, Stream, Testbed},
+};
+use serde_json::{Value, json};
+
+use crate::{
+    build,
+    packages::{self, For},
+};
+
+const PATIENCE: Duration = Duration::from_secs(300);
+/// What the minimal guest's init writes first, as a warning so that `loglevel=5` shows it.
+const INIT: &str = "minimal-guest: init after";
+const PROMPT: &str = "minimal# ";
+
+/// QEMU without what users of microVMs leave out.
+const QEMU: &str = "qemu-system-x86_64 -accel kvm -cpu host -nodefaults -no-user-config -display none \
+                    -serial stdio -no-reboot -device virtio-rng-pci";
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Rounds; the figure of a side is the median
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Only the part in the test host
+    #[arg(long)]
+    boot_only: bool,
+}
+
+/// One program under measurement.
+struct Side {
+    name: &'static str,
+    command: String,
+    /// Processes that make up its memory.
+    processes: &'static str,
+    display: bool,
+}
+
+/// What one run showed.
+struct Run {
+    seconds: f64,
+    exits: f64,
+    memory_mib: f64,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    packages::install(For::Tests)?;
+    let folder = paths::cache("bench")?;
+    let boot = boot(args.rounds.max(1))?;
+    fs::write(folder.join("boot.json"), serde_json::to_string_pretty(&boot)?)?;
+    note(format_args!("written to {}", folder.join("boot.json").display()));
+    if !args.boot_only {
+        let spice = spice()?;
+        fs::write(folder.join("spice.json"), &spice)?;
+        note(format_args!("written to {}", folder.join("spice.json").display()));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn sides(vmm: &str, guest: &Guest) -> Vec<Side> {
+    let cmdline = guest.cmdline.replace("quiet", "loglevel=5");
+    let common = format!(
+        "--kernel {} --initrd {} --memory {} --cpus 2 --cmdline '{cmdline}'",
+        guest.kernel.display(),
+        guest.initrd.display(),
+        guest.memory_mib
+    );
+    let qemu = |machine: &str| {
+        format!(
+            "exec {QEMU} -M {machine} -kernel {} -initrd {} -m {} -smp 2 -append '{cmdline}'",
+            guest.kernel.display(),
+            guest.initrd.display(),
+            guest.memory_mib
+        )
+    };
+    let side = |name, command, processes, display| Side { name, command, processes, display };
+    vec![
+        side("drago", format!("exec {vmm} {common}"), "drago-vmm", false),
+        side("qemu q35", qemu("q35"), "qemu-system-x86", false),
+        side(
+            "qemu microvm",
+            qemu("microvm,acpi=on,pcie=on,pit=off,pic=off,rtc=on"),
+            "qemu-system-x86",
+            false,
+        ),
+        side(
+            "drago + display",
+            format!("exec {vmm} {common} --spice 127.0.0.1:5900"),
+            "drago-vmm drago-gpu",
+            true,
+        ),
+        side(
+            "qemu q35 + display",
+            format!(
+                "{} -device virtio-gpu-pci -device virtio-keyboard-pci -device virtio-tablet-pci \
+                 -spice addr=127.0.0.1,port=5900,disable-ticketing=on",
+                qemu("q35")
+            ),
+            "qemu-system-x86",
+            true,
+        ),
+    ]
+}
+
+fn boot(rounds: usize) -> Result<Value> {
+    let vmm = step("building drago-vmm", || build::program("drago-vmm", "drago-vmm", true))?;
+    step("building drago-gpu", || build::program("drago-gpu", "drago-gpu", true))?;
+    let guest = Guest::minimal()?;
+    let host = Testbed::boot(&Options::new(build::agent()?))?;
+    let sides = sides(&vmm.display().to_string(), &guest);
+    let mut runs: Vec<Vec<Run>> = sides.iter().map(|_| Vec::new()).collect();
+    // One round of all sides after the other: what disturbs the machine disturbs all of them.
+    for round in 0..rounds {
+        for (side, runs) in sides.iter().zip(&mut runs) {
+            // A display's memory does not change from round to round.
+            if side.display && round > 0 {
+                continue;
+            }
+            runs.push(step(format_args!("round {}: {}", round + 1, side.name), || {
+                measure(&host, side, &guest)
+            })?);
+        }
+    }
+    report(&sides, &runs)
+}
+
+fn measure(host: &Testbed, side: &Side, guest: &Guest) -> Result<Run> {
+    let console = Console::default();
+    let to = console.clone();
+    let start = Instant::now();
+    let mut child =
+        host.command("sh").args(["-c", &side.command]).spawn(move |stream, bytes| {
+            if stream == Stream::Out {
+                to.push(bytes);
+            }
+        })?;
+    console.wait_for(0, INIT, PATIENCE)?;
+    let seconds = start.elapsed().as_secs_f64();
+    let exits = number(host, "cat /sys/kernel/debug/kvm/exits")?;
+    console.wait_for(0, PROMPT, PATIENCE)?;
+    let memory_mib = memory(host, side, guest)?;
+    end(&mut child)?;
+    Ok(Run { seconds, exits, memory_mib })
+}
+
+fn end(child: &mut RemoteChild) -> Result<()> {
+    child.signal(15)?;
+    child.wait_timeout(PATIENCE).map(drop)
+}
+
+/// Proportional set size of the processes, without mappings that are the guest's RAM.
+fn memory(host: &Testbed, side: &Side, guest: &Guest) -> Result<f64> {
+    let ram_kib = guest.memory_mib * 1024 / 2;
+    let script = format!(
+        "cat $(for p in {}; do for i in $(pidof $p); do echo /proc/$i/smaps; done; done) | \
+         awk '/^Size:/ {{ size = $2 }} /^Pss:/ {{ if (size < {ram_kib}) sum += $2 }} END {{ print sum }}'",
+        side.processes
+    );
+    Ok(number(host, &script)? / 1024.0)
+}
+
+fn number(host: &Testbed, script: &str) -> Result<f64> {
+    let mounted = format!(
+        "mountpoint -q /sys/kernel/debug || mount -t debugfs d /sys/kernel/debug; {script}"
+    );
+    let out = host.command("sh").args(["-c", &mounted]).output()?;
+    let text = String::from_utf8_lossy(&out.stdout).trim().to_owned();
+    ensure!(out.code == 0, "{script}: {}", String::from_utf8_lossy(&out.stderr));
+    text.parse().with_context(|| format!("{script}: {text:?} is no number"))
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn report(sides: &[Side], runs: &[Vec<Run>]) -> Result<Value> {
+    println!("{:<20} {:>14} {:>12} {:>14}", "", "exec→init s", "KVM exits", "memory MiB");
+    let mut rows = serde_json::Map::new();
+    for (side, runs) in sides.iter().zip(runs) {
+        let seconds = median(runs.iter().map(|run| run.seconds));
+        let exits = median(runs.iter().map(|run| run.exits));
+        let memory = median(runs.iter().map(|run| run.memory_mib));
+        println!("{:<20} {seconds:>14.2} {exits:>12.0} {memory:>14.1}", side.name);
+        let all: Vec<f64> = runs.iter().map(|run| run.seconds).collect();
+        rows.insert(
+            side.name.to_owned(),
+            json!({ "init_seconds": seconds, "init_seconds_all": all, "exits": exits, "memory_mib": memory }),
+        );
+    }
+    // The bar: our time against the faster QEMU machine of the same round.
+    let ratios = || {
+        runs[0]
+            .iter()
+            .zip(&runs[1])
+            .zip(&runs[2])
+            .map(|((ours, q35), microvm)| ours.seconds / q35.seconds.min(microvm.seconds))
+    };
+    let ratio = median(ratios());
+    println!("drago / faster QEMU machine, median of the rounds: {ratio:.2}");
+    rows.insert("init_ratio".to_owned(), json!(ratio));
+    rows.insert("init_ratios".to_owned(), json!(ratios().collect::<Vec<_>>()));
+    Ok(Value::Object(rows))
+}
+
+fn spice() -> Result<String> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    step("building the example server", || {
+        let status = Command::new(cargo)
+            .current_dir(paths::workspace())
+            .args(["build", "--quiet", "--release", "-p", "spice-server", "--examples"])
+            .status()?;
+        ensure!(status.success(), "the examples of spice-server do not build");
+        Ok(())
+    })?;
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| paths::workspace().join("target"), Into::into);
+    step("measuring the SPICE server", || {
+        let out = Command::new("/usr/bin/python3")
+            .arg(paths::workspace().join("spice-server/bench/spice_bench.py"))
+            .arg("--bin-dir")
+            .arg(target.join("release/examples"))
+            .stderr(std::process::Stdio::inherit())
+            .output()?;
+        ensure!(out.status.success(), "spice_bench.py failed");
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    })
+}
