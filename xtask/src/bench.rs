@@ -93,11 +93,11 @@ fn sides(vmm: &str, guest: &Guest) -> Vec<Side> {
     let side = |name, command, processes, display| Side { name, command, processes, display };
     vec![
         side("drago", format!("exec {vmm} {common}"), "drago-vmm", false),
-        side("qemu q35", qemu("q35"), "qemu-system-x86", false),
+        side("qemu q35", qemu("q35"), "qemu-system-x86_64", false),
         side(
             "qemu microvm",
             qemu("microvm,acpi=on,pcie=on,pit=off,pic=off,rtc=on"),
-            "qemu-system-x86",
+            "qemu-system-x86_64",
             false,
         ),
         side(
@@ -113,7 +113,7 @@ fn sides(vmm: &str, guest: &Guest) -> Vec<Side> {
                  -spice addr=127.0.0.1,port=5900,disable-ticketing=on",
                 qemu("q35")
             ),
-            "qemu-system-x86",
+            "qemu-system-x86_64",
             true,
         ),
     ]
