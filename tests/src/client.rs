@@ -122,15 +122,32 @@ impl SpiceClient {
         Ok((size("width"), size("height")))
     }
 
-    /// Types a text on an American keyboard.
+    /// Types a text on an American keyboard, a few keys at a time: the next ones when the screen shows
+    /// something new. A guest program that is slow to read loses keys that come faster than anyone types
+    /// (evdev keeps some 64 events).
     ///
     /// # Errors
-    /// If a character is not on the keyboard or the client has ended.
-    pub fn type_text(&mut self, text: &str) -> Result<()> {
-        let keys = keys::strokes(text)?;
-        let keys: Vec<Value> = keys.into_iter().map(|(code, down)| json!([code, down])).collect();
-        self.ask("keys", json!({ "keys": keys }))?;
+    /// If a character is not on the keyboard, the client has ended or the screen does not change.
+    pub fn type_text(&mut self, text: &str, limit: Duration) -> Result<()> {
+        let characters: Vec<char> = text.chars().collect();
+        for few in characters.chunks(4) {
+            let few: String = few.iter().collect();
+            let seen = self.ask("state", json!({}))?["invalidated"].as_u64();
+            self.press(&keys::strokes(&few)?)?;
+            self.wait_state(&format!("an echo of {few:?}"), limit, |state| {
+                state["invalidated"].as_u64() != seen
+            })?;
+        }
         Ok(())
+    }
+
+    /// Presses (true) and releases keys.
+    ///
+    /// # Errors
+    /// If the client has ended.
+    pub fn press(&mut self, keys: &[(u32, bool)]) -> Result<()> {
+        let keys: Vec<Value> = keys.iter().map(|(code, down)| json!([code, down])).collect();
+        self.ask("keys", json!({ "keys": keys })).map(drop)
     }
 
     /// Moves the pointer (client mouse mode).

@@ -2,6 +2,8 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -30,6 +32,8 @@ pub const SSH_PORT: u16 = 2223;
 pub struct Host {
     testbed: Testbed,
     programs: PathBuf,
+    sockets: tempfile::TempDir,
+    users: Mutex<Vec<String>>,
     /// Where logs and pictures of this suite go.
     pub results: PathBuf,
 }
@@ -71,7 +75,9 @@ impl Host {
         options.memory_mib = memory_mib;
         options.forward = vec![(0, SPICE_PORT), (0, SSH_PORT)];
         let testbed = Testbed::boot(&options)?;
-        Ok(Self { testbed, programs, results })
+        // Not below the checkout: a socket's path has room for 108 bytes.
+        let sockets = tempfile::tempdir()?;
+        Ok(Self { testbed, programs, sockets, users: Mutex::default(), results })
     }
 
     /// Runs a command in the test host to its end.
@@ -135,7 +141,7 @@ impl Host {
     pub fn disk(&self, guest: &Guest) -> Result<PathBuf> {
         let from = guest.disk.as_ref().context("this guest has no disk")?;
         let copy = self.results.join("root.img");
-        let mut cp = std::process::Command::new("cp");
+        let mut cp = Command::new("cp");
         cp.args(["--reflink=auto", "--sparse=always"]).arg(from).arg(&copy);
         step("copying the guest's disk", || crate::debian::check(&mut cp))?;
         Ok(copy)
@@ -162,17 +168,40 @@ impl Host {
     /// # Errors
     /// If ssh fails or the command does not end with 0.
     pub fn ssh(&self, guest: &Guest, user: &str, command: &str) -> Result<String> {
+        // Logging in takes seconds on an emulated CPU: one connection per user serves all commands.
+        let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
+        if !users.iter().any(|known| known == user) {
+            let status = self
+                .ssh_command(guest, user)?
+                .args(["-M", "-N", "-f"])
+                .arg(format!("{user}@127.0.0.1"))
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status()
+                .context("cannot run ssh (package openssh-client)")?;
+            if !status.success() {
+                bail!("ssh as {user} through hostfwd: {status}");
+            }
+            users.push(user.to_owned());
+        }
+        drop(users);
+        let mut ssh = self.ssh_command(guest, user)?;
+        ssh.arg(format!("{user}@127.0.0.1")).arg(command);
+        crate::debian::check(&mut ssh)
+    }
+
+    fn ssh_command(&self, guest: &Guest, user: &str) -> Result<Command> {
         let key = guest.ssh_key.as_ref().context("this guest has no ssh key")?;
-        let mut ssh = std::process::Command::new("ssh");
+        let mut ssh = Command::new("ssh");
         ssh.arg("-i")
             .arg(key)
             .args(["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"])
             .args(["-o", "LogLevel=ERROR", "-o", "BatchMode=yes", "-o", "ConnectTimeout=300"])
+            .arg("-o")
+            .arg(format!("ControlPath={}/{user}", self.sockets.path().display()))
             .args(["-p", &self.outer(SSH_PORT)?.to_string()])
-            .arg(format!("{user}@127.0.0.1"))
-            .arg(command)
-            .stdin(std::process::Stdio::null());
-        crate::debian::check(&mut ssh)
+            .stdin(Stdio::null());
+        Ok(ssh)
     }
 }
 
@@ -250,9 +279,23 @@ impl Vm {
         &mut self,
         client: &mut SpiceClient,
         what: &str,
+        is: impl FnMut(&Picture) -> Result<bool>,
+    ) -> Result<Picture> {
+        self.wait_picture_within(client, what, PATIENCE, is)
+    }
+
+    /// As [`Vm::wait_picture`], with a limit of its own.
+    ///
+    /// # Errors
+    /// As [`Vm::wait_picture`].
+    pub fn wait_picture_within(
+        &mut self,
+        client: &mut SpiceClient,
+        what: &str,
+        limit: Duration,
         mut is: impl FnMut(&Picture) -> Result<bool>,
     ) -> Result<Picture> {
-        let end = std::time::Instant::now() + PATIENCE;
+        let end = std::time::Instant::now() + limit;
         loop {
             let seen = client.ask("state", json!({}))?["invalidated"].as_u64();
             let picture = self.picture(client)?;

@@ -109,7 +109,7 @@ fn the_screen_shows_the_console_and_takes_keys() {
     vm.wait_text(&mut client, "PICTURE WORKS").unwrap();
 
     // What the client types is done by the guest's shell, shifted keys too.
-    client.type_text("echo \"Keys_Work: $((40+2))\" >/tmp/typed\n").unwrap();
+    client.type_text("echo \"Keys_Work: $((40+2))\" >/tmp/typed\n", PATIENCE).unwrap();
     let typed = vm
         .serial_command("until [ -s /tmp/typed ]; do usleep 100000; done; cat /tmp/typed")
         .unwrap();

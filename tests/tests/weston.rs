@@ -8,14 +8,11 @@
 use std::path::Path;
 
 use drago_tests::client::SpiceClient;
+use drago_tests::desktop::{WESTON_BACKGROUND, is_shown};
 use drago_tests::guest::{Desktop, Guest};
-use drago_tests::picture::reads;
 use drago_tests::progress::step;
 use drago_tests::vm::{Host, PATIENCE, Vm};
 use serde_json::json;
-
-/// Weston's background in the recipe.
-const BACKGROUND: [u8; 3] = [0x1f, 0x5f, 0x8b];
 
 struct World {
     host: Host,
@@ -71,10 +68,9 @@ impl World {
     }
 
     fn desktop_is_shown(&mut self) -> anyhow::Result<()> {
-        let picture = self.vm.wait_picture(&mut self.client, "the desktop", |picture| {
-            Ok(picture.share_of(BACKGROUND, 6) > 0.2
-                && reads(&picture.text(None)?, "DRAGO GUEST DESKTOP"))
-        })?;
+        let picture = self
+            .vm
+            .wait_picture(&mut self.client, "the desktop", |picture| is_shown("weston", picture))?;
         // The panel's clock, at the right end of the top line: a date and a time of day.
         let clock = picture.text(Some((picture.width - 260, 0, 260, 32)))?;
         anyhow::ensure!(clock.contains(':'), "no clock in the panel: {clock:?}");
@@ -82,7 +78,7 @@ impl World {
     }
 
     fn keys_arrive(&mut self) -> anyhow::Result<()> {
-        self.client.type_text("echo \"Typed: $((6*7)) OK\" | tee /tmp/typed\n")?;
+        self.client.type_text("echo \"Typed: $((6*7)) OK\" | tee /tmp/typed\n", PATIENCE)?;
         self.vm.wait_text(&mut self.client, "Typed: 42 OK").map(drop)
     }
 
@@ -169,7 +165,7 @@ impl World {
             anyhow::ensure!(modes.trim() == format!("{width}x{height}"), "{modes:?}");
             self.vm.wait_picture(&mut self.client, "the desktop resized", |picture| {
                 Ok((picture.width, picture.height) == (width, height)
-                    && picture.share_of(BACKGROUND, 6) > 0.1)
+                    && picture.share_of(WESTON_BACKGROUND, 6) > 0.1)
             })?;
         }
         Ok(())

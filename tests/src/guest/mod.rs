@@ -56,7 +56,8 @@ fn recipe_text(dir: &Path) -> Result<String> {
         .collect::<std::io::Result<_>>()?;
     names.sort();
     for path in names {
-        text.push_str(&format!("\n== {}\n", path.display()));
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        text.push_str(&format!("\n== {name}\n"));
         if path.is_dir() {
             text.push_str(&recipe_text(&path)?);
         } else {
