@@ -16,4 +16,5 @@ pub mod paths;
 pub mod picture;
 pub mod progress;
 pub mod testbed;
+pub mod viewer;
 pub mod vm;

@@ -155,6 +155,14 @@ impl Host {
         SpiceClient::connect(self.outer(SPICE_PORT)?)
     }
 
+    /// The port on this machine that leads to the machine's SPICE server.
+    ///
+    /// # Errors
+    /// Never for a host made by [`Host::boot`].
+    pub fn spice_port(&self) -> Result<u16> {
+        self.outer(SPICE_PORT)
+    }
+
     /// The port on this machine that leads to one inside.
     ///
     /// # Errors

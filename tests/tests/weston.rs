@@ -6,13 +6,18 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::path::Path;
+use std::time::Duration;
 
 use drago_tests::client::SpiceClient;
 use drago_tests::desktop::{WESTON_BACKGROUND, is_shown};
 use drago_tests::guest::{Desktop, Guest};
 use drago_tests::progress::step;
+use drago_tests::viewer::RemoteViewer;
 use drago_tests::vm::{Host, PATIENCE, Vm};
 use serde_json::json;
+
+/// The guest's boot: 45 s on an idle machine, six times that on a busy one.
+const BOOT: Duration = Duration::from_secs(1200);
 
 struct World {
     host: Host,
@@ -51,6 +56,7 @@ fn a_desktop_is_seen_and_driven_by_real_clients() {
     world.step("clipboard from client to guest", World::clipboard_to_guest);
     world.step("clipboard from guest to client", World::clipboard_to_client);
     world.step("resize by the client", World::resize);
+    world.step("resize by remote-viewer", World::remote_viewer);
     world.step("power button", World::power_button);
 }
 
@@ -168,6 +174,27 @@ impl World {
                     && picture.share_of(WESTON_BACKGROUND, 6) > 0.1)
             })?;
         }
+        Ok(())
+    }
+
+    /// The client people use: the guest's screen follows its window.
+    fn remote_viewer(&mut self) -> anyhow::Result<()> {
+        let viewer =
+            RemoteViewer::start(&format!("spice://127.0.0.1:{}", self.host.spice_port()?))?;
+        viewer.resize(1304, 903)?;
+        // Its frame takes a few pixels of the width, and its tool bar more of the height.
+        let mode = self.host.ssh(
+            &self.guest,
+            "root",
+            "for i in $(seq 600); do mode=$(head -n1 /sys/class/drm/card0-Virtual-1/modes); \
+             [ ${mode%x*} -gt 1250 ] && [ ${mode%x*} -le 1304 ] && echo $mode && exit 0; sleep 0.2; \
+             done; echo it is $mode >&2; exit 1",
+        )?;
+        drop(viewer);
+        self.client = self.host.spice()?;
+        self.client.wait_state("the size that remote-viewer left", PATIENCE, |state| {
+            mode.trim() == format!("{}x{}", state["width"], state["height"])
+        })?;
         Ok(())
     }
 
