@@ -74,9 +74,10 @@ impl World {
     }
 
     fn desktop_is_shown(&mut self) -> anyhow::Result<()> {
-        let picture = self
-            .vm
-            .wait_picture(&mut self.client, "the desktop", |picture| is_shown("weston", picture))?;
+        let picture =
+            self.vm.wait_picture_within(&mut self.client, "the desktop", BOOT, |picture| {
+                is_shown("weston", picture)
+            })?;
         // The panel's clock, at the right end of the top line: a date and a time of day.
         let clock = picture.text(Some((picture.width - 260, 0, 260, 32)))?;
         anyhow::ensure!(clock.contains(':'), "no clock in the panel: {clock:?}");
