@@ -16,6 +16,7 @@ pub mod display;
 pub mod doctor;
 pub mod exit;
 pub mod firmware;
+pub mod huge;
 pub mod kvm;
 pub mod layout;
 pub mod machine;

@@ -1,4 +1,4 @@
-//! Guest RAM: one memfd, shared, so that back ends in other processes can map it.
+//! Guest RAM: one shared file without a name, so that back ends in other processes can map it.
 
 use std::{fs::File, io};
 
@@ -6,7 +6,10 @@ use devices::GuestMemory;
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{FileOffset, GuestAddress};
 
-use crate::layout::{self, MIB};
+use crate::{
+    huge,
+    layout::{self, MIB},
+};
 
 /// Smallest amount of RAM in MiB.
 pub const MINIMUM_MIB: u64 = 64;
@@ -28,7 +31,7 @@ pub enum Error {
     /// Not a multiple of the huge page size.
     #[error("--memory {0}: with --hugepages the size must be a multiple of 2 MiB")]
     Unaligned(u64),
-    /// The memfd could not be made or sized.
+    /// The file could not be made or sized.
     #[error("{0} MiB of guest memory cannot be allocated")]
     Allocate(u64, #[source] io::Error),
     /// The huge pages are not there.
@@ -62,28 +65,12 @@ pub fn validate(mib: u64, huge_pages: bool) -> Result<(), Error> {
 pub fn allocate(mib: u64, huge_pages: bool) -> Result<GuestMemory, Error> {
     validate(mib, huge_pages)?;
     let size = mib * MIB;
-    let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    if huge_pages {
-        flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
-    }
-    let refused = |error: rustix::io::Errno| {
-        if huge_pages {
-            Error::HugePages(mib, error.into())
-        } else {
-            Error::Allocate(mib, error.into())
-        }
+    let file = if huge_pages {
+        reserved(size).map_err(|error| Error::HugePages(mib, error.into()))?
+    } else {
+        shared(size).map_err(|error| Error::Allocate(mib, error.into()))?
     };
-    let fd = rustix::fs::memfd_create("guest-ram", flags).map_err(refused)?;
-    rustix::fs::ftruncate(&fd, size).map_err(refused)?;
-    // Another process that has the memory must not be able to pull it away from under us.
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
-        .map_err(refused)?;
-    if huge_pages {
-        // A missing huge page would be a SIGBUS later on; take them all now.
-        rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, size)
-            .map_err(refused)?;
-    }
-    let file = std::sync::Arc::new(File::from(fd));
+    let file = std::sync::Arc::new(file);
     let mut offset = 0;
     let ranges: Vec<_> = layout::ram(size)
         .into_iter()
@@ -98,6 +85,37 @@ pub fn allocate(mib: u64, huge_pages: bool) -> Result<GuestMemory, Error> {
     Ok(memory)
 }
 
+/// A file of pages that were set aside for programs that ask for them.
+fn reserved(size: u64) -> rustix::io::Result<File> {
+    let file = memfd(size, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?;
+    // A missing huge page would be a SIGBUS later on; take them all now.
+    rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size)?;
+    Ok(file)
+}
+
+/// A file of huge pages where the host lets us have them, else of small ones.
+fn shared(size: u64) -> rustix::io::Result<File> {
+    if huge::setting() == huge::Setting::OwnFileSystem {
+        match huge::file() {
+            Ok(file) => {
+                rustix::fs::ftruncate(&file, size)?;
+                return Ok(file);
+            }
+            Err(error) => tracing::debug!(%error, "guest memory will be made of small pages"),
+        }
+    }
+    memfd(size, MemfdFlags::empty())
+}
+
+fn memfd(size: u64, flags: MemfdFlags) -> rustix::io::Result<File> {
+    let flags = flags | MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let fd = rustix::fs::memfd_create("guest-ram", flags)?;
+    rustix::fs::ftruncate(&fd, size)?;
+    // Another process that has the memory must not be able to pull it away from under us.
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(fd.into())
+}
+
 #[cfg(test)]
 mod tests {
     use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
@@ -105,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_sealed_file_behind_all_pieces() {
+    fn one_file_behind_all_pieces() {
         let memory = match allocate(3073, false) {
             Err(Error::TooLarge { available, .. }) => {
                 println!("skipped: this host has {available} MiB");
@@ -117,14 +135,19 @@ mod tests {
             .iter()
             .map(|region| {
                 let offset = region.file_offset().unwrap();
-                let seals = rustix::fs::fcntl_get_seals(offset.file()).unwrap();
-                assert!(seals.contains(SealFlags::SHRINK));
                 (region.start_addr().0, offset.start())
             })
             .collect();
         assert_eq!(offsets, [(0, 0), (layout::HIGH_RAM, layout::LOW_RAM_LIMIT)]);
         memory.write_slice(b"end", GuestAddress(layout::HIGH_RAM + MIB - 3)).unwrap();
         memory.write_slice(b"x", GuestAddress(layout::LOW_RAM_LIMIT)).unwrap_err();
+    }
+
+    #[test]
+    fn nobody_shortens_a_memfd() {
+        let file = memfd(MIB, MemfdFlags::empty()).unwrap();
+        file.set_len(0).unwrap_err();
+        file.set_len(2 * MIB).unwrap_err();
     }
 
     #[test]

@@ -3,12 +3,13 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
 use devices::GuestMemory;
 use kvm_bindings::{kvm_run, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
+use rustix::pipe::PipeFlags;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 /// Lets the kernel back guest memory with huge pages where it is allowed to; saves page faults
@@ -23,6 +24,49 @@ pub fn advise_huge_pages(memory: &GuestMemory) {
         if result != 0 {
             tracing::debug!(error = %io::Error::last_os_error(), "no huge page advice");
         }
+    }
+}
+
+/// Runs `child` in a process that has user and mount namespaces of its own but shares this one's
+/// descriptors, and returns the descriptor which it made.
+///
+/// `child` must do nothing but system calls: in a copy of a process with several threads a lock, such
+/// as the allocator's, may be held by a thread that is not there.
+pub fn in_namespaces_of_its_own(
+    child: impl FnOnce() -> rustix::io::Result<RawFd>,
+) -> io::Result<OwnedFd> {
+    let (from_child, to_parent) =
+        rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+    let flags = libc::CLONE_FILES | libc::CLONE_NEWUSER | libc::CLONE_NEWNS | libc::SIGCHLD;
+    // SAFETY: without CLONE_VM this is a fork: the child runs on a copy of this stack, does nothing
+    // but what `child` may do, and ends without returning from here.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::c_long::from(flags), 0, 0, 0, 0) };
+    if pid == 0 {
+        let answer = match child() {
+            Ok(fd) => fd,
+            Err(errno) => -errno.raw_os_error(),
+        };
+        let status = rustix::io::write(&to_parent, &answer.to_ne_bytes()).map_or(1, |_| 0);
+        // SAFETY: ends the child without running anything of the parent's.
+        unsafe { libc::_exit(status) };
+    }
+    if pid < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut status = 0;
+    // SAFETY: waits for the process just made; `status` is writable.
+    while unsafe { libc::waitpid(pid as libc::pid_t, &raw mut status, 0) } < 0 {
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    let mut answer = [0; 4];
+    rustix::io::read(&from_child, &mut answer)?;
+    match i32::from_ne_bytes(answer) {
+        errno if errno < 0 => Err(io::Error::from_raw_os_error(-errno)),
+        // SAFETY: the child opened this descriptor in the table shared with it, for us alone.
+        fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
     }
 }
 

@@ -136,6 +136,19 @@ pub enum SocketError {
         #[source]
         source: std::io::Error,
     },
+    /// The file system cannot hold sockets.
+    #[error(
+        "--control {}: the file system there holds no sockets (9p, FAT and some others do not); \
+         choose a path on another one, for example /run/drago-vmm.sock",
+        path.display()
+    )]
+    NoSocketsThere {
+        /// The socket.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: std::io::Error,
+    },
     /// Somebody else answers on that socket.
     #[error("--control {}: another process is listening there", path.display())]
     InUse {

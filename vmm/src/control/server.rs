@@ -13,6 +13,8 @@ use std::{
     time::Duration,
 };
 
+use rustix::io::Errno;
+
 use super::{ControlTarget, Greeting, MAX_LINE, PROTOCOL_VERSION, Request, Response, SocketError};
 
 /// More clients than this at once are turned away: each has a thread.
@@ -34,14 +36,13 @@ impl ControlServer {
     /// socket is replaced; one that somebody listens on, or another kind of file, is not.
     pub fn start(path: &Path, target: Arc<dyn ControlTarget>) -> Result<Self, SocketError> {
         remove_stale(path)?;
-        let bind = |source| SocketError::Bind { path: path.to_owned(), source };
-        let listener = UnixListener::bind(path).map_err(bind)?;
+        let listener = UnixListener::bind(path).map_err(|error| refused(path, error))?;
         let shutdown = Arc::new(ShutdownRequest::default());
         let server = Self { path: path.to_owned(), shutdown: shutdown.clone() };
         thread::Builder::new()
             .name("control".into())
             .spawn(move || accept_loop(&listener, &target, &shutdown))
-            .map_err(bind)?;
+            .map_err(|source| SocketError::Bind { path: path.to_owned(), source })?;
         Ok(server)
     }
 }
@@ -54,6 +55,17 @@ impl Drop for ControlServer {
         {
             tracing::warn!(path = %self.path.display(), %error, "control socket not removed");
         }
+    }
+}
+
+/// Why no socket could be made. 9p answers mknod(2) of a socket with `ENXIO`, FAT with `EPERM`.
+fn refused(path: &Path, source: io::Error) -> SocketError {
+    let path = path.to_owned();
+    match Errno::from_io_error(&source) {
+        Some(Errno::NXIO | Errno::PERM | Errno::OPNOTSUPP) => {
+            SocketError::NoSocketsThere { path, source }
+        }
+        _ => SocketError::Bind { path, source },
     }
 }
 
@@ -307,6 +319,14 @@ pub(super) mod tests {
         assert_eq!(calls.recv().unwrap(), "power-button");
         drop(server);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_file_system_without_sockets_is_told_apart() {
+        let told = |errno: Errno| refused(Path::new("/mnt/s"), errno.into()).to_string();
+        assert!(told(Errno::NXIO).contains("--control /mnt/s: the file system there"));
+        assert!(told(Errno::NXIO).contains("/run"), "{}", told(Errno::NXIO));
+        assert!(told(Errno::NOENT).contains("could not be made"), "{}", told(Errno::NOENT));
     }
 
     #[test]
