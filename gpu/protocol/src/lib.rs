@@ -4,6 +4,8 @@
 //! |---|---|---|
 //! | [`socket`] | the vhost-user-gpu socket between front end and back end | QEMU `docs/interop/vhost-user-gpu.rst` |
 //! | [`frames`] | this project's extension of it: frames in shared memory | `docs/gpu-protocol.md` |
+//! | [`inflight`] | which commands a back end has not answered yet | QEMU `docs/interop/vhost-user.rst` |
+//! | [`chain`] | descriptor chains by their head | VIRTIO 1.3 §2.7.5 |
 //! | [`virtio`] | the commands a guest puts into the control and cursor queues | VIRTIO 1.3 §5.7 |
 //! | [`format`] | pixel formats and their conversion to XRGB8888 | VIRTIO 1.3 §5.7.6.8 |
 //! | [`edid`] | an EDID for a monitor of any size | VESA E-EDID 1.4, DisplayID 1.3 |
@@ -12,9 +14,11 @@
 
 extern crate alloc;
 
+pub mod chain;
 pub mod edid;
 pub mod format;
 pub mod frames;
+pub mod inflight;
 pub mod rect;
 pub mod socket;
 pub mod virtio;
