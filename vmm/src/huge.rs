@@ -28,7 +28,8 @@ use rustix::{
 
 use crate::sys;
 
-const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+/// Where the administrator's setting is.
+pub const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
 /// What the administrator set for shared memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -12,6 +12,8 @@ use serde::Serialize;
 
 pub use kvm::{KvmClass, probe as probe_kvm};
 
+use crate::huge;
+
 /// How much a finding matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -59,7 +61,7 @@ impl Finding {
 
 /// Looks at everything.
 pub fn examine() -> Vec<Finding> {
-    vec![kvm_finding(), gpu_process(), render_node(), tun(), passt(), vhost(), udmabuf()]
+    vec![kvm_finding(), memory(), gpu_process(), render_node(), tun(), passt(), vhost(), udmabuf()]
 }
 
 /// Looks at everything and prints it; `true` if virtual machines can run.
@@ -108,6 +110,27 @@ fn kvm_finding() -> Finding {
         }
     };
     Finding { name: "kvm", level, seen, hint }
+}
+
+fn memory() -> Finding {
+    const NAME: &str = "huge-pages";
+    match (huge::setting(), huge::file()) {
+        (huge::Setting::Memfds, _) => Finding::ok(NAME, "guest memory: memfd"),
+        (huge::Setting::OwnFileSystem, Ok(_)) => Finding::ok(NAME, "guest memory: own tmpfs"),
+        (setting, own) => Finding::limited(
+            NAME,
+            match own {
+                Err(error) if setting != huge::Setting::Denied => {
+                    format!("guest memory has none: no tmpfs of our own: {error}")
+                }
+                _ => "guest memory has none: the kernel denies them to shared memory".to_owned(),
+            },
+            format!(
+                "guests start faster with them: echo advise > {}, or reserve some for --hugepages",
+                huge::SETTING
+            ),
+        ),
+    }
 }
 
 fn gpu_process() -> Finding {
