@@ -1,0 +1,13 @@
+//! What more than one of our processes needs from Linux. Knows no guest, no virtio, no wire format.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`socket_io`] | bytes and descriptors over a Unix stream socket |
+//! | [`process`] | child processes, started by a launcher that is forked off before the sandbox |
+//! | [`threads`] | threads that do not inherit the narrower filter of the thread that wants them |
+//! | [`seccomp`] | system call filters made from tables, and a readable report of what they catch |
+
+pub mod process;
+pub mod seccomp;
+pub mod socket_io;
+pub mod threads;
