@@ -29,7 +29,6 @@ pub mod link;
 pub mod relay;
 pub mod renderer;
 pub mod scanout;
-mod socket_io;
 pub mod sys;
 
 /// Guest memory as vhost-user hands it to us.

@@ -19,12 +19,11 @@ use gpu_protocol::{
     socket::{CursorPos, Decoder, FromBackEnd, FromFrontEnd, Side},
     virtio::{CURSOR_BYTES, MAX_SCANOUTS},
 };
+use host::socket_io;
 use rustix::{
     event::{EventfdFlags, PollFd, PollFlags, Timespec},
     net::{RecvFlags, SendFlags},
 };
-
-use crate::socket_io;
 
 /// What the socket's thread tells its owner.
 pub trait Listener: Send + Sync {

@@ -12,13 +12,15 @@ use std::{
     collections::VecDeque,
     io,
     net::Shutdown,
-    os::{fd::OwnedFd, unix::net::UnixStream},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     thread,
 };
 
+use host::socket_io;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
-
-use crate::socket_io;
 
 /// Longest payload, the same limit as in crate `vhost`.
 const MAX_PAYLOAD: usize = 4096;
@@ -70,7 +72,8 @@ impl Message {
 
     fn send(&self, socket: &UnixStream) -> io::Result<()> {
         let bytes = [self.header.as_bytes(), &self.payload].concat();
-        socket_io::send_all(socket, &bytes, &self.fds)
+        let fds: Vec<BorrowedFd<'_>> = self.fds.iter().map(AsFd::as_fd).collect();
+        socket_io::send_all(socket, &bytes, &fds)
     }
 }
 
@@ -175,7 +178,7 @@ mod tests {
         socket_io::send_all(
             &vmm,
             &header(GPU_SET_SOCKET, VERSION | NEED_REPLY, 0),
-            &[gpu_backend.into()],
+            &[gpu_backend.as_fd()],
         )
         .unwrap();
         vmm.write_all(&header(GET_FEATURES, VERSION, 0)).unwrap();

@@ -21,6 +21,7 @@ use gpu_protocol::{
     socket::{CursorPos, FromBackEnd, FromFrontEnd, ProtocolFeatures},
     virtio::{CURSOR_SIZE, CtrlHdr, Events, RespDisplayInfo, RespEdid, kind},
 };
+use host::socket_io;
 use rustix::{
     event::EventfdFlags,
     fs::{MemfdFlags, SealFlags},
@@ -30,7 +31,6 @@ use rustix::{
 use super::{
     frame::{Frame, Shadow, SlotMemory},
     handle::{CursorImage, DisplayMode, DisplaySink},
-    socket_io,
 };
 use crate::virtio::device::VirtioInterrupt;
 

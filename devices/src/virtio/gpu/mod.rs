@@ -21,7 +21,6 @@ mod handle;
 mod orphan;
 mod process;
 mod server;
-mod socket_io;
 #[cfg(test)]
 mod tests;
 mod vhost_user;

@@ -17,15 +17,13 @@ use std::{
 };
 
 use gpu_protocol::socket::{Decoder, FromBackEnd, Side};
+use host::socket_io;
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     net::RecvFlags,
 };
 
-use super::{
-    display::{self, Display},
-    socket_io,
-};
+use super::display::{self, Display};
 
 /// How long the back end may take for one group of vhost-user requests.
 const PATIENCE: Duration = Duration::from_secs(10);
