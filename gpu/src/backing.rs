@@ -1,7 +1,7 @@
 //! The guest memory behind a resource: a list of pieces, read as if it were one.
 
 use gpu_protocol::virtio::{BackingEntry, Refusal};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use crate::GuestMemory;
 
@@ -57,20 +57,52 @@ impl Backing {
     pub fn read(
         &self,
         memory: &GuestMemory,
-        mut offset: u64,
+        offset: u64,
         mut target: &mut [u8],
     ) -> Result<(), Refusal> {
+        self.for_pieces(offset, target.len(), |address, count| {
+            let (now, later) = std::mem::take(&mut target).split_at_mut(count);
+            target = later;
+            memory.read_slice(now, address).map_err(|_| Refusal::InvalidParameter)
+        })
+    }
+
+    /// [`read`](Self::read) to memory that others may read at the same time.
+    pub fn copy_to(
+        &self,
+        memory: &GuestMemory,
+        offset: u64,
+        target: &VolatileSlice<'_>,
+    ) -> Result<(), Refusal> {
+        let mut done = 0;
+        self.for_pieces(offset, target.len(), |address, count| {
+            for slice in memory.get_slices(address, count) {
+                let slice = slice.map_err(|_| Refusal::InvalidParameter)?;
+                let now = target.subslice(done, slice.len());
+                slice.copy_to_volatile_slice(now.map_err(|_| Refusal::InvalidParameter)?);
+                done += slice.len();
+            }
+            Ok(())
+        })
+    }
+
+    /// Calls `each` with address and length of the pieces that make up `length` bytes at `offset`.
+    fn for_pieces(
+        &self,
+        mut offset: u64,
+        mut length: usize,
+        mut each: impl FnMut(GuestAddress, usize) -> Result<(), Refusal>,
+    ) -> Result<(), Refusal> {
         let mut index = self.ends.partition_point(|end| *end <= offset);
-        while !target.is_empty() {
+        while length > 0 {
             let (Some(entry), Some(end)) = (self.entries.get(index), self.ends.get(index)) else {
                 return Err(Refusal::InvalidParameter);
             };
             let left = end - offset;
-            let count = target.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-            let (now, later) = target.split_at_mut(count);
+            let count = length.min(usize::try_from(left).unwrap_or(usize::MAX));
             let address = entry.address + (u64::from(entry.length) - left);
-            memory.read_slice(now, GuestAddress(address)).map_err(|_| Refusal::InvalidParameter)?;
-            target = later;
+            each(GuestAddress(address), count)?;
+            length -= count;
             offset += count as u64;
             index += 1;
         }
@@ -96,6 +128,10 @@ mod tests {
             for end in start..=20 {
                 let mut seen = vec![0; end - start];
                 backing.read(&memory, start as u64, &mut seen).unwrap();
+                assert_eq!(seen, all[start..end]);
+                seen.fill(0);
+                let target = VolatileSlice::from(&mut seen[..]);
+                backing.copy_to(&memory, start as u64, &target).unwrap();
                 assert_eq!(seen, all[start..end]);
             }
         }

@@ -13,7 +13,7 @@ use vhost::vhost_user::Listener;
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon};
 use vm_memory::GuestMemoryAtomic;
 
-use crate::{GuestMemory, control::Limits, device::GpuDevice, relay, renderer::Renderer};
+use crate::{GuestMemory, device::GpuDevice, relay};
 
 /// Why serving a front end ended early.
 #[derive(Debug, thiserror::Error)]
@@ -30,12 +30,7 @@ pub enum ServeError {
 }
 
 /// Serves the front end at the other end of `front` until it hangs up.
-pub fn serve(
-    front: &UnixStream,
-    renderer: Box<dyn Renderer>,
-    limits: Limits,
-) -> Result<(), ServeError> {
-    let device = GpuDevice::new(renderer, limits).map_err(ServeError::Setup)?;
+pub fn serve(front: &UnixStream, device: &GpuDevice) -> Result<(), ServeError> {
     let features = device.features();
     let memory = GuestMemoryAtomic::new(GuestMemory::new());
     let mut daemon = VhostUserDaemon::new("drago-gpu".into(), device.clone(), memory)

@@ -12,7 +12,6 @@ use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     thread,
-    time::{Duration, Instant},
 };
 
 use gpu_protocol::{
@@ -21,7 +20,7 @@ use gpu_protocol::{
 };
 use host::socket_io;
 use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, Timespec},
+    event::{EventfdFlags, PollFd, PollFlags},
     net::{RecvFlags, SendFlags},
 };
 
@@ -31,10 +30,6 @@ pub trait Listener: Send + Sync {
     fn message(&self, message: FromFrontEnd, fd: Option<OwnedFd>);
     /// The socket took everything: there is room for [`Link::send`] again.
     fn room(&self);
-    /// The time given by [`Listener::deadline`] has come.
-    fn deadline_passed(&self);
-    /// When to be called next, if at all.
-    fn deadline(&self) -> Option<Instant>;
     /// The connection `generation` ended.
     fn closed(&self, generation: u64);
 }
@@ -181,7 +176,7 @@ impl Link {
         }
     }
 
-    /// Lets the socket's thread ask for the next deadline again.
+    /// Lets the socket's thread look for room again.
     pub fn wake(&self) {
         // The counter cannot overflow in practice; a full one wakes just as well.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
@@ -284,10 +279,8 @@ impl Reader {
                 }
                 !inner.out.is_empty()
             };
-            let timeout =
-                listener.deadline().map(|at| at.saturating_duration_since(Instant::now()));
             drop(listener);
-            let events = self.wait(pending, timeout)?;
+            let events = self.wait(pending)?;
             let Some(listener) = self.listener.upgrade() else { return Ok(()) };
             if events.contains(PollFlags::OUT) {
                 let drained = {
@@ -317,22 +310,15 @@ impl Reader {
                     listener.message(message, fd);
                 }
             }
-            if listener.deadline().is_some_and(|at| at <= Instant::now()) {
-                listener.deadline_passed();
-            }
         }
     }
 
-    fn wait(&self, pending: bool, timeout: Option<Duration>) -> io::Result<PollFlags> {
-        let timeout = timeout.map(|t| Timespec {
-            tv_sec: t.as_secs().try_into().unwrap_or(i64::MAX),
-            tv_nsec: t.subsec_nanos().into(),
-        });
+    fn wait(&self, pending: bool) -> io::Result<PollFlags> {
         let mut wanted = PollFlags::IN;
         wanted.set(PollFlags::OUT, pending);
         let wake = &self.link.wake;
         let mut fds = [PollFd::new(&*self.socket, wanted), PollFd::new(wake, PollFlags::IN)];
-        match rustix::event::poll(&mut fds, timeout.as_ref()) {
+        match rustix::event::poll(&mut fds, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }

@@ -8,7 +8,13 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::{ArgGroup, Parser};
-use drago_gpu::{control::Limits, daemon, renderer::Soft2d, sys};
+use drago_gpu::{
+    control::Limits,
+    daemon,
+    device::GpuDevice,
+    renderer::choice::{self, Choice},
+    sys,
+};
 use tracing_subscriber::EnvFilter;
 
 /// A virtio-gpu device served over vhost-user, for drago-vmm and QEMU.
@@ -28,9 +34,18 @@ struct Arguments {
     #[arg(long, group = "front-end")]
     print_capabilities: bool,
 
-    /// Most memory the guest's resources may take here, in MiB.
-    #[arg(long, value_name = "MIB", default_value_t = 512)]
-    max_memory: u64,
+    /// What draws: auto (OpenGL where a GPU can, else 2D), virgl (OpenGL, without a GPU by the
+    /// CPUs) or 2d.
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    renderer: Choice,
+
+    /// The GPU's render node, instead of the first one in /dev/dri.
+    #[arg(long, value_name = "PATH")]
+    render_node: Option<PathBuf>,
+
+    /// Most memory the guest's resources may take here, in MiB (default: 512, with OpenGL 2048).
+    #[arg(long, value_name = "MIB")]
+    max_memory: Option<u64>,
 }
 
 fn main() -> Result<()> {
@@ -51,9 +66,16 @@ fn main() -> Result<()> {
         (None, Some(path)) => accept(path)?,
         (None, None) => anyhow::bail!("neither --fd nor --socket-path is given"),
     };
-    let bytes = arguments.max_memory.checked_mul(1 << 20).context("--max-memory: too big")?;
+    let memory = arguments.max_memory.unwrap_or(match arguments.renderer {
+        Choice::TwoD => 512,
+        Choice::Auto | Choice::Virgl => 2048,
+    });
+    let bytes = memory.checked_mul(1 << 20).context("--max-memory: too big")?;
     let limits = Limits { bytes, ..Limits::default() };
-    daemon::serve(&front, Box::new(Soft2d::new()), limits)?;
+    let (renderer, node) = (arguments.renderer, arguments.render_node);
+    let device = GpuDevice::new(move |sink| choice::start(renderer, node.as_deref(), sink), limits)
+        .context("the device cannot be made")?;
+    daemon::serve(&front, &device)?;
     tracing::info!("the front end hung up");
     Ok(())
 }

@@ -15,12 +15,14 @@ use std::{
 
 use gpu_protocol::{
     Damage, Rect,
+    format::PixelFormat,
     frames::{Frame, MAX_SLOTS, Release, ShmScanout, WANT_FULL, Want},
     socket::FromBackEnd,
+    virtio::Refusal,
 };
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
-use crate::{link::Link, renderer::Renderer};
+use crate::link::Link;
 
 /// Pixels in one UPDATE message at most (256 KiB of them).
 const UPDATE_PIXELS: u32 = 64 * 1024;
@@ -32,6 +34,32 @@ pub struct Source {
     pub resource: u32,
     /// Which part; not empty.
     pub rect: Rect,
+    /// Where the picture is in a blob; `None` for a resource that is a picture itself.
+    pub blob: Option<BlobLayout>,
+}
+
+/// A picture in a blob, checked against the blob's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlobLayout {
+    /// Pixel format.
+    pub format: PixelFormat,
+    /// Bytes from one row to the next.
+    pub stride: u32,
+    /// Where the first pixel is.
+    pub offset: u32,
+}
+
+/// Where pixels come from.
+pub trait Pictures {
+    /// Writes `part` of the resource of `source` to `target` as B, G, R, A/X, rows `stride` bytes
+    /// apart.
+    fn read(
+        &mut self,
+        source: &Source,
+        part: Rect,
+        target: &VolatileSlice<'_>,
+        stride: usize,
+    ) -> Result<(), Refusal>;
 }
 
 /// How pictures reach the front end, once that is negotiated.
@@ -205,7 +233,7 @@ impl Scanout {
         &mut self,
         id: u32,
         transport: Option<Transport>,
-        renderer: &mut dyn Renderer,
+        pictures: &mut dyn Pictures,
         link: &Link,
     ) {
         // Until it is negotiated, a front end does not know what to prepare for a picture.
@@ -221,8 +249,8 @@ impl Scanout {
             self.told = (width, height);
         }
         match transport {
-            Transport::Shm => self.pump_frame(id, renderer, link),
-            Transport::Update => self.pump_updates(id, renderer, link),
+            Transport::Shm => self.pump_frame(id, pictures, link),
+            Transport::Update => self.pump_updates(id, pictures, link),
         }
     }
 
@@ -244,14 +272,13 @@ impl Scanout {
         free.min_by_key(|(_, slot)| slot.stale.area()).map(|(index, _)| index)
     }
 
-    fn pump_frame(&mut self, id: u32, renderer: &mut dyn Renderer, link: &Link) {
+    fn pump_frame(&mut self, id: u32, pictures: &mut dyn Pictures, link: &Link) {
         if !self.due || self.max_fps == 0 || self.unsent.is_empty() {
             return;
         }
         let now = Instant::now();
         if self.earliest.is_some_and(|earliest| now < earliest) {
-            // The socket's thread comes back at the deadline.
-            link.wake();
+            // The device's thread comes back at the deadline.
             return;
         }
         let (Some(source), Some(index)) = (self.source, self.free_slot()) else { return };
@@ -262,7 +289,7 @@ impl Scanout {
             let part = Rect { x: source.rect.x + rect.x, y: source.rect.y + rect.y, ..*rect };
             let done = slots
                 .target(index, *rect)
-                .map(|target| renderer.read_pixels(source.resource, part, &target, stride));
+                .map(|target| pictures.read(&source, part, &target, stride));
             if !matches!(done, Some(Ok(()))) {
                 tracing::error!(?rect, ?source, "a frame could not be drawn");
                 slots.slots[index].stale = stale;
@@ -283,7 +310,7 @@ impl Scanout {
         }));
     }
 
-    fn pump_updates(&mut self, id: u32, renderer: &mut dyn Renderer, link: &Link) {
+    fn pump_updates(&mut self, id: u32, pictures: &mut dyn Pictures, link: &Link) {
         let Some(source) = self.source.filter(|_| self.due) else { return };
         while link.has_room() {
             let mut rects = self.unsent.rects().iter().copied();
@@ -302,7 +329,7 @@ impl Scanout {
             self.pixels.resize(stride * rows as usize, 0);
             let part = Rect { x: source.rect.x + now.x, y: source.rect.y + now.y, ..now };
             let target = VolatileSlice::from(&mut self.pixels[..]);
-            if let Err(error) = renderer.read_pixels(source.resource, part, &target, stride) {
+            if let Err(error) = pictures.read(&source, part, &target, stride) {
                 tracing::error!(%error, ?source, "an update could not be drawn");
                 continue;
             }

@@ -7,7 +7,6 @@ use std::{
     io::Read,
     os::{fd::OwnedFd, unix::net::UnixStream},
     sync::{Arc, OnceLock},
-    time::Instant,
 };
 
 use drago_fuzz::{Input, MemoryFile};
@@ -28,9 +27,11 @@ use zerocopy::IntoBytes;
 
 /// Largest frame memory that is really made; larger layouts come with a file that is too short.
 const MOST_MEMORY: u64 = 4 << 20;
-const LIMITS: Limits = Limits { bytes: 4 << 20, resources: 8 };
-const KINDS: [u32; 13] =
-    [0x100, 0x101, 0x102, 0x103, 0x104, 0x105, 0x106, 0x107, 0x108, 0x109, 0x10a, 0x300, 0x301];
+const LIMITS: Limits = Limits { bytes: 4 << 20, resources: 8, contexts: 4 };
+const KINDS: [u32; 26] = [
+    0x100, 0x101, 0x102, 0x103, 0x104, 0x105, 0x106, 0x107, 0x108, 0x109, 0x10a, 0x10b, 0x10c, 0x10d,
+    0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x300, 0x301,
+];
 
 /// Nobody listens: messages of the front end are made here.
 struct Quiet;
@@ -38,10 +39,6 @@ struct Quiet;
 impl Listener for Quiet {
     fn message(&self, _: FromFrontEnd, _: Option<OwnedFd>) {}
     fn room(&self) {}
-    fn deadline_passed(&self) {}
-    fn deadline(&self) -> Option<Instant> {
-        None
-    }
     fn closed(&self, _: u64) {}
 }
 

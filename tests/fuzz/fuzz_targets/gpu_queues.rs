@@ -3,7 +3,7 @@
 #![no_main]
 
 use drago_fuzz::Input;
-use drago_gpu::{GuestMemory, control::Limits, device::GpuDevice, renderer::Soft2d};
+use drago_gpu::{GuestMemory, control::Limits, device::GpuDevice, renderer::{Renderer, Soft2d}};
 use libfuzzer_sys::fuzz_target;
 use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
@@ -28,8 +28,8 @@ fn address(input: &mut Input<'_>) -> u64 {
 
 fuzz_target!(|bytes: &[u8]| {
     let mut input = Input::new(bytes);
-    let limits = Limits { bytes: 2 << 20, resources: 8 };
-    let device = GpuDevice::new(Box::new(Soft2d::new()), limits).unwrap();
+    let limits = Limits { bytes: 2 << 20, resources: 8, contexts: 4 };
+    let device = GpuDevice::new(|_| Ok::<Box<dyn Renderer>, std::io::Error>(Box::new(Soft2d::new())), limits).unwrap();
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
     let atomic = GuestMemoryAtomic::new(memory.clone());
     device.update_memory(atomic.clone()).unwrap();
@@ -89,6 +89,7 @@ fuzz_target!(|bytes: &[u8]| {
             6 => write(base + AVAIL + 2, &input.u16().to_le_bytes()),
             _ => {
                 device.handle_event(queue, EventSet::IN, &rings, queue.into()).unwrap();
+                device.settle();
                 match input.u8() {
                     0 => device.reset_device(),
                     1 => device.stop_vring(queue.into()).unwrap(),
@@ -101,4 +102,5 @@ fuzz_target!(|bytes: &[u8]| {
     for queue in 0..2 {
         device.handle_event(queue, EventSet::IN, &rings, queue.into()).unwrap();
     }
+    device.settle();
 });

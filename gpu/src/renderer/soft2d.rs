@@ -1,78 +1,16 @@
-//! Who holds the pixels of resources.
-//!
-//! [`crate::control`] keeps the books (ids, sizes, backing, scanouts, limits) and checks every
-//! number a guest gives; a [`Renderer`] only moves pixels and may rely on those checks. A renderer
-//! with a GPU behind it creates its resources there and reads them back in
-//! [`Renderer::read_pixels`], straight into the frame slot.
+//! The renderer without 3D: pixels in this process's memory.
 
 use std::collections::HashMap;
 
 use gpu_protocol::{
     Rect,
-    format::{BYTES_PER_PIXEL, PixelFormat},
+    format::BYTES_PER_PIXEL,
     virtio::{Features, Refusal},
 };
 use vm_memory::VolatileSlice;
 
+use super::{Layout, Renderer};
 use crate::{GuestMemory, backing::Backing};
-
-/// Format and size of a 2D resource; both sides are 1 to [`gpu_protocol::frames::MAX_SIZE`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Layout {
-    /// Pixel format.
-    pub format: PixelFormat,
-    /// Pixels.
-    pub width: u32,
-    /// Pixels.
-    pub height: u32,
-}
-
-impl Layout {
-    /// Bytes from one row to the next, in the resource and in its backing.
-    pub fn stride(&self) -> u64 {
-        u64::from(self.width) * u64::from(BYTES_PER_PIXEL)
-    }
-
-    /// Bytes of the whole resource.
-    pub fn bytes(&self) -> u64 {
-        self.stride() * u64::from(self.height)
-    }
-}
-
-/// Moves pixels. All calls come from one thread at a time; ids exist and rectangles fit.
-pub trait Renderer: Send {
-    /// Device features beyond those of a 2D device.
-    fn features(&self) -> Features;
-
-    /// Number of capability sets, `num_capsets` of the configuration space.
-    fn capsets(&self) -> u32;
-
-    /// Makes a black resource under an id that is free.
-    fn create_2d(&mut self, id: u32, layout: Layout) -> Result<(), Refusal>;
-
-    /// Forgets a resource.
-    fn destroy(&mut self, id: u32);
-
-    /// TRANSFER_TO_HOST_2D: copies `rect` from the backing, where its first pixel is at `offset`
-    /// and rows follow each other by [`Layout::stride`].
-    fn upload(
-        &mut self,
-        id: u32,
-        rect: Rect,
-        offset: u64,
-        backing: &Backing,
-        memory: &GuestMemory,
-    ) -> Result<(), Refusal>;
-
-    /// Writes `rect` as B, G, R, A/X to `target`, whose rows are `stride` bytes apart.
-    fn read_pixels(
-        &mut self,
-        id: u32,
-        rect: Rect,
-        target: &VolatileSlice<'_>,
-        stride: usize,
-    ) -> Result<(), Refusal>;
-}
 
 struct Surface {
     layout: Layout,
@@ -100,12 +38,13 @@ impl std::fmt::Debug for Soft2d {
 }
 
 impl Renderer for Soft2d {
-    fn features(&self) -> Features {
-        Features::empty()
+    fn describe(&self) -> String {
+        "2D, in software".to_owned()
     }
 
-    fn capsets(&self) -> u32 {
-        0
+    fn features(&self) -> Features {
+        // Guests that get no 3D put their pictures into blobs, which need no copy of ours.
+        Features::RESOURCE_BLOB
     }
 
     fn create_2d(&mut self, id: u32, layout: Layout) -> Result<(), Refusal> {
@@ -180,7 +119,7 @@ impl Renderer for Soft2d {
 
 #[cfg(test)]
 mod tests {
-    use gpu_protocol::virtio::BackingEntry;
+    use gpu_protocol::{format::PixelFormat, virtio::BackingEntry};
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;

@@ -1,0 +1,110 @@
+//! The front end's side of the work: what it says, and pictures for it.
+
+use std::{os::fd::OwnedFd, time::Instant};
+
+use gpu_protocol::{
+    Rect,
+    frames::{Release, ShmScanout, Want},
+    socket::{FromBackEnd, ProtocolFeatures},
+    virtio::Refusal,
+};
+use vm_memory::VolatileSlice;
+
+use super::{Control, Resources, blob};
+use crate::{
+    renderer::Renderer,
+    scanout::{Pictures, Scanout, Source, Transport},
+};
+
+/// Pictures of resources, wherever they are.
+struct Reader<'a> {
+    renderer: &'a mut dyn Renderer,
+    resources: &'a Resources,
+}
+
+impl Pictures for Reader<'_> {
+    fn read(
+        &mut self,
+        source: &Source,
+        part: Rect,
+        target: &VolatileSlice<'_>,
+        stride: usize,
+    ) -> Result<(), Refusal> {
+        match &source.blob {
+            None => self.renderer.read_pixels(source.resource, part, target, stride),
+            Some(layout) => {
+                let resource =
+                    self.resources.get(&source.resource).ok_or(Refusal::InvalidResource)?;
+                blob::read_pixels(resource, layout, part, target, stride)
+            }
+        }
+    }
+}
+
+/// The front end's side of the work.
+impl Control {
+    /// A GPU socket was connected: nothing is negotiated yet.
+    pub fn connected(&mut self) {
+        self.features = None;
+        self.edids.clear();
+        self.scanouts.iter_mut().for_each(Scanout::reconnect);
+        self.link.send(&FromBackEnd::GetProtocolFeatures);
+    }
+
+    /// The front end offers these protocol features.
+    pub fn negotiate(&mut self, offered: u64) {
+        let known = ProtocolFeatures::EDID | ProtocolFeatures::SHM_FRAMES;
+        let features = ProtocolFeatures::from_bits_truncate(offered) & known;
+        tracing::info!(?features, "GPU socket negotiated");
+        self.link.send(&FromBackEnd::SetProtocolFeatures(features.bits()));
+        self.features = Some(features);
+        self.pump();
+    }
+
+    /// Whether [`negotiate`](Self::negotiate) has happened.
+    pub fn is_negotiated(&self) -> bool {
+        self.features.is_some()
+    }
+
+    /// SHM_SCANOUT arrived.
+    pub fn set_slots(&mut self, layout: ShmScanout, fd: Option<OwnedFd>) {
+        if let Some(scanout) = self.scanouts.get_mut(layout.scanout as usize) {
+            scanout.set_slots(layout, fd);
+            self.pump();
+        }
+    }
+
+    /// RELEASE arrived.
+    pub fn release(&mut self, release: &Release) {
+        if let Some(scanout) = self.scanouts.get_mut(release.scanout as usize) {
+            scanout.release(release);
+            self.pump();
+        }
+    }
+
+    /// WANT arrived.
+    pub fn want(&mut self, want: &Want) {
+        if let Some(scanout) = self.scanouts.get_mut(want.scanout as usize) {
+            scanout.want(want);
+            self.pump();
+        }
+    }
+
+    /// Sends pictures as far as possible.
+    pub fn pump(&mut self) {
+        let transport =
+            self.features.map(|features| match features.contains(ProtocolFeatures::SHM_FRAMES) {
+                true => Transport::Shm,
+                false => Transport::Update,
+            });
+        let mut pictures = Reader { renderer: &mut *self.renderer, resources: &self.resources };
+        for (id, scanout) in self.scanouts.iter_mut().enumerate() {
+            scanout.pump(id as u32, transport, &mut pictures, &self.link);
+        }
+    }
+
+    /// When [`pump`](Self::pump) has to be called although nothing happens.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.scanouts.iter().filter_map(Scanout::deadline).min()
+    }
+}

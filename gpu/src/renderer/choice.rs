@@ -1,0 +1,114 @@
+//! Which renderer a machine gets, and why not a better one.
+
+use std::{
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::Arc,
+};
+
+use super::{
+    FenceSink, Renderer, Soft2d,
+    virgl::{Virgl, VirglError},
+};
+
+/// Where render nodes are.
+const NODES: &str = "/dev/dri";
+
+/// What was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Choice {
+    /// OpenGL where a GPU can draw it, else 2D.
+    #[default]
+    Auto,
+    /// OpenGL, in software if there is no GPU.
+    Virgl,
+    /// No OpenGL.
+    TwoD,
+}
+
+/// An unknown name.
+#[derive(Debug, thiserror::Error)]
+#[error("expected auto, virgl or 2d")]
+pub struct UnknownRenderer;
+
+impl FromStr for Choice {
+    type Err = UnknownRenderer;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        match name {
+            "auto" => Ok(Self::Auto),
+            "virgl" => Ok(Self::Virgl),
+            "2d" => Ok(Self::TwoD),
+            _ => Err(UnknownRenderer),
+        }
+    }
+}
+
+/// The first render node that can be opened; the error says why there is none.
+fn find_node() -> Result<PathBuf, String> {
+    let mut nodes: Vec<PathBuf> = std::fs::read_dir(NODES)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("renderD"))
+        })
+        .collect();
+    nodes.sort();
+    let mut reason = format!("there is no {NODES}/renderD*");
+    for node in nodes {
+        match std::fs::File::options().read(true).write(true).open(&node) {
+            Ok(_) => return Ok(node),
+            Err(error) => reason = format!("{}: {error}", node.display()),
+        }
+    }
+    Err(reason)
+}
+
+/// Makes the renderer, on the thread that will use it, and logs what it is.
+pub fn start(
+    choice: Choice,
+    node: Option<&Path>,
+    sink: Arc<dyn FenceSink>,
+) -> Result<Box<dyn Renderer>, VirglError> {
+    let found = match node {
+        Some(node) => Ok(node.to_path_buf()),
+        None => find_node(),
+    };
+    let renderer: Box<dyn Renderer> = match (choice, found) {
+        (Choice::TwoD, _) => Box::new(Soft2d::new()),
+        (Choice::Virgl, Ok(node)) => Box::new(Virgl::start(sink, Some(&node))?),
+        (Choice::Virgl, Err(reason)) => {
+            tracing::warn!("{reason}: OpenGL is drawn by the host's CPUs");
+            Box::new(Virgl::start(sink, None)?)
+        }
+        (Choice::Auto, Err(reason)) => {
+            tracing::info!(
+                "no 3D for the guest: {reason} (with the renderer virgl the host's CPUs draw it)"
+            );
+            Box::new(Soft2d::new())
+        }
+        (Choice::Auto, Ok(node)) => match Virgl::start(sink, Some(&node)) {
+            Ok(virgl) => Box::new(virgl),
+            Err(error) => {
+                tracing::warn!("no 3D for the guest: {}", with_causes(&error));
+                Box::new(Soft2d::new())
+            }
+        },
+    };
+    let sets: Vec<String> =
+        renderer.capsets().iter().map(|set| format!("{}v{}", set.id, set.version)).collect();
+    tracing::info!(capsets = sets.join(" "), "renderer: {}", renderer.describe());
+    Ok(renderer)
+}
+
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    text
+}
