@@ -29,18 +29,23 @@ pub enum ServeError {
     Connection(#[source] io::Error),
 }
 
-/// Serves the front end at the other end of `front` until it hangs up.
-pub fn serve(front: &UnixStream, device: &GpuDevice) -> Result<(), ServeError> {
+/// Serves the front end at the other end of `front` until it hangs up. `ready` is called when all
+/// threads run and nothing of the front end's has been read.
+pub fn serve(
+    front: &UnixStream,
+    door: Door,
+    device: &GpuDevice,
+    ready: impl FnOnce(),
+) -> Result<(), ServeError> {
     let features = device.features();
     let memory = GuestMemoryAtomic::new(GuestMemory::new());
     let mut daemon = VhostUserDaemon::new("drago-gpu".into(), device.clone(), memory)
         .map_err(|error| ServeError::Daemon(error.to_string()))?;
-    // The library accepts connections and takes none that exists, so it gets a listener that only
-    // we can reach, for as long as it takes to connect.
-    let (listener, near) = private_listener().map_err(ServeError::Setup)?;
+    let Door { listener, near } = door;
     daemon
         .start(&mut Listener::from(listener))
         .map_err(|error| ServeError::Daemon(error.to_string()))?;
+    ready();
     let result = relay::run(front, &near, features, |socket| device.connect(socket));
     // Whatever the library says about the end of its connection, the cause is known above.
     if let Err(error) = daemon.wait() {
@@ -49,8 +54,23 @@ pub fn serve(front: &UnixStream, device: &GpuDevice) -> Result<(), ServeError> {
     result.map_err(ServeError::Connection)
 }
 
-/// A listener in a directory that nobody else may enter, and a connection waiting in it. The
-/// directory is gone when this returns.
+/// A way into the vhost-user library, which accepts connections and takes none that exists: a
+/// listener, and a connection that waits in it.
+#[derive(Debug)]
+pub struct Door {
+    listener: UnixListener,
+    near: UnixStream,
+}
+
+impl Door {
+    /// Listens in a directory that nobody else may enter, which is gone when this returns. To be
+    /// called before the sandbox is entered.
+    pub fn open() -> Result<Self, ServeError> {
+        let (listener, near) = private_listener().map_err(ServeError::Setup)?;
+        Ok(Self { listener, near })
+    }
+}
+
 fn private_listener() -> io::Result<(UnixListener, UnixStream)> {
     let candidates = [
         std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from),

@@ -17,6 +17,7 @@
 //! | [`control`] | what the commands mean: resources, scanouts, limits |
 //! | [`renderer`] | who holds pixels: the seam between 2D and 3D |
 //! | [`scanout`] | which part of which resource is shown; frames and updates made of it |
+//! | [`sandbox`] | what this process may still do once commands arrive |
 //! | [`link`] | the GPU socket: never blocks a queue, never grows without bound |
 //!
 //! Locks are taken in this order: control state, then ring, then link.
@@ -28,6 +29,7 @@ pub mod device;
 pub mod link;
 pub mod relay;
 pub mod renderer;
+pub mod sandbox;
 pub mod scanout;
 pub mod sys;
 

@@ -13,6 +13,7 @@ use drago_gpu::{
     daemon,
     device::GpuDevice,
     renderer::choice::{self, Choice},
+    sandbox::{self, Mode, Needs, Sandbox},
     sys,
 };
 use tracing_subscriber::EnvFilter;
@@ -46,6 +47,19 @@ struct Arguments {
     /// Most memory the guest's resources may take here, in MiB (default: 512, with OpenGL 2048).
     #[arg(long, value_name = "MIB")]
     max_memory: Option<u64>,
+
+    /// What the kernel lets this process do: on, off, or log (system calls that are not permitted
+    /// are carried out and logged by the kernel).
+    #[arg(long, value_name = "MODE", default_value = "on")]
+    sandbox: Mode,
+
+    /// Folder for compiled shaders, to be kept between runs.
+    #[arg(long, value_name = "FOLDER")]
+    shader_cache: Option<PathBuf>,
+
+    /// Try something from inside the sandbox and say how that went.
+    #[arg(long, value_name = "WHAT", group = "front-end", hide = true)]
+    self_test: Option<String>,
 }
 
 fn main() -> Result<()> {
@@ -60,24 +74,49 @@ fn main() -> Result<()> {
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
         .init();
-    let front = match (arguments.fd, &arguments.socket_path) {
-        (Some(fd), _) => sys::inherited_socket(fd)
-            .with_context(|| format!("--fd {fd}: not an inherited, connected Unix socket"))?,
-        (None, Some(path)) => accept(path)?,
-        (None, None) => anyhow::bail!("neither --fd nor --socket-path is given"),
-    };
     let memory = arguments.max_memory.unwrap_or(match arguments.renderer {
         Choice::TwoD => 512,
         Choice::Auto | Choice::Virgl => 2048,
     });
     let bytes = memory.checked_mul(1 << 20).context("--max-memory: too big")?;
+    let (renderer, node) = choice::settle(arguments.renderer, arguments.render_node);
+    let needs = match renderer {
+        Choice::TwoD => Needs::Nothing,
+        Choice::Auto | Choice::Virgl => Needs::Driver {
+            render_node: node.clone().ok(),
+            shader_cache: arguments.shader_cache.clone(),
+        },
+    };
+    let front = match (arguments.fd, &arguments.socket_path) {
+        (Some(fd), _) => Some(
+            sys::inherited_socket(fd)
+                .with_context(|| format!("--fd {fd}: not an inherited, connected Unix socket"))?,
+        ),
+        (None, Some(path)) => Some(accept(path)?),
+        (None, None) => None,
+    };
     let limits = Limits { bytes, ..Limits::default() };
-    let (renderer, node) = (arguments.renderer, arguments.render_node);
-    let device = GpuDevice::new(move |sink| choice::start(renderer, node.as_deref(), sink), limits)
+    let door = daemon::Door::open()?;
+    // The threads that are started from now on inherit it.
+    let sandbox = Sandbox::enter(arguments.sandbox, needs, bytes);
+    let device = GpuDevice::new(move |sink| choice::start(renderer, node, sink), limits)
         .context("the device cannot be made")?;
-    daemon::serve(&front, &device)?;
+    let Some(front) = front else {
+        sandbox.close();
+        self_test(arguments.self_test.as_deref().unwrap_or_default());
+        return Ok(());
+    };
+    daemon::serve(&front, door, &device, || sandbox.close())?;
     tracing::info!("the front end hung up");
     Ok(())
+}
+
+/// Tries what the sandbox should prevent.
+fn self_test(what: &str) {
+    match sandbox::attempt(what) {
+        Ok(done) => println!("{done}"),
+        Err(error) => println!("refused: {error}"),
+    }
 }
 
 /// Waits for one front end.

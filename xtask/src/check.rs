@@ -23,6 +23,7 @@ const RUST_VMM: &[&str] = &[
     "kvm-bindings",
     "kvm-ioctls",
     "linux-loader",
+    "seccompiler",
     "vhost",
     "vhost-user-backend",
     "virtio-bindings",

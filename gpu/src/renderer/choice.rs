@@ -1,10 +1,6 @@
 //! Which renderer a machine gets, and why not a better one.
 
-use std::{
-    path::{Path, PathBuf},
-    str::FromStr,
-    sync::Arc,
-};
+use std::{path::PathBuf, str::FromStr, sync::Arc};
 
 use super::{
     FenceSink, Renderer, Soft2d,
@@ -66,28 +62,38 @@ fn find_node() -> Result<PathBuf, String> {
     Err(reason)
 }
 
-/// Makes the renderer, on the thread that will use it, and logs what it is.
-pub fn start(
-    choice: Choice,
-    node: Option<&Path>,
-    sink: Arc<dyn FenceSink>,
-) -> Result<Box<dyn Renderer>, VirglError> {
-    let found = match node {
-        Some(node) => Ok(node.to_path_buf()),
-        None => find_node(),
+/// Finds the render node, and out whether there will be OpenGL, before the sandbox is entered that
+/// depends on both. Without a node the reason is in its place.
+pub fn settle(choice: Choice, node: Option<PathBuf>) -> (Choice, Result<PathBuf, String>) {
+    let found = match (choice, node) {
+        (Choice::TwoD, _) => Err("not wanted".to_owned()),
+        (_, Some(node)) => Ok(node),
+        (_, None) => find_node(),
     };
-    let renderer: Box<dyn Renderer> = match (choice, found) {
-        (Choice::TwoD, _) => Box::new(Soft2d::new()),
-        (Choice::Virgl, Ok(node)) => Box::new(Virgl::start(sink, Some(&node))?),
-        (Choice::Virgl, Err(reason)) => {
-            tracing::warn!("{reason}: OpenGL is drawn by the host's CPUs");
-            Box::new(Virgl::start(sink, None)?)
-        }
+    match (choice, found) {
         (Choice::Auto, Err(reason)) => {
             tracing::info!(
                 "no 3D for the guest: {reason} (with the renderer virgl the host's CPUs draw it)"
             );
-            Box::new(Soft2d::new())
+            (Choice::TwoD, Err(reason))
+        }
+        settled => settled,
+    }
+}
+
+/// Makes the renderer that was [settled](settle), on the thread that will use it, and logs what it
+/// is.
+pub fn start(
+    choice: Choice,
+    node: Result<PathBuf, String>,
+    sink: Arc<dyn FenceSink>,
+) -> Result<Box<dyn Renderer>, VirglError> {
+    let renderer: Box<dyn Renderer> = match (choice, node) {
+        (Choice::TwoD, _) | (Choice::Auto, Err(_)) => Box::new(Soft2d::new()),
+        (Choice::Virgl, Ok(node)) => Box::new(Virgl::start(sink, Some(&node))?),
+        (Choice::Virgl, Err(reason)) => {
+            tracing::warn!("{reason}: OpenGL is drawn by the host's CPUs");
+            Box::new(Virgl::start(sink, None)?)
         }
         (Choice::Auto, Ok(node)) => match Virgl::start(sink, Some(&node)) {
             Ok(virgl) => Box::new(virgl),

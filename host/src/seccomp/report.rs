@@ -66,17 +66,20 @@ extern "C" fn caught(_: c_int, info: *mut libc::siginfo_t, context: *mut c_void)
     line.text("), which its table does not allow; arguments");
     // SAFETY: with SA_SIGINFO the third argument is the interrupted context.
     let context = unsafe { &*context.cast::<libc::ucontext_t>() };
-    for register in [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX, libc::REG_R10] {
-        let value = context.uc_mcontext.gregs.get(register as usize).copied().unwrap_or(0);
+    let registers =
+        [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX, libc::REG_R10, libc::REG_R8, libc::REG_R9];
+    let arguments = registers.map(|register| context.uc_mcontext.gregs[register as usize]);
+    for value in &arguments[..4] {
         line.text(" 0x");
         line.hexadecimal(value.cast_unsigned());
     }
     line.text(". The process ends. See docs/sandbox.md; --sandbox off does without.\n");
     // SAFETY: writes initialised bytes of a live buffer.
     unsafe { libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.used) };
-    // Once more, now with the default action; the arguments do not matter as it is not carried out.
-    // SAFETY: the filter refuses this very call.
-    unsafe { libc::syscall(number as c_long, 0, 0, 0, 0, 0, 0) };
+    // Once more, now with the default action.
+    let [a, b, c, d, e, f] = arguments;
+    // SAFETY: the filter refuses this very call, so that it is not carried out.
+    unsafe { libc::syscall(number as c_long, a, b, c, d, e, f) };
     // Not reached, unless the signal was sent by somebody.
     // SAFETY: ends the process without running anything of ours.
     unsafe { libc::_exit(128 + libc::SIGSYS) };
