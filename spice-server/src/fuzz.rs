@@ -9,7 +9,7 @@ use crate::{
         channel::Caps,
         cursor, display,
         framing::{Deframer, Framer, HeaderKind},
-        image::{Coding, put_image},
+        image::{Coding, Keep, put_image},
         inputs::{self, ScancodeDecoder},
         link::{LinkCode, LinkEvent, PUBLIC_KEY_SIZE, ServerLink},
         main,
@@ -170,7 +170,7 @@ pub fn fuzz_image(bytes: &[u8]) {
     for coding in [Coding::Raw, Coding::Lz4, Coding::Jpeg(80)] {
         let mut out = Vec::new();
         Framer::new(HeaderKind::Mini).message(&mut out, 304, |out| {
-            put_image(out, (width, height), pixels, coding);
+            put_image(out, (width, height), pixels, coding, Keep::No);
         });
         assert!(out.len() <= pixels.len() + 64, "an image grew");
     }

@@ -31,8 +31,8 @@ mod server;
 
 pub use agent::AgentPort;
 pub use display::{
-    CursorImage, DisplayEvents, DisplayHandle, Frame, MemoryFrame, MonitorConfig, PixelFormat,
-    Rect, Snapshot, SurfaceInfo,
+    Codec, CodecStats, CursorImage, DisplayEvents, DisplayHandle, DisplayStats, Frame, MemoryFrame,
+    MonitorConfig, PixelFormat, Rect, Snapshot, SurfaceInfo,
 };
 pub use error::Error;
 pub use input::{

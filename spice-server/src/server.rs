@@ -7,7 +7,8 @@ use std::{
 };
 
 use crate::{
-    AgentPort, DisplayEvents, DisplayHandle, Error, InputSink, Leds, MouseMode, Secret,
+    AgentPort, DisplayEvents, DisplayHandle, DisplayStats, Error, InputSink, Leds, MouseMode,
+    Secret,
     agent::hub::AgentHub,
     display::state::DisplayShared,
     io::{
@@ -297,4 +298,6 @@ pub struct ClientStatus {
     pub bytes_sent: u64,
     /// Bytes received on all its channels.
     pub bytes_received: u64,
+    /// What its display channels did.
+    pub displays: Vec<DisplayStats>,
 }

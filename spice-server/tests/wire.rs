@@ -81,10 +81,12 @@ fn an_old_client_gets_raw_pictures_on_its_one_surface() {
     let mut canvas = vec![0xee; pixels.len()];
     loop {
         let (kind, body) = display.message();
-        if kind == 102 {
-            break;
+        match kind {
+            102 => break,
+            // PING; this client never answers.
+            4 => continue,
+            _ => assert_eq!(kind, 304),
         }
-        assert_eq!(kind, 304);
         assert_eq!(word(&body, 0), 0);
         let [top, left, bottom, right] = [4, 8, 12, 16].map(|at| word(&body, at) as usize);
         let image = &body[word(&body, 21) as usize..];

@@ -28,10 +28,6 @@ pub(crate) struct Damage {
     columns: u32,
     cells: Vec<CellDamage>,
     dirty: usize,
-    /// Where the next search begins, so that a slow viewer gets all parts of a busy picture.
-    next: usize,
-    /// Cells left to look at in this sweep.
-    sweep: usize,
 }
 
 impl Damage {
@@ -39,15 +35,7 @@ impl Damage {
     pub(crate) fn new(width: u32, height: u32) -> Self {
         let columns = width.div_ceil(CELL);
         let count = columns as usize * height.div_ceil(CELL) as usize;
-        Self {
-            width,
-            height,
-            columns,
-            cells: vec![CellDamage::default(); count],
-            dirty: 0,
-            next: 0,
-            sweep: 0,
-        }
+        Self { width, height, columns, cells: vec![CellDamage::default(); count], dirty: 0 }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -85,67 +73,54 @@ impl Damage {
         }
     }
 
-    /// Begins a sweep: [`take`](Self::take) will look at every cell once.
-    pub(crate) fn begin_sweep(&mut self) {
-        self.sweep = self.cells.len();
-    }
-
-    /// Takes the next damaged rectangle of this sweep; `None` at the sweep's end.
-    pub(crate) fn take(&mut self) -> Option<Rect> {
-        if self.dirty == 0 {
-            return None;
-        }
-        while self.sweep > 0 {
-            let index = self.next;
-            let first = self.cells.get(index).copied().unwrap_or_default();
-            if first.x1 == 0 {
-                self.advance(1);
-                continue;
-            }
-            let column = index as u32 % self.columns;
-            let row = index as u32 / self.columns;
-            let limit = MAX_RUN_CELLS.min(self.columns - column);
-            let mut last = first;
-            let mut count = 1;
-            while count < limit {
-                let next = self.cells.get(index + count as usize).copied().unwrap_or_default();
-                let joins = next.x1 != 0 && next.x0 == 0 && u32::from(last.x1) == CELL;
-                if !joins || (next.y0, next.y1) != (first.y0, first.y1) {
-                    break;
+    /// Takes all damage, as rectangles of at most 1024 by 64 pixels.
+    pub(crate) fn take_all(&mut self) -> Vec<Rect> {
+        let mut rects = Vec::new();
+        let mut index = 0;
+        while self.dirty > 0 && index < self.cells.len() {
+            match self.take(index) {
+                Some((rect, count)) => {
+                    rects.push(rect);
+                    index += count;
                 }
-                last = next;
-                count += 1;
+                None => index += 1,
             }
-            for cell in self.cells.iter_mut().skip(index).take(count as usize) {
-                *cell = CellDamage::default();
-            }
-            self.dirty -= count as usize;
-            self.advance(count as usize);
-            let x = column * CELL + u32::from(first.x0);
-            let right = (column + count - 1) * CELL + u32::from(last.x1);
-            let y = row * CELL + u32::from(first.y0);
-            return Some(Rect::new(x, y, right - x, u32::from(first.y1 - first.y0)));
         }
-        None
+        rects
     }
 
-    fn advance(&mut self, cells: usize) {
-        self.next += cells;
-        if self.next >= self.cells.len() {
-            self.next = 0;
+    /// Takes the damage that begins in a cell, and tells how many cells it is in.
+    fn take(&mut self, index: usize) -> Option<(Rect, usize)> {
+        let first = self.cells.get(index).copied().filter(|cell| cell.x1 != 0)?;
+        let column = index as u32 % self.columns;
+        let row = index as u32 / self.columns;
+        let limit = MAX_RUN_CELLS.min(self.columns - column);
+        let mut last = first;
+        let mut count = 1;
+        while count < limit {
+            let next = self.cells.get(index + count as usize).copied().unwrap_or_default();
+            let joins = next.x1 != 0 && next.x0 == 0 && u32::from(last.x1) == CELL;
+            if !joins || (next.y0, next.y1) != (first.y0, first.y1) {
+                break;
+            }
+            last = next;
+            count += 1;
         }
-        self.sweep = self.sweep.saturating_sub(cells);
+        for cell in self.cells.iter_mut().skip(index).take(count as usize) {
+            *cell = CellDamage::default();
+        }
+        self.dirty -= count as usize;
+        let x = column * CELL + u32::from(first.x0);
+        let right = (column + count - 1) * CELL + u32::from(last.x1);
+        let y = row * CELL + u32::from(first.y0);
+        let rect = Rect::new(x, y, right - x, u32::from(first.y1 - first.y0));
+        Some((rect, count as usize))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn drain(damage: &mut Damage) -> Vec<Rect> {
-        damage.begin_sweep();
-        std::iter::from_fn(|| damage.take()).collect()
-    }
 
     /// Marks the pixels of rectangles in a picture.
     fn paint(size: (u32, u32), rects: &[Rect]) -> Vec<bool> {
@@ -165,7 +140,7 @@ mod tests {
         let size = (1030, 200);
         let mut damage = Damage::new(size.0, size.1);
         damage.add_all();
-        let rects = drain(&mut damage);
+        let rects = damage.take_all();
         assert_eq!(paint(size, &rects), vec![true; (size.0 * size.1) as usize]);
         let area: u64 = rects.iter().map(|r| u64::from(r.width) * u64::from(r.height)).sum();
         assert_eq!(area, 1030 * 200);
@@ -177,10 +152,10 @@ mod tests {
     fn small_damage_stays_small() {
         let mut damage = Damage::new(1920, 1080);
         damage.add(Rect::new(70, 70, 8, 16));
-        assert_eq!(drain(&mut damage), [Rect::new(70, 70, 8, 16)]);
+        assert_eq!(damage.take_all(), [Rect::new(70, 70, 8, 16)]);
         damage.add(Rect::new(100, 10, 200, 5));
-        assert_eq!(drain(&mut damage), [Rect::new(100, 10, 200, 5)]);
-        assert_eq!(drain(&mut damage), []);
+        assert_eq!(damage.take_all(), [Rect::new(100, 10, 200, 5)]);
+        assert_eq!(damage.take_all(), []);
         damage.add(Rect::new(u32::MAX, 0, u32::MAX, u32::MAX));
         damage.add(Rect::new(5, 5, 0, 9));
         assert!(damage.is_empty());
@@ -204,24 +179,9 @@ mod tests {
                 damage.add(*rect);
             }
             let wanted = paint(size, &rects);
-            let got = paint(size, &drain(&mut damage));
+            let got = paint(size, &damage.take_all());
             assert!(wanted.iter().zip(&got).all(|(want, got)| !want || *got));
             assert!(damage.is_empty());
         }
-    }
-
-    #[test]
-    fn a_busy_picture_is_swept_round() {
-        let mut damage = Damage::new(64, 64 * 4);
-        damage.add_all();
-        damage.begin_sweep();
-        assert_eq!(damage.take().unwrap().y, 0);
-        damage.add_all();
-        assert_eq!(damage.take().unwrap().y, 64);
-        assert_eq!(damage.take().unwrap().y, 128);
-        assert_eq!(damage.take().unwrap().y, 192);
-        assert_eq!(damage.take(), None);
-        damage.begin_sweep();
-        assert_eq!(damage.take().unwrap().y, 0);
     }
 }

@@ -75,22 +75,20 @@ impl DisplayHandle {
         let mut pixels = vec![0; stride * height as usize];
         frame.copy_rect(Rect::new(0, 0, width, height), &mut pixels, stride);
         to_xrgb8888(frame.format(), &mut pixels);
-        for pixel in pixels.chunks_exact_mut(4) {
-            pixel[3] = 0;
-        }
         Some(Snapshot { width, height, pixels })
     }
 }
 
-/// Reorders pixels in place to XRGB8888, the order on the wire.
+/// Reorders pixels in place to XRGB8888, the order on the wire, and clears the unused byte.
 pub(crate) fn to_xrgb8888(format: PixelFormat, pixels: &mut [u8]) {
+    let (pixels, _) = pixels.as_chunks_mut::<4>();
     match format {
-        PixelFormat::Xrgb8888 => {}
-        PixelFormat::Xbgr8888 => {
-            for pixel in pixels.chunks_exact_mut(4) {
-                pixel.swap(0, 2);
-            }
-        }
+        PixelFormat::Xrgb8888 => pixels.iter_mut().for_each(|pixel| {
+            *pixel = (u32::from_le_bytes(*pixel) & 0x00ff_ffff).to_le_bytes();
+        }),
+        PixelFormat::Xbgr8888 => pixels.iter_mut().for_each(|pixel| {
+            *pixel = (u32::from_le_bytes(*pixel) << 8).swap_bytes().to_le_bytes();
+        }),
     }
 }
 
@@ -167,14 +165,17 @@ mod tests {
             shared.next_work(viewer, Some((1024, 768))),
             Work::FrameSurface((64, 64))
         ));
-        shared.begin_sweep(viewer);
-        assert!(matches!(shared.next_work(viewer, shown), Work::Draw(..)));
+        let Work::Draw(_, rects, frames) = shared.next_work(viewer, shown) else {
+            panic!("no work")
+        };
+        assert_eq!((rects, frames), (vec![Rect::new(0, 0, 64, 64)], 1));
         assert!(matches!(shared.next_work(viewer, shown), Work::Done));
         display.present(Arc::new(frame.clone()), &[Rect::new(1, 2, 3, 4)]);
         display.present(Arc::new(frame), &[Rect::new(9, 2, 3, 4)]);
-        shared.begin_sweep(viewer);
-        let Work::Draw(_, rect) = shared.next_work(viewer, shown) else { panic!("no work") };
-        assert_eq!(rect, Rect::new(1, 2, 11, 4));
+        let Work::Draw(_, rects, frames) = shared.next_work(viewer, shown) else {
+            panic!("no work")
+        };
+        assert_eq!((rects, frames), (vec![Rect::new(1, 2, 11, 4)], 2));
         display.release_frame();
         assert_eq!(shared.has_work(viewer, shown), HasWork::No);
         assert_eq!(shared.has_work(viewer, None), HasWork::OnlyBlack);

@@ -32,6 +32,8 @@ struct Viewer {
     damage: Damage,
     /// The picture went away and the viewer has not been told.
     blank: bool,
+    /// Frames presented since the viewer was given one.
+    frames: u64,
     wake: Arc<Wake>,
 }
 
@@ -52,9 +54,10 @@ pub(crate) enum Work {
     FrameSurface((u32, u32)),
     /// Paint everything black.
     Blank,
-    /// Draw this part of this frame.
-    Draw(Arc<dyn Frame>, Rect),
-    /// This sweep is over.
+    /// These parts of this frame may have changed, which is so many frames newer than the one
+    /// given out before.
+    Draw(Arc<dyn Frame>, Vec<Rect>, u64),
+    /// Nothing.
     Done,
 }
 
@@ -110,6 +113,7 @@ impl DisplayShared {
         state.surface = Some(size);
         for viewer in &mut state.viewers {
             viewer.blank = false;
+            viewer.frames += 1;
             if same {
                 damage.iter().for_each(|rect| viewer.damage.add(*rect));
             } else {
@@ -142,7 +146,7 @@ impl DisplayShared {
         damage.add_all();
         state.next_viewer += 1;
         let id = state.next_viewer;
-        state.viewers.push(Viewer { id, damage, blank: false, wake });
+        state.viewers.push(Viewer { id, damage, blank: false, frames: 0, wake });
         id
     }
 
@@ -150,7 +154,7 @@ impl DisplayShared {
         self.lock().viewers.retain(|viewer| viewer.id != id);
     }
 
-    /// Whether a sweep would find anything to do for this viewer.
+    /// Whether there is anything to do for this viewer.
     pub(crate) fn has_work(&self, id: u64, shown: Option<(u32, u32)>) -> HasWork {
         let state = self.lock();
         let Some(viewer) = state.viewers.iter().find(|viewer| viewer.id == id) else {
@@ -166,14 +170,6 @@ impl DisplayShared {
             (None, None) => true,
         };
         if work { HasWork::Yes } else { HasWork::No }
-    }
-
-    /// Begins a sweep for this viewer.
-    pub(crate) fn begin_sweep(&self, id: u64) {
-        let mut state = self.lock();
-        if let Some(viewer) = state.viewers.iter_mut().find(|viewer| viewer.id == id) {
-            viewer.damage.begin_sweep();
-        }
     }
 
     /// What a viewer whose surface has the size `shown` should do next.
@@ -197,10 +193,11 @@ impl DisplayShared {
         if shown != Some(size) {
             return Work::FrameSurface(size);
         }
-        match viewer.damage.take() {
-            Some(rect) => Work::Draw(frame.clone(), rect),
-            None => Work::Done,
+        let rects = viewer.damage.take_all();
+        if rects.is_empty() {
+            return Work::Done;
         }
+        Work::Draw(frame.clone(), rects, std::mem::take(&mut viewer.frames))
     }
 
     pub(crate) fn set_cursor(&self, image: CursorImage) {

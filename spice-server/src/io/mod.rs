@@ -5,12 +5,11 @@
 //! - `keys`: one thread that makes ticket keys and opens tickets.
 
 pub(crate) mod channels;
+pub(crate) mod flow;
 pub(crate) mod keys;
 pub(crate) mod links;
 pub(crate) mod listen;
-pub(crate) mod pace;
 pub(crate) mod reactor;
-pub(crate) mod seen;
 pub(crate) mod shared;
 pub(crate) mod sys;
 pub(crate) mod viewer;

@@ -88,7 +88,6 @@ pub(crate) struct Reactor {
     next_token: u64,
     keys: KeyService,
     failures: FailureDelay,
-    started: Instant,
 }
 
 impl Reactor {
@@ -116,7 +115,6 @@ impl Reactor {
             next_token: TOKEN_CONNECTIONS,
             keys,
             failures: FailureDelay::default(),
-            started: Instant::now(),
         })
     }
 
@@ -438,9 +436,11 @@ impl Reactor {
             Some(ChannelType::Main) => {
                 cap_word(&[main::CAP_NAME_AND_UUID, main::CAP_AGENT_CONNECTED_TOKENS])
             }
-            Some(ChannelType::Display) => {
-                cap_word(&[display::CAP_MONITORS_CONFIG, display::CAP_PREF_COMPRESSION])
-            }
+            Some(ChannelType::Display) => cap_word(&[
+                display::CAP_MONITORS_CONFIG,
+                display::CAP_STREAM_REPORT,
+                display::CAP_PREF_COMPRESSION,
+            ]),
             Some(ChannelType::Inputs) => cap_word(&[inputs::CAP_KEY_SCANCODE]),
             Some(ChannelType::Cursor) | None => 0,
         };
@@ -498,6 +498,7 @@ impl Reactor {
             channels: Default::default(),
             sent: Default::default(),
             received: Default::default(),
+            displays: Default::default(),
         });
         tracing::info!(peer = %session.peer, session = id, "client connected");
         lock(&self.shared.sessions).push(session.clone());
@@ -506,7 +507,7 @@ impl Reactor {
             main: token,
             viewers: HashMap::new(),
         });
-        let clock = self.started.elapsed().as_millis() as u32;
+        let clock = self.shared.clock.elapsed().as_millis() as u32;
         let channel = Channel::main(request, &self.shared, id, clock);
         self.become_channel(token, &session, channel);
     }

@@ -6,12 +6,15 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
+    time::Instant,
 };
 
 use super::{keys::KeyEvent, wake::Wake};
 use crate::{
     ClientPolicy, ClientStatus, DisplayEvents, InputSink, Leds, MouseMode, Secret,
-    agent::hub::AgentHub, display::state::DisplayShared, proto::channel::ChannelType,
+    agent::hub::AgentHub,
+    display::{state::DisplayShared, stats::Counters},
+    proto::channel::ChannelType,
 };
 
 /// Locks a mutex; a thread that panicked inside does not take the others with it.
@@ -55,6 +58,8 @@ pub(crate) struct Shared {
     pub(crate) sessions: Mutex<Vec<Arc<Session>>>,
     pub(crate) pending_links: AtomicUsize,
     viewers: Mutex<usize>,
+    /// When the multimedia clock was 0.
+    pub(crate) clock: Instant,
 }
 
 /// One authenticated client.
@@ -64,6 +69,8 @@ pub(crate) struct Session {
     pub(crate) channels: Mutex<Vec<(ChannelType, u8)>>,
     pub(crate) sent: AtomicU64,
     pub(crate) received: AtomicU64,
+    /// What its display channels count.
+    pub(crate) displays: Mutex<Vec<(u8, Arc<Counters>)>>,
 }
 
 impl Session {
@@ -78,6 +85,7 @@ impl Session {
             channels: lock(&self.channels).iter().map(name).collect(),
             bytes_sent: self.sent.load(Ordering::Relaxed),
             bytes_received: self.received.load(Ordering::Relaxed),
+            displays: lock(&self.displays).iter().map(|(id, c)| c.stats((*id).into())).collect(),
         }
     }
 }
@@ -101,6 +109,7 @@ impl Shared {
             sessions: Mutex::default(),
             pending_links: AtomicUsize::new(0),
             viewers: Mutex::default(),
+            clock: Instant::now(),
         }
     }
 

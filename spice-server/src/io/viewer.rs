@@ -1,7 +1,7 @@
-//! One thread per display channel: takes damage, encodes it from the newest frame, sends it.
+//! One thread per display channel: takes frames in, encodes what changed, sends it.
 //!
-//! Nothing is encoded before the socket has taken what was encoded before, so a slow client gets
-//! fewer and newer pictures, and a stalled one holds one message.
+//! Nothing is encoded before the connection has room for it (see [`Flow`]), and always from the
+//! newest frame, so a slow client gets fewer and newer pictures, and a stalled one holds one part.
 
 use std::{
     io::{self, Read, Write},
@@ -18,43 +18,37 @@ use std::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{
-    pace::Pace,
-    seen::{Seen, keep_columns},
-    shared::{Command, Session, Shared},
+    flow::{Flow, MUTE},
+    shared::{Command, Session, Shared, lock},
     wake::Wake,
 };
 use crate::{
-    Frame, Rect,
     display::{
-        damage::Damage,
-        handle::to_xrgb8888,
+        encoder::{Abilities, Encoder, Line},
         state::{DisplayShared, HasWork, Work},
+        stats::{Counters, count, set},
     },
     proto::{
-        channel::{BaseMessage, Caps},
+        channel::{BaseMessage, Caps, put_ping},
         display::{
-            CAP_LZ4, ClientMessage, Compression, Surface, decode, limit, put_copy, put_fill,
-            put_mark, put_monitors_config, put_surface_create, put_surface_destroy,
+            CAP_CODEC_MJPEG, CAP_LZ4, CAP_MULTI_CODEC, CAP_STREAM_REPORT, ClientMessage,
+            Compression, decode, limit,
         },
         framing::{Deframer, Framer, HeaderKind},
-        image::{Coding, put_image, put_surface_image},
     },
 };
 
 /// Shortest mean time between two pictures.
 const FRAME_INTERVAL: Duration = Duration::from_micros(16_667);
-/// How long a picture must rest before its lossy parts are drawn exactly.
-const REFINE_AFTER: Duration = Duration::from_millis(300);
-/// Quality of lossy parts, 1 to 100.
-const JPEG_QUALITY: u8 = 80;
-/// Smallest part, in bytes of pixels, that may be lossy.
-const MIN_LOSSY: usize = 64 * 64 * 4;
 /// How long a new viewer waits for a picture that is being made for it.
 const FIRST_PICTURE: Duration = Duration::from_secs(1);
 /// How long buffers stay allocated while nothing moves.
 const KEEP_BUFFERS: Duration = Duration::from_secs(2);
 /// Encoded bytes worth a write of their own.
 const WRITE_SIZE: usize = 64 * 1024;
+/// While a picture is unfinished, the time between newer ones is at least so many times what looking
+/// at one costs.
+const UNFINISHED_PAUSE: u32 = 4;
 
 /// How the reactor stops a viewer.
 #[derive(Clone)]
@@ -102,29 +96,36 @@ fn run(new: NewViewer, handle: ViewerHandle) {
     let Some(source) = shared.displays.get(usize::from(number)).cloned() else { return };
     let id = source.add_viewer(handle.wake.clone());
     shared.count_viewer(true);
-    let _registration = Registration { shared, source: source.clone(), id, session, number };
+    let _registration =
+        Registration { shared: shared.clone(), source: source.clone(), id, session, number };
+    let stats = Arc::<Counters>::default();
+    lock(&new.session.displays).push((number, stats.clone()));
+    let has = |cap| new.caps.has(cap);
+    let abilities = Abilities {
+        // Whoever knows LZ4 is spice-gtk or a relative; browsers' clients know neither.
+        modern: has(CAP_LZ4),
+        mjpeg: has(CAP_MULTI_CODEC) && has(CAP_CODEC_MJPEG),
+        reports: has(CAP_STREAM_REPORT),
+        local: new.session.peer.ip().is_loopback(),
+    };
+    let mut encoder = Encoder::new(Framer::new(new.header), abilities, stats.clone());
+    encoder.out = new.unsent;
+    let now = Instant::now();
     let mut viewer = Viewer {
         id,
         source,
+        clock: shared.clock,
         deframer: Deframer::new(new.header),
-        framer: Framer::new(new.header),
         session: new.session,
         stream: new.stream,
-        out: new.unsent,
         sent: 0,
-        pixels: Vec::new(),
-        shown: None,
-        staging: None,
-        lz4: new.caps.has(CAP_LZ4),
-        // Whoever knows LZ4 is spice-gtk or a relative; browsers' clients know neither.
-        modern: new.caps.has(CAP_LZ4),
-        mark_due: false,
-        pace: Pace::default(),
-        seen: Seen::new((0, 0)),
-        lossy: None,
-        refine_at: Instant::now(),
-        next_sweep: Instant::now(),
-        black_at: Instant::now() + FIRST_PICTURE,
+        accounted: encoder.out.len(),
+        encoder,
+        flow: Flow::new(now),
+        next_sweep: now,
+        sweep_cost: Duration::ZERO,
+        black_at: now + FIRST_PICTURE,
+        stats,
         handle,
     };
     viewer.deframer.receive(&new.received);
@@ -168,267 +169,173 @@ pub(crate) fn is_hangup(error: &io::Error) -> bool {
 struct Viewer {
     id: u64,
     source: Arc<DisplayShared>,
+    /// When the multimedia clock was 0.
+    clock: Instant,
     deframer: Deframer,
-    framer: Framer,
     session: Arc<Session>,
     stream: TcpStream,
-    /// Encoded messages; `sent` bytes of them are with the kernel.
-    out: Vec<u8>,
+    encoder: Encoder,
+    /// Bytes of the encoder's messages that are with the kernel, and that `flow` knows of.
     sent: usize,
-    /// Pixels of the part being encoded.
-    pixels: Vec<u8>,
-    /// Size of the client's surface.
-    shown: Option<(u32, u32)>,
-    /// Size of the surface that collects a new picture, while there is one.
-    staging: Option<(u32, u32)>,
-    lz4: bool,
-    /// The client knows LZ4 and a second surface.
-    modern: bool,
-    /// The client waits for `MARK` to show its surface.
-    mark_due: bool,
-    pace: Pace,
-    /// What the client shows.
-    seen: Seen,
-    /// What was drawn with a lossy coding and not yet exactly.
-    lossy: Option<Damage>,
-    /// When the picture has rested long enough to be drawn exactly.
-    refine_at: Instant,
-    /// When the next picture may begin.
+    accounted: usize,
+    flow: Flow,
+    /// When the next picture may be looked at.
     next_sweep: Instant,
+    /// What looking at the last one cost.
+    sweep_cost: Duration,
     /// When black is better than nothing, if no picture has come.
     black_at: Instant,
+    stats: Arc<Counters>,
     handle: ViewerHandle,
 }
 
 impl Viewer {
     fn serve(&mut self) -> io::Result<()> {
-        let mut sweeping = false;
         self.read_messages()?;
         while !self.handle.closed.load(Ordering::Acquire) {
-            if self.out.len() - self.sent >= WRITE_SIZE && !self.write()? {
-                self.wait(true, None)?;
-                continue;
-            }
-            if !sweeping && let Some(due) = self.next_work_at() {
-                let now = Instant::now();
-                if now >= due {
-                    // An interval of credit evens out a source that ticks unevenly.
-                    let earliest = now.checked_sub(FRAME_INTERVAL).unwrap_or(now);
-                    self.next_sweep = self.next_sweep.max(earliest) + FRAME_INTERVAL;
-                    self.source.begin_sweep(self.id);
-                    sweeping = true;
-                }
-            }
-            if sweeping {
-                sweeping = self.step();
-                continue;
-            }
-            if !self.write()? {
+            if self.encoder.out.len() - self.sent >= WRITE_SIZE && !self.write()? {
+                self.flow.blocked();
                 self.wait(true, None)?;
                 continue;
             }
             let now = Instant::now();
-            let pause = if let Some(due) = self.next_work_at() {
-                Some(due.saturating_duration_since(now))
-            } else if let Some(lossy) = &mut self.lossy {
-                if now >= self.refine_at {
-                    lossy.begin_sweep();
-                    self.refine();
-                    continue;
-                }
-                Some(self.refine_at - now)
-            } else if self.pixels.capacity() > 0 {
-                Some(KEEP_BUFFERS)
-            } else {
-                None
-            };
-            if !self.wait(false, pause)? && pause == Some(KEEP_BUFFERS) {
-                self.pixels = Vec::new();
-                self.out = Vec::new();
+            let due = self.next_work_at();
+            let room = self.flow.has_room(now);
+            if room && due.is_some_and(|due| now >= due) {
+                self.take_in(now);
+                continue;
             }
+            if room && self.encoder.has_work() {
+                self.step(now);
+                continue;
+            }
+            if !room && (self.encoder.has_work() || due.is_some()) {
+                self.flow.blocked();
+            }
+            self.ping(true, now);
+            if !self.write()? {
+                self.wait(true, None)?;
+                continue;
+            }
+            self.idle(room, due, now)?;
         }
         Ok(())
     }
 
-    /// When the next sweep may begin, if there is anything to do.
-    fn next_work_at(&self) -> Option<Instant> {
-        match self.source.has_work(self.id, self.target().1) {
-            HasWork::No => None,
-            HasWork::Yes => Some(self.next_sweep),
-            HasWork::OnlyBlack => Some(self.next_sweep.max(self.black_at)),
-        }
-    }
-
-    /// Does one piece of a sweep; `false` at its end.
-    fn step(&mut self) -> bool {
-        match self.source.next_work(self.id, self.target().1) {
-            Work::Surface(size) => {
-                self.show_surface(size);
-                self.fill_black(size);
-                put_mark(&mut self.framer, &mut self.out);
-                true
+    /// Everything encoded is with the kernel, and nothing can be encoded now.
+    fn idle(&mut self, room: bool, due: Option<Instant>, now: Instant) -> io::Result<()> {
+        let timer = self.encoder.next_timer();
+        let pause = match (due, timer) {
+            // Only the client's answer makes room, or that none comes.
+            _ if !room => Some(MUTE),
+            (None, None) => Some(KEEP_BUFFERS),
+            (Some(due), _) if timer.is_none_or(|timer| timer > now) => {
+                Some(timer.map_or(due, |timer| timer.min(due)).saturating_duration_since(now))
             }
-            Work::FrameSurface(size) if !self.modern => {
-                self.show_surface(size);
-                self.mark_due = true;
-                self.seen = Seen::new(size);
-                self.source.begin_sweep(self.id);
-                true
+            (_, Some(timer)) if timer <= now => {
+                let line = self.line(now);
+                self.encoder.timer(&line, now);
+                self.account(now);
+                return Ok(());
             }
-            Work::FrameSurface(size) => {
-                // The parts of a new picture meet on a surface the client does not show, and
-                // appear together: no half-painted first frame, no flicker when the size changes.
-                self.drop_staging();
-                let staging = Surface::Staging;
-                put_surface_create(&mut self.framer, &mut self.out, staging, size);
-                self.staging = Some(size);
-                self.seen = Seen::new(size);
-                self.source.begin_sweep(self.id);
-                true
-            }
-            Work::Blank => {
-                if let Some(size) = self.target().1 {
-                    self.fill_black(size);
-                }
-                true
-            }
-            Work::Draw(frame, rect) => {
-                self.draw(frame, rect, false);
-                true
-            }
-            Work::Done => {
-                self.show_staging();
-                if std::mem::take(&mut self.mark_due) {
-                    put_mark(&mut self.framer, &mut self.out);
-                }
-                false
-            }
-        }
-    }
-
-    /// Where drawing goes, and its size.
-    fn target(&self) -> (Surface, Option<(u32, u32)>) {
-        match self.staging {
-            Some(size) => (Surface::Staging, Some(size)),
-            None => (Surface::Primary, self.shown),
-        }
-    }
-
-    /// Replaces what the client shows by a surface of this size.
-    fn show_surface(&mut self, size: (u32, u32)) {
-        if self.shown.is_some() {
-            put_surface_destroy(&mut self.framer, &mut self.out, Surface::Primary);
-        }
-        put_surface_create(&mut self.framer, &mut self.out, Surface::Primary, size);
-        put_monitors_config(&mut self.framer, &mut self.out, size);
-        if self.shown.replace(size) != Some(size) {
-            self.lossy = self.lossy.take().filter(|_| self.staging == Some(size));
-        }
-    }
-
-    /// Shows the collected picture.
-    fn show_staging(&mut self) {
-        let Some(size) = self.staging else { return };
-        if self.shown != Some(size) {
-            self.show_surface(size);
-        }
-        let rect = Rect::new(0, 0, size.0, size.1);
-        put_copy(&mut self.framer, &mut self.out, Surface::Primary, rect, |out| {
-            put_surface_image(out, size, Surface::Staging);
-        });
-        self.drop_staging();
-        self.mark_due = true;
-    }
-
-    fn drop_staging(&mut self) {
-        if self.staging.take().is_some() {
-            put_surface_destroy(&mut self.framer, &mut self.out, Surface::Staging);
-        }
-    }
-
-    fn fill_black(&mut self, (width, height): (u32, u32)) {
-        let rect = Rect::new(0, 0, width, height);
-        let surface = self.target().0;
-        self.seen = Seen::new((width, height));
-        put_fill(&mut self.framer, &mut self.out, surface, rect, 0);
-    }
-
-    /// Encodes a part of a frame; `exact` forbids lossy codings.
-    fn draw(&mut self, frame: Arc<dyn Frame>, rect: Rect, exact: bool) {
-        let stride = rect.width as usize * 4;
-        self.pixels.resize(stride * rect.height as usize, 0);
-        frame.copy_rect(rect, &mut self.pixels, stride);
-        to_xrgb8888(frame.format(), &mut self.pixels);
-        // The frame's slot is free again before the encoder has done its work.
-        drop(frame);
-        let (surface, target) = self.target();
-        let Some(target) = target else { return };
-        let rect = if exact {
-            rect
-        } else {
-            let Some(part) = self.seen.unseen(rect, &self.pixels) else { return };
-            keep_columns(&mut self.pixels, rect, part);
-            part
+            (_, timer) => timer.map(|timer| timer.saturating_duration_since(now)),
         };
-        let size = (rect.width, rect.height);
-        let raw = self.pixels.len();
-        let may_lose = !exact && raw >= MIN_LOSSY && self.pace.is_slow(Instant::now());
-        let mut coding = if self.lz4 { Coding::Lz4 } else { Coding::Raw };
-        put_copy(&mut self.framer, &mut self.out, surface, rect, |out| {
-            let start = out.len();
-            coding = put_image(out, size, &self.pixels, coding);
-            // What LZ4 cannot shrink is a photograph or a film, where JPEG is at its best; text and
-            // other flat pictures never come here.
-            if may_lose && out.len() - start > raw / 10 * 6 && !is_flat(&self.pixels) {
-                out.truncate(start);
-                coding = put_image(out, size, &self.pixels, Coding::Jpeg(JPEG_QUALITY));
-            }
-        });
-        if matches!(coding, Coding::Jpeg(_)) {
-            let (width, height) = target;
-            self.seen.forget(rect);
-            self.lossy.get_or_insert_with(|| Damage::new(width, height)).add(rect);
-            self.refine_at = Instant::now() + REFINE_AFTER;
-            self.pace.lossy();
+        if !self.wait(false, pause)? && pause == Some(KEEP_BUFFERS) {
+            self.encoder.rest();
+            self.encoder.out = Vec::new();
+        }
+        Ok(())
+    }
+
+    fn line(&self, now: Instant) -> Line {
+        Line {
+            slow: self.flow.is_slow(now),
+            rate: self.flow.rate(),
+            clock: now.saturating_duration_since(self.clock).as_millis() as u32,
         }
     }
 
-    /// Draws one lossy part again, exactly; `false` if there is none.
-    fn refine(&mut self) -> bool {
-        let (frame, rect) = (self.source.frame(), self.lossy.as_mut().and_then(Damage::take));
-        match (frame, rect) {
-            (Some(frame), Some(rect)) if Some((frame.width(), frame.height())) == self.shown => {
-                self.draw(frame, rect, true);
-                true
+    /// When the next frame may be looked at, if there is anything to do.
+    fn next_work_at(&self) -> Option<Instant> {
+        let due = match self.source.has_work(self.id, self.encoder.size()) {
+            HasWork::No => return None,
+            HasWork::Yes => self.next_sweep,
+            HasWork::OnlyBlack => self.next_sweep.max(self.black_at),
+        };
+        let wait = if self.encoder.has_work() {
+            self.sweep_cost.min(FRAME_INTERVAL) * UNFINISHED_PAUSE
+        } else {
+            Duration::ZERO
+        };
+        Some(due + wait)
+    }
+
+    /// Looks at what there is to show.
+    fn take_in(&mut self, now: Instant) {
+        // An interval of credit evens out a source that ticks unevenly.
+        let earliest = now.checked_sub(FRAME_INTERVAL).unwrap_or(now);
+        self.next_sweep = self.next_sweep.max(earliest) + FRAME_INTERVAL;
+        loop {
+            match self.source.next_work(self.id, self.encoder.size()) {
+                Work::Surface(size) => self.encoder.show_black(size, now),
+                Work::FrameSurface(size) => self.encoder.begin_picture(size, now),
+                Work::Blank => self.encoder.blacken(now),
+                Work::Draw(frame, rects, frames) => {
+                    count(&self.stats.skipped, frames.saturating_sub(1));
+                    let line = self.line(now);
+                    self.encoder.take_in(&*frame, &rects, &line, now);
+                    break;
+                }
+                Work::Done => break,
             }
-            _ => {
-                self.lossy = None;
-                false
-            }
+        }
+        self.sweep_cost = now.elapsed();
+        self.account(now);
+    }
+
+    /// Encodes a part.
+    fn step(&mut self, now: Instant) {
+        let line = self.line(now);
+        let flow = &self.flow;
+        self.encoder.step(&line, |bytes| flow.transfer(bytes), now);
+        self.account(now);
+    }
+
+    /// Tells the flow what was encoded.
+    fn account(&mut self, now: Instant) {
+        let bytes = self.encoder.out.len() - self.accounted;
+        self.accounted += bytes;
+        if bytes > 0 {
+            self.flow.queued(bytes, std::mem::take(&mut self.encoder.lossy));
+            self.ping(false, now);
+        }
+    }
+
+    fn ping(&mut self, at_end: bool, now: Instant) {
+        if let Some(id) = self.flow.ping(at_end, now) {
+            let (framer, out) = self.encoder.framer();
+            put_ping(framer, out, id);
+            self.accounted = self.encoder.out.len();
         }
     }
 
     /// Writes what there is; `false` if the socket is full.
     fn write(&mut self) -> io::Result<bool> {
-        while let Some(rest) = self.out.get(self.sent..).filter(|rest| !rest.is_empty()) {
+        while let Some(rest) = self.encoder.out.get(self.sent..).filter(|rest| !rest.is_empty()) {
             match self.stream.write(rest) {
                 Ok(0) => return Err(io::ErrorKind::BrokenPipe.into()),
                 Ok(count) => {
                     self.sent += count;
-                    self.pace.took(count);
                     self.session.sent.fetch_add(count as u64, Ordering::Relaxed);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.pace.full(Instant::now());
-                    return Ok(false);
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
-        self.out.clear();
-        self.sent = 0;
-        self.pace.drained(Instant::now());
+        self.encoder.out.clear();
+        (self.sent, self.accounted) = (0, 0);
+        set(&self.stats.in_flight, self.flow.in_flight());
         Ok(true)
     }
 
@@ -488,30 +395,39 @@ impl Viewer {
     }
 
     fn read_messages(&mut self) -> io::Result<()> {
+        let now = Instant::now();
         let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
         while let Some((kind, body)) = self.deframer.next_message(limit).map_err(invalid)? {
             match decode(kind, body).map_err(invalid)? {
-                ClientMessage::PreferredCompression(Compression::Off) => self.lz4 = false,
-                ClientMessage::PreferredCompression(Compression::Lz4) => self.lz4 = true,
+                ClientMessage::PreferredCompression(Compression::Off) => {
+                    self.encoder.prefer_lz4(Some(false));
+                }
+                ClientMessage::PreferredCompression(Compression::Lz4) => {
+                    self.encoder.prefer_lz4(Some(true));
+                }
+                ClientMessage::PreferredCompression(Compression::Automatic) => {
+                    self.encoder.prefer_lz4(None);
+                }
+                ClientMessage::Init { cache_pixels } => self.encoder.set_cache(cache_pixels),
+                ClientMessage::StreamReport(report) => {
+                    self.encoder.report(report, now);
+                    self.account(now);
+                }
+                ClientMessage::Base(BaseMessage::Pong(id)) => self.pong(id, now),
                 ClientMessage::Base(BaseMessage::Disconnecting) => {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
-                ClientMessage::PreferredCompression(Compression::Automatic) => {
-                    self.lz4 = self.modern;
-                }
-                ClientMessage::Base(_) | ClientMessage::Init | ClientMessage::Ignored => {}
+                ClientMessage::Base(BaseMessage::Ack) | ClientMessage::Ignored => {}
             }
         }
         Ok(())
     }
-}
 
-/// Whether many neighbouring pixels are equal, as in text and drawings.
-fn is_flat(pixels: &[u8]) -> bool {
-    let (mut equal, mut all) = (0usize, 0usize);
-    for pair in pixels.chunks_exact(8) {
-        equal += usize::from(pair.get(..3) == pair.get(4..7));
-        all += 1;
+    fn pong(&mut self, id: u32, now: Instant) {
+        self.flow.pong(id, now);
+        let round_trip = self.flow.round_trip().unwrap_or(0.0) * 1e6;
+        set(&self.stats.in_flight, self.flow.in_flight());
+        set(&self.stats.round_trip_microseconds, round_trip as u64);
+        set(&self.stats.line_rate, self.flow.rate().unwrap_or(0.0) as u64);
     }
-    equal * 4 > all
 }

@@ -64,6 +64,7 @@ pub(crate) const COMMON_CAP_AUTH_SELECTION: u32 = 0;
 pub(crate) const COMMON_CAP_AUTH_SPICE: u32 = 1;
 pub(crate) const COMMON_CAP_MINI_HEADER: u32 = 3;
 
+const SRV_PING: u16 = 4;
 const SRV_DISCONNECTING: u16 = 6;
 
 /// Messages every client channel may send.
@@ -71,7 +72,8 @@ const SRV_DISCONNECTING: u16 = 6;
 pub(crate) enum BaseMessage {
     /// Acknowledgements: this server opens no window, so they mean nothing.
     Ack,
-    Pong,
+    /// The answer to [`put_ping`] with this number.
+    Pong(u32),
     Disconnecting,
 }
 
@@ -87,11 +89,19 @@ pub(crate) fn decode_base(kind: u16, body: &[u8]) -> Result<Option<BaseMessage>,
             BaseMessage::Ack
         }
         2 => BaseMessage::Ack,
-        3 => BaseMessage::Pong,
+        3 => BaseMessage::Pong(reader.u32()?),
         6 => BaseMessage::Disconnecting,
         4 | 5 => return Err(DecodeError::UnexpectedType(kind)),
         _ => return Ok(None),
     }))
+}
+
+/// `PING`: the client answers when it has done everything it was sent before.
+pub(crate) fn put_ping(framer: &mut Framer, out: &mut Vec<u8>, id: u32) {
+    framer.message(out, SRV_PING, |out| {
+        out.put_u32(id);
+        out.put_u64(0);
+    });
 }
 
 /// `DISCONNECTING`: the server is about to close the connection.

@@ -10,10 +10,17 @@ use crate::Rect;
 
 /// Server capability, and what `MONITORS_CONFIG` needs.
 pub(crate) const CAP_MONITORS_CONFIG: u32 = 1;
+/// Both sides: reports about streams are understood.
+pub(crate) const CAP_STREAM_REPORT: u32 = 4;
 /// Client capability: LZ4 images.
 pub(crate) const CAP_LZ4: u32 = 5;
 /// Server capability: the client may prefer a compression.
 pub(crate) const CAP_PREF_COMPRESSION: u32 = 6;
+
+/// Client capability: the codecs it knows are told by bits of their own.
+pub(crate) const CAP_MULTI_CODEC: u32 = 8;
+/// Client capability: MJPEG streams.
+pub(crate) const CAP_CODEC_MJPEG: u32 = 9;
 
 /// The image compressions a client can ask for (`SpiceImageCompression`), as far as they matter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,11 +35,29 @@ pub(crate) enum Compression {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ClientMessage {
     Base(BaseMessage),
-    /// Cache sizes, which this server does not use.
-    Init,
+    /// Pixels the client's image cache holds.
+    Init {
+        cache_pixels: u64,
+    },
+    StreamReport(StreamReport),
     PreferredCompression(Compression),
-    /// Reports about video streams, codecs and GL scanouts, none of which this server starts.
+    /// Preferred video codecs and GL scanouts.
     Ignored,
+}
+
+/// How a client fared with a stream's frames (`STREAM_REPORT`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct StreamReport {
+    /// The stream.
+    pub(crate) stream: u32,
+    /// The number it was told to report under.
+    pub(crate) unique: u32,
+    /// Frames received, late ones included.
+    pub(crate) frames: u32,
+    /// Frames that came too late to be shown; `u32::MAX` if the client cannot show the stream.
+    pub(crate) drops: u32,
+    /// Milliseconds between the last frame's arrival and its time; negative if it was late.
+    pub(crate) last_delay: i32,
 }
 
 /// Largest body of a client message.
@@ -47,15 +72,25 @@ pub(crate) fn decode(kind: u16, body: &[u8]) -> Result<ClientMessage, DecodeErro
     let mut reader = Reader::new(body);
     Ok(match kind {
         101 => {
-            reader.bytes(14)?;
-            ClientMessage::Init
+            reader.u8()?;
+            let cache_pixels = reader.u64()?;
+            reader.bytes(5)?;
+            ClientMessage::Init { cache_pixels: cache_pixels.min(i64::MAX as u64) }
+        }
+        102 => {
+            let (stream, unique) = (reader.u32()?, reader.u32()?);
+            reader.bytes(8)?;
+            let (frames, drops, last_delay) = (reader.u32()?, reader.u32()?, reader.i32()?);
+            reader.u32()?;
+            let report = StreamReport { stream, unique, frames, drops, last_delay };
+            ClientMessage::StreamReport(report)
         }
         103 => ClientMessage::PreferredCompression(match reader.u8()? {
             1 => Compression::Off,
             7 => Compression::Lz4,
             _ => Compression::Automatic,
         }),
-        102 | 104 | 105 => ClientMessage::Ignored,
+        104 | 105 => ClientMessage::Ignored,
         _ => return Err(DecodeError::UnexpectedType(kind)),
     })
 }
@@ -157,6 +192,99 @@ pub(crate) fn put_copy(
     });
 }
 
+/// `COPY_BITS`: the pixels at `from` to `to`.
+pub(crate) fn put_copy_bits(
+    framer: &mut Framer,
+    out: &mut Vec<u8>,
+    surface: Surface,
+    to: Rect,
+    from: (u32, u32),
+) {
+    framer.message(out, 104, |out| {
+        put_base(out, surface, to);
+        out.put_u32(from.0);
+        out.put_u32(from.1);
+    });
+}
+
+/// `INVAL_LIST`: the client may forget these images.
+pub(crate) fn put_forget_images(framer: &mut Framer, out: &mut Vec<u8>, ids: &[u64]) {
+    const RESOURCE_PIXMAP: u8 = 1;
+    framer.message(out, 105, |out| {
+        out.put_u16(ids.len() as u16);
+        for id in ids {
+            out.put_u8(RESOURCE_PIXMAP);
+            out.put_u64(*id);
+        }
+    });
+}
+
+/// `STREAM_CREATE` of an MJPEG stream of this size, drawn over `to` of the primary surface.
+pub(crate) fn put_stream_create(
+    framer: &mut Framer,
+    out: &mut Vec<u8>,
+    id: u32,
+    size: (u32, u32),
+    to: Rect,
+) {
+    const FLAG_TOP_DOWN: u8 = 1;
+    const CODEC_MJPEG: u8 = 1;
+    framer.message(out, 122, |out| {
+        out.put_u32(Surface::Primary as u32);
+        out.put_u32(id);
+        out.put_u8(FLAG_TOP_DOWN);
+        out.put_u8(CODEC_MJPEG);
+        out.put_u64(0);
+        for _ in 0..2 {
+            out.put_u32(size.0);
+            out.put_u32(size.1);
+        }
+        put_rect(out, to);
+        // Not clipped.
+        out.put_u8(0);
+    });
+}
+
+/// `STREAM_DATA`: a frame to be shown at `mm_time`; `data` appends it.
+pub(crate) fn put_stream_data(
+    framer: &mut Framer,
+    out: &mut Vec<u8>,
+    id: u32,
+    mm_time: u32,
+    data: impl FnOnce(&mut Vec<u8>),
+) {
+    framer.message(out, 123, |out| {
+        out.put_u32(id);
+        // 0 is no time.
+        out.put_u32(mm_time.max(1));
+        let size_at = out.len();
+        out.put_u32(0);
+        data(out);
+        let size = (out.len() - size_at - 4) as u32;
+        super::wire::patch_u32(out, size_at, size);
+    });
+}
+
+pub(crate) fn put_stream_destroy(framer: &mut Framer, out: &mut Vec<u8>, id: u32) {
+    framer.message(out, 125, |out| out.put_u32(id));
+}
+
+/// `STREAM_ACTIVATE_REPORT`: report after so many frames or milliseconds.
+pub(crate) fn put_stream_report_wanted(
+    framer: &mut Framer,
+    out: &mut Vec<u8>,
+    id: u32,
+    unique: u32,
+    (frames, milliseconds): (u32, u32),
+) {
+    framer.message(out, 319, |out| {
+        out.put_u32(id);
+        out.put_u32(unique);
+        out.put_u32(frames);
+        out.put_u32(milliseconds);
+    });
+}
+
 fn put_base(out: &mut Vec<u8>, surface: Surface, rect: Rect) {
     out.put_u32(surface as u32);
     put_rect(out, rect);
@@ -203,7 +331,8 @@ mod tests {
 
     #[test]
     fn client_messages() {
-        assert_eq!(decode(101, &[0; 14]), Ok(ClientMessage::Init));
+        let init = [7, 0, 0, 4, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0];
+        assert_eq!(decode(101, &init), Ok(ClientMessage::Init { cache_pixels: 0x4_0000 }));
         assert_eq!(decode(101, &[0; 13]), Err(DecodeError::Truncated));
         assert_eq!(decode(103, &[7]), Ok(ClientMessage::PreferredCompression(Compression::Lz4)));
         assert_eq!(decode(104, &[]), Ok(ClientMessage::Ignored));

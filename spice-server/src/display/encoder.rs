@@ -1,0 +1,519 @@
+//! From frames to messages for one viewer: what changed, and the cheapest way to say it.
+//!
+//! Knows no sockets: whoever owns it asks for a [`step`](Encoder::step) whenever the connection can
+//! take more, and every step encodes one part from the newest pixels.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    Frame, Rect,
+    cache::ImageCache,
+    heat::HeatMap,
+    stats::{Codec, Counters, count, set},
+    stream::{REPORT_WINDOW, Stream},
+    tiles::{REFINE_AFTER, Tiles},
+};
+use crate::proto::{
+    display::{
+        StreamReport, Surface, put_copy, put_copy_bits, put_fill, put_forget_images, put_mark,
+        put_monitors_config, put_stream_create, put_stream_data, put_stream_destroy,
+        put_stream_report_wanted, put_surface_create, put_surface_destroy,
+    },
+    framing::Framer,
+    image::{Coding, Keep, put_image, put_jpeg, put_kept_image, put_surface_image},
+};
+
+/// Quality of lossy parts, 1 to 100.
+const JPEG_QUALITY: u8 = 80;
+/// Smallest part, in bytes of pixels, that may be lossy.
+const MIN_LOSSY: usize = 64 * 64 * 4;
+/// Smallest image, in encoded bytes, that clients are asked to keep.
+const MIN_KEPT: usize = 600;
+/// Most streams at a time.
+const MAX_STREAMS: usize = 4;
+/// How often it is looked for films.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Share of the line that exact pictures of a film may take before it becomes a stream.
+const FILM_SHARE: f64 = 0.5;
+/// Bytes per second of exact pictures of a film that a network may be asked to carry.
+const FILM_RATE: f64 = 12_500_000.0;
+
+/// What the client can do.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Abilities {
+    /// It knows LZ4, and with that a second surface: spice-gtk and its relatives.
+    pub(crate) modern: bool,
+    pub(crate) mjpeg: bool,
+    pub(crate) reports: bool,
+    /// It runs on this machine: bytes cost next to nothing.
+    pub(crate) local: bool,
+}
+
+/// What is known about the connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Line {
+    /// Lossy pictures are worth their artefacts.
+    pub(crate) slow: bool,
+    /// Bytes per second, if known.
+    pub(crate) rate: Option<f64>,
+    /// The multimedia clock, in milliseconds.
+    pub(crate) clock: u32,
+}
+
+/// One viewer's encoder.
+pub(crate) struct Encoder {
+    framer: Framer,
+    /// Encoded messages.
+    pub(crate) out: Vec<u8>,
+    /// Some of them hold lossy pictures.
+    pub(crate) lossy: bool,
+    abilities: Abilities,
+    /// LZ4 is allowed.
+    lz4: bool,
+    /// Size of the client's surface.
+    shown: Option<(u32, u32)>,
+    /// Size of the surface that collects a new picture, while there is one.
+    staging: Option<(u32, u32)>,
+    /// The client waits for `MARK` to show its surface.
+    mark_due: bool,
+    tiles: Tiles,
+    heat: HeatMap,
+    cache: ImageCache,
+    streams: Vec<Stream>,
+    next_stream: u32,
+    look_at: Option<Instant>,
+    pixels: Vec<u8>,
+    stats: Arc<Counters>,
+}
+
+impl Encoder {
+    pub(crate) fn new(framer: Framer, abilities: Abilities, stats: Arc<Counters>) -> Self {
+        Self {
+            framer,
+            out: Vec::new(),
+            lossy: false,
+            abilities,
+            lz4: abilities.modern,
+            shown: None,
+            staging: None,
+            mark_due: false,
+            tiles: Tiles::new((0, 0)),
+            heat: HeatMap::new((0, 0)),
+            cache: ImageCache::new(),
+            streams: Vec::new(),
+            next_stream: 0,
+            look_at: None,
+            pixels: Vec::new(),
+            stats,
+        }
+    }
+
+    pub(crate) fn framer(&mut self) -> (&mut Framer, &mut Vec<u8>) {
+        (&mut self.framer, &mut self.out)
+    }
+
+    // ---- what the client says ----
+
+    /// The client's image cache holds so many pixels.
+    pub(crate) fn set_cache(&mut self, pixels: u64) {
+        self.cache.set_limit(pixels);
+    }
+
+    /// The client wants LZ4 (`true`), none (`false`), or leaves it to the server.
+    pub(crate) fn prefer_lz4(&mut self, lz4: Option<bool>) {
+        self.lz4 = lz4.unwrap_or(self.abilities.modern);
+    }
+
+    /// The client reports on a stream.
+    pub(crate) fn report(&mut self, report: StreamReport, now: Instant) {
+        let known = |stream: &&mut Stream| {
+            stream.id == report.stream && (stream.unique == report.unique || report.frames == 0)
+        };
+        let Some(stream) = self.streams.iter_mut().find(known) else { return };
+        let id = stream.id;
+        if stream.report(report) {
+            count(&self.stats.late, report.drops.into());
+        } else {
+            tracing::info!("the client cannot show MJPEG streams: pictures only");
+            self.abilities.mjpeg = false;
+            self.end_streams(|stream| stream.id == id, now);
+        }
+    }
+
+    // ---- surfaces ----
+
+    /// Size of the picture that is drawn.
+    pub(crate) fn size(&self) -> Option<(u32, u32)> {
+        self.staging.or(self.shown)
+    }
+
+    fn target(&self) -> Surface {
+        if self.staging.is_some() { Surface::Staging } else { Surface::Primary }
+    }
+
+    /// Shows a black surface of this size.
+    pub(crate) fn show_black(&mut self, size: (u32, u32), now: Instant) {
+        self.show_surface(size, now);
+        self.blacken(now);
+        put_mark(&mut self.framer, &mut self.out);
+    }
+
+    /// Paints everything black.
+    pub(crate) fn blacken(&mut self, now: Instant) {
+        let Some(size) = self.size() else { return };
+        self.end_streams(|_| true, now);
+        self.restart(size);
+        self.tiles.blackened();
+        let (surface, rect) = (self.target(), Rect::new(0, 0, size.0, size.1));
+        put_fill(&mut self.framer, &mut self.out, surface, rect, 0);
+    }
+
+    /// Begins a picture of this size. Its parts meet on a surface the client does not show, if it
+    /// knows such, and appear together: no half-painted first frame, no flicker when the size
+    /// changes.
+    pub(crate) fn begin_picture(&mut self, size: (u32, u32), now: Instant) {
+        if self.abilities.modern {
+            self.drop_staging();
+            let (framer, out) = (&mut self.framer, &mut self.out);
+            put_surface_create(framer, out, Surface::Staging, size);
+            self.end_streams(|_| true, now);
+            self.staging = Some(size);
+        } else {
+            self.show_surface(size, now);
+            self.mark_due = true;
+        }
+        self.restart(size);
+    }
+
+    fn restart(&mut self, size: (u32, u32)) {
+        self.tiles = Tiles::new(size);
+        self.heat = HeatMap::new(self.tiles.grid());
+    }
+
+    fn show_surface(&mut self, size: (u32, u32), now: Instant) {
+        self.end_streams(|_| true, now);
+        if self.shown.is_some() {
+            put_surface_destroy(&mut self.framer, &mut self.out, Surface::Primary);
+        }
+        put_surface_create(&mut self.framer, &mut self.out, Surface::Primary, size);
+        put_monitors_config(&mut self.framer, &mut self.out, size);
+        self.shown = Some(size);
+    }
+
+    fn drop_staging(&mut self) {
+        if self.staging.take().is_some() {
+            put_surface_destroy(&mut self.framer, &mut self.out, Surface::Staging);
+        }
+    }
+
+    /// Everything there was to draw has been drawn: a collected picture appears.
+    fn finish(&mut self, now: Instant) {
+        if let Some(size) = self.staging {
+            if self.shown != Some(size) {
+                self.show_surface(size, now);
+            }
+            let rect = Rect::new(0, 0, size.0, size.1);
+            put_copy(&mut self.framer, &mut self.out, Surface::Primary, rect, |out| {
+                put_surface_image(out, size, Surface::Staging);
+            });
+            self.drop_staging();
+            self.mark_due = true;
+        }
+        if std::mem::take(&mut self.mark_due) {
+            put_mark(&mut self.framer, &mut self.out);
+        }
+    }
+
+    // ---- pictures ----
+
+    /// Looks at parts of the newest frame, which may have changed.
+    pub(crate) fn take_in(&mut self, frame: &dyn Frame, rects: &[Rect], line: &Line, now: Instant) {
+        let dirty = self.tiles.take_in(frame, rects);
+        count(&self.stats.frames, 1);
+        if dirty.is_empty() {
+            count(&self.stats.unchanged, 1);
+        }
+        // Before anything else is sent: a move reads what the client shows now.
+        if !dirty.is_empty() && self.staging.is_none() {
+            for step in self.tiles.find_moves(now) {
+                let (start, before) = (Instant::now(), self.out.len());
+                let (framer, out) = (&mut self.framer, &mut self.out);
+                put_copy_bits(framer, out, Surface::Primary, step.to, step.from);
+                self.stats.encoded(Codec::Move, self.out.len() - before, start);
+            }
+        }
+        for index in dirty {
+            let part = self.tiles.todo_of(index);
+            if part.is_empty() {
+                continue;
+            }
+            self.heat.changed(index, part, now);
+            let touched = |stream: &&mut Stream| touch(stream.rect, part);
+            self.streams.iter_mut().filter(touched).for_each(|stream| stream.changed(now));
+        }
+        self.look_for_films(line, now);
+        count(&self.stats.compare_nanoseconds, now.elapsed().as_nanos() as u64);
+        set(&self.stats.memory, (self.tiles.memory() + self.pixels.capacity()) as u64);
+    }
+
+    /// Encodes one part; `false` if there is nothing to draw.
+    pub(crate) fn step(
+        &mut self,
+        line: &Line,
+        transfer: impl Fn(usize) -> f64,
+        now: Instant,
+    ) -> bool {
+        if let Some(at) = self.streams.iter().position(|stream| stream.dirty) {
+            self.send_frame(at, line, transfer, now);
+            return true;
+        }
+        let Some(rect) = self.tiles.next_run() else {
+            let before = self.out.len();
+            self.finish(now);
+            return self.out.len() != before;
+        };
+        self.draw(rect, line, now, false);
+        if !self.tiles.has_todo() {
+            self.finish(now);
+        }
+        true
+    }
+
+    /// Whether [`step`](Self::step) has something to do.
+    pub(crate) fn has_work(&self) -> bool {
+        self.tiles.has_todo()
+            || self.staging.is_some()
+            || self.mark_due
+            || self.streams.iter().any(|stream| stream.dirty)
+    }
+
+    /// When [`timer`](Self::timer) has something to do.
+    pub(crate) fn next_timer(&self) -> Option<Instant> {
+        let refine = self.tiles.oldest_lossy().map(|since| since + REFINE_AFTER);
+        self.streams.iter().map(Stream::ends_at).chain(refine).min()
+    }
+
+    /// Ends films that stand still, and draws one part exactly that was lossy for long enough.
+    pub(crate) fn timer(&mut self, line: &Line, now: Instant) {
+        self.end_streams(|stream| stream.ends_at() <= now, now);
+        let Some(before) = now.checked_sub(REFINE_AFTER) else { return };
+        if let Some(rect) = self.tiles.next_lossy(before) {
+            count(&self.stats.refined, 1);
+            self.draw(rect, line, now, true);
+        }
+    }
+
+    /// Gives memory back that is needed only while something changes.
+    pub(crate) fn rest(&mut self) {
+        self.tiles.rest();
+        self.pixels = Vec::new();
+        set(&self.stats.memory, self.tiles.memory() as u64);
+    }
+
+    /// Encodes a part; `exact` forbids lossy codings.
+    fn draw(&mut self, rect: Rect, line: &Line, now: Instant, exact: bool) {
+        let start = Instant::now();
+        let before = self.out.len();
+        let mut pixels = std::mem::take(&mut self.pixels);
+        self.tiles.pixels(rect, &mut pixels);
+        let (surface, size) = (self.target(), (rect.width, rect.height));
+        let codec = if let Some(colour) = single_colour(&pixels) {
+            put_fill(&mut self.framer, &mut self.out, surface, rect, colour);
+            Codec::Fill
+        } else {
+            let may_lose = !exact && pixels.len() >= MIN_LOSSY && line.slow;
+            let warm = self.tiles.indices(rect).any(|index| self.heat.is_warm(index, now));
+            let keep = if !warm && !exact && self.cache.takes(rect.width * rect.height) {
+                Keep::As(self.cache.id(size, &pixels))
+            } else {
+                Keep::No
+            };
+            match keep {
+                Keep::As(id) if self.cache.has(id) => {
+                    put_copy(&mut self.framer, &mut self.out, surface, rect, |out| {
+                        put_kept_image(out, size, id);
+                    });
+                    Codec::Cached
+                }
+                _ => self.put_pixels(rect, &pixels, keep, may_lose),
+            }
+        };
+        let lossy = (codec == Codec::Jpeg).then_some(now);
+        self.lossy |= lossy.is_some();
+        self.tiles.sent(rect, &pixels, lossy);
+        let photo = match codec {
+            Codec::Raw | Codec::Jpeg => true,
+            _ => (self.out.len() - before) * 10 > pixels.len() * 4,
+        };
+        for index in self.tiles.indices(rect) {
+            self.heat.coded(index, photo);
+        }
+        self.pixels = pixels;
+        self.stats.encoded(codec, self.out.len() - before, start);
+    }
+
+    fn put_pixels(&mut self, rect: Rect, pixels: &[u8], keep: Keep, may_lose: bool) -> Codec {
+        let (surface, size) = (self.target(), (rect.width, rect.height));
+        let wanted = if self.lz4 { Coding::Lz4 } else { Coding::Raw };
+        let message_at = self.out.len();
+        let mut coding = wanted;
+        let mut encoded = 0;
+        put_copy(&mut self.framer, &mut self.out, surface, rect, |out| {
+            let start = out.len();
+            coding = put_image(out, size, pixels, wanted, keep);
+            // What LZ4 cannot shrink is a photograph or a film, where JPEG is at its best; text and
+            // other flat pictures never come here.
+            if may_lose && out.len() - start > pixels.len() / 10 * 6 && !is_flat(pixels) {
+                out.truncate(start);
+                coding = put_image(out, size, pixels, Coding::Jpeg(JPEG_QUALITY), Keep::No);
+            }
+            encoded = out.len() - start;
+        });
+        if let Keep::As(id) = keep
+            && !matches!(coding, Coding::Jpeg(_))
+        {
+            self.keep(id, rect, pixels, message_at, encoded, coding);
+        }
+        match coding {
+            Coding::Raw => Codec::Raw,
+            Coding::Lz4 => Codec::Lz4,
+            Coding::Jpeg(_) => Codec::Jpeg,
+        }
+    }
+
+    /// Lets the client keep the image of the message that begins at `at`, if it is worth it; says
+    /// what it must forget for that first.
+    fn keep(
+        &mut self,
+        id: u64,
+        rect: Rect,
+        pixels: &[u8],
+        at: usize,
+        encoded: usize,
+        coding: Coding,
+    ) {
+        let surface = self.target();
+        let size = (rect.width, rect.height);
+        let mut forget = Vec::new();
+        let worth = encoded >= MIN_KEPT;
+        if worth {
+            self.cache.insert(id, rect.width * rect.height, &mut forget);
+            if forget.is_empty() {
+                return;
+            }
+        }
+        self.out.truncate(at);
+        if !forget.is_empty() {
+            put_forget_images(&mut self.framer, &mut self.out, &forget);
+        }
+        let keep = if worth { Keep::As(id) } else { Keep::No };
+        put_copy(&mut self.framer, &mut self.out, surface, rect, |out| {
+            put_image(out, size, pixels, coding, keep);
+        });
+    }
+
+    // ---- streams ----
+
+    /// Turns films into streams, when exact pictures of them are more than the line should carry.
+    fn look_for_films(&mut self, line: &Line, now: Instant) {
+        if !self.abilities.mjpeg
+            || self.staging.is_some()
+            || self.streams.len() >= MAX_STREAMS
+            || self.look_at.is_some_and(|at| now < at)
+        {
+            return;
+        }
+        self.look_at = Some(now + LOOK_EVERY);
+        let share = line.rate.map_or(f64::INFINITY, |rate| rate * FILM_SHARE);
+        let limit = if self.abilities.local { share } else { share.min(FILM_RATE) };
+        for film in self.heat.films(now) {
+            let rect = film.rect;
+            let exact = f64::from(rect.width) * f64::from(rect.height) * 3.0 * film.rate;
+            if exact < limit || self.streams.len() >= MAX_STREAMS || !self.tiles.hold(rect, now) {
+                continue;
+            }
+            self.next_stream = self.next_stream.wrapping_add(1);
+            let unique = self.next_stream;
+            let used = |id: &u32| self.streams.iter().any(|stream| stream.id == *id);
+            let Some(id) = (0..MAX_STREAMS as u32).find(|id| !used(id)) else { return };
+            let (framer, out) = (&mut self.framer, &mut self.out);
+            put_stream_create(framer, out, id, (rect.width, rect.height), rect);
+            if self.abilities.reports {
+                put_stream_report_wanted(framer, out, id, unique, REPORT_WINDOW);
+            }
+            self.streams.push(Stream::new(id, unique, rect, film.rate, now));
+            count(&self.stats.streams, 1);
+        }
+    }
+
+    fn send_frame(
+        &mut self,
+        at: usize,
+        line: &Line,
+        transfer: impl Fn(usize) -> f64,
+        now: Instant,
+    ) {
+        let Some(stream) = self.streams.get_mut(at) else { return };
+        let start = Instant::now();
+        let before = self.out.len();
+        let size = (stream.rect.width, stream.rect.height);
+        self.tiles.pixels(stream.rect, &mut self.pixels);
+        let (pixels, quality) = (&self.pixels, stream.quality());
+        let mut jpeg = Vec::new();
+        put_jpeg(&mut jpeg, size, pixels, quality);
+        let spent = start.elapsed();
+        let clock = line.clock.wrapping_add(spent.as_millis() as u32);
+        let time = stream.time(clock, transfer(jpeg.len()));
+        put_stream_data(&mut self.framer, &mut self.out, stream.id, time, |out| {
+            out.extend_from_slice(&jpeg);
+        });
+        stream.encoded(jpeg.len(), line.rate);
+        let rect = stream.rect;
+        self.tiles.streamed(rect, now);
+        self.lossy = true;
+        self.stats.encoded(Codec::Stream, self.out.len() - before, start);
+    }
+
+    /// Ends streams. Frames the client has not shown yet are dropped by it, so that what is drawn
+    /// from now on stays.
+    fn end_streams(&mut self, which: impl Fn(&Stream) -> bool, now: Instant) {
+        let mut at = 0;
+        while let Some(stream) = self.streams.get(at) {
+            if !which(stream) {
+                at += 1;
+                continue;
+            }
+            put_stream_destroy(&mut self.framer, &mut self.out, stream.id);
+            let rect = stream.rect;
+            self.streams.remove(at);
+            self.tiles.release(rect, now);
+        }
+    }
+}
+
+fn touch(a: Rect, b: Rect) -> bool {
+    a.x < b.right() && b.x < a.right() && a.y < b.bottom() && b.y < a.bottom()
+}
+
+/// The colour all pixels have.
+fn single_colour(pixels: &[u8]) -> Option<u32> {
+    let (pixels, _) = pixels.as_chunks::<4>();
+    let first = pixels.first()?;
+    pixels.iter().all(|pixel| pixel == first).then(|| u32::from_le_bytes(*first) & 0x00ff_ffff)
+}
+
+/// Whether many neighbouring pixels are equal, as in text and drawings.
+fn is_flat(pixels: &[u8]) -> bool {
+    let (mut equal, mut all) = (0usize, 0usize);
+    for pair in pixels.chunks_exact(8) {
+        equal += usize::from(pair.get(..3) == pair.get(4..7));
+        all += 1;
+    }
+    equal * 4 > all
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,152 @@
+//! One region video stream: its quality, its clock, and when it ends.
+//!
+//! Every frame carries the time at which the client shows it, and a client drops frames that come
+//! later. The time is what the line is believed to need plus a margin, which grows when the client
+//! reports late frames and shrinks again when it reports none: as little delay as the line allows.
+
+use std::time::{Duration, Instant};
+
+use super::Rect;
+use crate::proto::display::StreamReport;
+
+/// A film that stands still for so long is over.
+const STILL: Duration = Duration::from_millis(400);
+/// Bounds of the margin in milliseconds.
+const MARGIN: (f64, f64) = (8.0, 60.0);
+/// Bounds of the JPEG quality.
+const QUALITY: (u8, u8) = (15, 85);
+/// Share of the line a stream may fill.
+const SHARE: f64 = 0.85;
+/// Frames and milliseconds between two reports.
+pub(crate) const REPORT_WINDOW: (u32, u32) = (10, 1000);
+
+/// A stream.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    pub(crate) id: u32,
+    /// The number reports come under.
+    pub(crate) unique: u32,
+    pub(crate) rect: Rect,
+    /// There is something newer than the last frame.
+    pub(crate) dirty: bool,
+    last_change: Instant,
+    last_time: u32,
+    quality: u8,
+    margin: f64,
+    /// Frames per second of the source.
+    rate: f64,
+}
+
+impl Stream {
+    pub(crate) fn new(id: u32, unique: u32, rect: Rect, rate: f64, now: Instant) -> Self {
+        Self {
+            id,
+            unique,
+            rect,
+            dirty: true,
+            last_change: now,
+            last_time: 0,
+            quality: 70,
+            margin: 15.0,
+            rate: rate.clamp(5.0, 60.0),
+        }
+    }
+
+    /// Something under the stream changed.
+    pub(crate) fn changed(&mut self, now: Instant) {
+        self.dirty = true;
+        self.last_change = now;
+    }
+
+    /// When the stream ends if nothing changes.
+    pub(crate) fn ends_at(&self) -> Instant {
+        self.last_change + STILL
+    }
+
+    pub(crate) fn quality(&self) -> u8 {
+        self.quality
+    }
+
+    /// A frame of so many bytes was encoded; the line carries `line` bytes per second, if known.
+    pub(crate) fn encoded(&mut self, bytes: usize, line: Option<f64>) {
+        self.dirty = false;
+        let wanted = line.map_or(f64::INFINITY, |line| line * SHARE / self.rate);
+        let ratio = bytes as f64 / wanted;
+        let quality = match ratio {
+            2.0.. => self.quality.saturating_sub(15),
+            1.3.. => self.quality.saturating_sub(6),
+            1.05.. => self.quality.saturating_sub(2),
+            0.85.. => self.quality,
+            _ => self.quality + 1,
+        };
+        self.quality = quality.clamp(QUALITY.0, QUALITY.1);
+    }
+
+    /// The time to show a frame at: `clock` milliseconds now, and the line needs `transfer` seconds
+    /// until the frame is there. Never earlier than the frame before.
+    pub(crate) fn time(&mut self, clock: u32, transfer: f64) -> u32 {
+        let delay = (transfer * 1000.0 + self.margin).min(500.0) as u32;
+        let time = clock.wrapping_add(delay);
+        if self.last_time != 0 && (time.wrapping_sub(self.last_time) as i32) < 0 {
+            return self.last_time;
+        }
+        self.last_time = time;
+        time
+    }
+
+    /// The client reports; `false` if it cannot show the stream.
+    pub(crate) fn report(&mut self, report: StreamReport) -> bool {
+        if report.drops == u32::MAX {
+            return false;
+        }
+        if report.drops > 0 || report.last_delay < 0 {
+            self.margin = (self.margin + 8.0).min(MARGIN.1);
+        } else if f64::from(report.last_delay) > self.margin / 2.0 {
+            self.margin = (self.margin - 1.0).max(MARGIN.0);
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stream() -> Stream {
+        Stream::new(1, 7, Rect::new(0, 0, 640, 480), 30.0, Instant::now())
+    }
+
+    fn report(drops: u32, last_delay: i32) -> StreamReport {
+        StreamReport { stream: 1, unique: 7, frames: 10, drops, last_delay }
+    }
+
+    #[test]
+    fn quality_follows_the_line() {
+        let mut stream = stream();
+        for _ in 0..50 {
+            stream.encoded(100_000, Some(1e6));
+        }
+        assert_eq!(stream.quality(), QUALITY.0);
+        for _ in 0..100 {
+            stream.encoded(100_000, Some(1e8));
+        }
+        assert_eq!(stream.quality(), QUALITY.1);
+        let before = stream.quality();
+        stream.encoded(27_000, Some(1e6));
+        assert_eq!(stream.quality(), before, "fits");
+    }
+
+    #[test]
+    fn times_never_go_back_and_follow_reports() {
+        let mut stream = stream();
+        assert_eq!(stream.time(1000, 0.1), 1115);
+        assert_eq!(stream.time(1010, 0.0), 1115);
+        assert!(stream.report(report(3, -5)));
+        assert_eq!(stream.time(2000, 0.0), 2023);
+        for _ in 0..100 {
+            assert!(stream.report(report(0, 20)));
+        }
+        assert_eq!(stream.time(3000, 0.0), 3008);
+        assert!(!stream.report(report(u32::MAX, 0)));
+    }
+}
