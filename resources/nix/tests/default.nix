@@ -1,0 +1,80 @@
+# Everything tests/tests/nix.rs compares with the files in expected/, as JSON, by
+# nix-instantiate --store dummy:// --eval --strict --json --argstr package /nix/store/drago-vmm
+{ package }:
+
+let
+  cases = import ./cases.nix { inherit package; };
+  stub = system: import ./stub.nix { inherit package system; };
+  pkgs = stub "x86_64-linux";
+  inherit (pkgs) lib;
+
+  # Attributes of attributes, as far down as both sides have them.
+  merge = below: above:
+    below // builtins.mapAttrs (name: value:
+      if builtins.isAttrs value && builtins.isAttrs (below.${name} or null) && name != "spice"
+      then merge below.${name} value
+      else value
+    ) above;
+  configure = own: merge (cases.defaults // { vmHostPackages = pkgs; }) own;
+
+  accept = own:
+    let
+      microvmConfig = configure own;
+      contents = import ../contents.nix { inherit pkgs microvmConfig; };
+      build = import ../build-runner.nix { inherit pkgs microvmConfig; toplevel = "/nix/store/toplevel"; };
+    in {
+      inherit (contents) command scripts;
+      inherit (build) passthru script;
+    };
+
+  refusals = system: own: import ../refusals.nix {
+    inherit lib system;
+    microvmConfig = configure own;
+  };
+
+  # The guest's module, with this configuration as what NixOS would have made of it.
+  module = own:
+    let
+      microvm = configure own;
+      parts = (import ../guest.nix {
+        inherit lib pkgs;
+        config = {
+          inherit microvm;
+          networking.hostName = microvm.hostName;
+          services.spice-vdagentd.enable = true;
+        };
+        options.microvm.forwardPorts = {
+          isDefined = microvm.forwardPorts != [ ];
+          loc = [ ];
+          type = null;
+          definitionsWithLocations = [ { value = microvm.forwardPorts; } ];
+        };
+      }).config;
+      all = attribute: lib.concatMap (part: lib.optional (part ? ${attribute}) part.${attribute}) parts;
+    in {
+      assertions = lib.concatLists (all "assertions");
+      warnings = lib.concatLists (all "warnings");
+      boot = all "boot";
+      hardware = all "hardware";
+      services = all "services";
+      systemd = all "systemd";
+    };
+in
+{
+  accepted = builtins.mapAttrs (_: accept) cases.accepted;
+  refused = builtins.mapAttrs (_: refusals "x86_64-linux") cases.refused // {
+    system = refusals "aarch64-linux" { };
+  };
+  throws = builtins.mapAttrs (_: own:
+    !(builtins.tryEval (accept own).command).success
+  ) cases.refused;
+  modules = {
+    plain = module { };
+    spice = module cases.accepted.spice;
+    open = module (cases.accepted.spice-ipv6 // {
+      drago-vmm.spice = { address = "192.0.2.1"; port = 5900; passwordFile = null; clients = null; };
+    });
+    other = module (cases.refused.devices // { hypervisor = "qemu"; });
+    refused = module cases.refused.forward-without-user;
+  };
+}
