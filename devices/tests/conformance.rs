@@ -19,9 +19,9 @@ use harness::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
-/// Device types whose queues are served by another process, which has its own way to complain
-/// about a broken ring: GPU and file system.
-const SERVED_ELSEWHERE: [u16; 2] = [16, 26];
+/// Device types whose queues are served by another process or by the kernel, which have their own
+/// ways to complain about a broken ring: GPU, sockets and file system.
+const SERVED_ELSEWHERE: [u16; 3] = [16, 19, 26];
 
 fn sample(option: &str) -> Box<dyn VirtioDevice> {
     let module = MODULES.iter().find(|module| module.option == option).unwrap();

@@ -9,8 +9,8 @@ use devices::{
 };
 
 use crate::{
-    boot::BootConfig, config::VmConfig, control::client::Action, display::SpiceConfig, smbios,
-    terminal::SerialConfig,
+    boot::BootConfig, config::VmConfig, control::client::Action, credentials::CredentialConfig,
+    display::SpiceConfig, smbios, terminal::SerialConfig,
 };
 
 /// What to do.
@@ -92,6 +92,9 @@ struct MachineArgs {
     /// System UUID the guest sees (SMBIOS)
     #[arg(long, value_parser = smbios::parse_uuid)]
     uuid: Option<[u8; 16]>,
+    /// Credential for the guest's systemd, read from a file (repeatable)
+    #[arg(long, value_name = "NAME=FILE", action = ArgAction::Append)]
+    credential: Vec<CredentialConfig>,
     /// Serve the screen to SPICE clients
     #[arg(long, value_name = "ADDRESS:PORT[,password-file=FILE][,clients=POLICY]")]
     spice: Option<String>,
@@ -186,6 +189,7 @@ fn machine(args: MachineArgs, matches: &ArgMatches) -> Result<VmConfig, CliError
         serial: args.serial,
         control: args.control,
         uuid: args.uuid,
+        credentials: args.credential,
         panic_exit_code: args.panic_exit_code,
         devices: devices(matches, spice.is_some())?,
         spice,
@@ -249,6 +253,15 @@ mod tests {
         assert_eq!(config.memory_mib, 128);
         assert_eq!(config.serial, SerialConfig::Stdio);
         assert!(config.huge_pages);
+    }
+
+    #[test]
+    fn credentials_add_up() {
+        let config = run("--kernel a --credential x=1 --credential y=2").unwrap();
+        let names: Vec<_> = config.credentials.iter().map(|c| c.name.as_str()).collect();
+        assert_eq!(names, ["x", "y"]);
+        let error = run("--kernel a --credential x").unwrap_err().to_string();
+        assert!(error.contains("--credential") && error.contains("NAME=FILE"), "{error}");
     }
 
     #[test]

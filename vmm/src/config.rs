@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use devices::virtio::registry::DeviceConfig;
 
-use crate::{acpi, boot::BootConfig, display::SpiceConfig, memory, terminal::SerialConfig};
+use crate::{
+    acpi, boot::BootConfig, credentials::CredentialConfig, display::SpiceConfig, memory,
+    terminal::SerialConfig,
+};
 
 /// Everything that makes a machine.
 #[derive(Debug)]
@@ -25,6 +28,8 @@ pub struct VmConfig {
     pub control: Option<PathBuf>,
     /// SMBIOS system UUID.
     pub uuid: Option<[u8; 16]>,
+    /// Credentials for the guest's systemd.
+    pub credentials: Vec<CredentialConfig>,
     /// SPICE server.
     pub spice: Option<SpiceConfig>,
     /// Exit status after a guest panic; without it a panic is only logged.

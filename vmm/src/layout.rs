@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0x0000_0000  low memory: real-mode leftovers, boot structures (see below)
-//! 0x0009_fc00  reserved: EBDA, VGA hole, ACPI tables, SMBIOS
+//! 0x0009_fc00  reserved: EBDA, VGA hole, SMBIOS structures, ACPI tables, SMBIOS entry point
 //! 0x0010_0000  RAM, up to 3 GiB
 //! 0xc000_0000  32-bit PCI window, 512 MiB
 //! 0xe000_0000  PCI configuration space (ECAM), one bus
@@ -59,7 +59,11 @@ pub const COMMAND_LINE_ROOM: u64 = 0x1_0000;
 pub const ACPI: u64 = 0xe_0000;
 /// Room for the ACPI tables.
 pub const ACPI_ROOM: u64 = 0x1_0000;
-/// SMBIOS entry point and table; inside the range that is scanned for it.
+/// SMBIOS structures, where the option ROMs of a PC would be.
+pub const SMBIOS_STRUCTURES: u64 = 0xc_0000;
+/// Room for the SMBIOS structures. Linux maps at most 256 KiB of them while it boots.
+pub const SMBIOS_STRUCTURES_ROOM: u64 = 0x2_0000;
+/// SMBIOS entry point; inside the range that is scanned for it.
 pub const SMBIOS: u64 = 0xf_0000;
 
 /// Interrupt line of the generic event device.
@@ -164,6 +168,7 @@ mod tests {
             (ZERO_PAGE, 0x1000),
             (BOOT_PAGE_TABLES, 0x6000),
             (COMMAND_LINE, COMMAND_LINE_ROOM),
+            (SMBIOS_STRUCTURES, SMBIOS_STRUCTURES_ROOM),
             (ACPI, ACPI_ROOM),
             (SMBIOS, 0x1_0000),
         ];

@@ -14,7 +14,7 @@ use devices::{
     },
     pci::{PciError, PciRoot, PciWindows},
     services::VmServices,
-    virtio::registry::BuildError,
+    virtio::{registry::BuildError, vsock::VsockHandle},
 };
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vm_memory::GuestMemoryError;
@@ -24,6 +24,7 @@ use crate::{
     boot::{self, LoadError},
     config::{ConfigError, VmConfig},
     control::{self, ControlError, ControlTarget, SocketError, server::ControlServer},
+    credentials::{self, CredentialError},
     display::{self, DisplayControl, DisplayError, Handles, Identity},
     exit::{Exit, ExitReason},
     firmware,
@@ -34,7 +35,9 @@ use crate::{
         vcpu::{self, ExitCounts, Stop, VcpuThreads},
     },
     layout::{self, MIB},
-    memory, smbios, sys,
+    memory,
+    notify::Readiness,
+    smbios, sys,
     terminal::{self, SerialConfig},
 };
 
@@ -65,6 +68,9 @@ pub enum Error {
     /// The display.
     #[error(transparent)]
     Display(#[from] DisplayError),
+    /// A credential.
+    #[error(transparent)]
+    Credential(#[from] CredentialError),
     /// The control socket.
     #[error(transparent)]
     Control(#[from] SocketError),
@@ -113,11 +119,14 @@ struct Machine {
     counts: Arc<ExitCounts>,
     panic_exit_code: Option<u8>,
     terminal: Option<sys::RawTerminal>,
+    readiness: Readiness,
     started: Instant,
 }
 
 impl Machine {
     fn build(config: VmConfig, exit: &Arc<Exit>, started: Instant) -> Result<Self, Error> {
+        let mut strings = credentials::read(&config.credentials)?;
+        let mut readiness = Readiness::from_environment();
         let kvm = kvm::open()?;
         let max = kvm.get_max_vcpus();
         if config.cpus as usize > max {
@@ -139,7 +148,6 @@ impl Machine {
             },
         )
         .map_err(Error::Tables)?;
-        smbios::write(&memory, config.uuid).map_err(Error::Tables)?;
         firmware::write(&memory).map_err(Error::Tables)?;
         let registers = boot::load(&memory, ram_size, &config.boot, rsdp)?;
 
@@ -161,8 +169,13 @@ impl Machine {
             let built = device.build()?;
             let address = pci.add_virtio(built.device, shared.clone(), memory.clone())?;
             tracing::debug!(option, %address, "device added");
-            handles.by_option.extend(built.handle.map(|handle| (option, handle)));
+            let Some(handle) = built.handle else { continue };
+            match handle.downcast::<VsockHandle>() {
+                Ok(vsock) => strings.extend(readiness.report_by(*vsock)),
+                Err(handle) => handles.by_option.push((option, handle)),
+            }
         }
+        smbios::write(&memory, config.uuid, &strings).map_err(Error::Tables)?;
         let identity = Identity { name: config.name.clone(), uuid: config.uuid };
         let display = display::start(config.spice.as_ref(), identity, &handles)?;
 
@@ -192,6 +205,7 @@ impl Machine {
             VcpuThreads::start(processors, &ports, &mmio, &counts, &processor_stops(exit))
                 .map_err(host("a processor's thread cannot be started"))?;
         tracing::debug!(elapsed = ?started.elapsed(), "the guest runs");
+        readiness.running().map_err(host("the guest's state cannot be relayed"))?;
         Ok(Self {
             processors,
             pci,
@@ -201,12 +215,14 @@ impl Machine {
             counts,
             panic_exit_code: config.panic_exit_code,
             terminal,
+            readiness,
             started,
         })
     }
 
     /// Stops the guest, flushes, and says how it went.
     fn end(self, exit: &Exit) -> Result<Outcome, Error> {
+        self.readiness.stopping();
         self.processors.stop();
         self.pci.shutdown();
         if let Some(writer) = &self.serial_writer

@@ -4,16 +4,28 @@
 use devices::GuestMemory;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::layout;
+use crate::{credentials::OemString, layout};
 
 const MANUFACTURER: &str = "drago-vmm";
 const PRODUCT: &str = "Virtual Machine";
 const ENTRY_POINT_LENGTH: u8 = 24;
-const STRUCTURES: u64 = layout::SMBIOS + 32;
+const STRUCTURES: u64 = layout::SMBIOS_STRUCTURES;
+
+/// Bytes there are for OEM strings, each with [`STRING_OVERHEAD`].
+pub const ROOM: usize = layout::SMBIOS_STRUCTURES_ROOM as usize - FIXED_ROOM;
+/// What a string takes besides its bytes: a structure's header, its count of strings, two zeroes.
+pub const STRING_OVERHEAD: usize = 7;
+/// More than the other structures need, and strings of our own.
+const FIXED_ROOM: usize = 4096;
 
 /// Writes the entry point and the structures; `uuid` in the order in which it is written as text.
-pub fn write(memory: &GuestMemory, uuid: Option<[u8; 16]>) -> Result<(), GuestMemoryError> {
-    let structures = structures(uuid);
+/// The strings fit if they keep to [`ROOM`].
+pub fn write(
+    memory: &GuestMemory,
+    uuid: Option<[u8; 16]>,
+    strings: &[OemString],
+) -> Result<(), GuestMemoryError> {
+    let structures = structures(uuid, strings);
     memory.write_slice(&entry_point(structures.len() as u32), GuestAddress(layout::SMBIOS))?;
     memory.write_slice(&structures, GuestAddress(STRUCTURES))
 }
@@ -30,7 +42,7 @@ fn entry_point(length: u32) -> Vec<u8> {
     entry
 }
 
-fn structures(uuid: Option<[u8; 16]>) -> Vec<u8> {
+fn structures(uuid: Option<[u8; 16]>, strings: &[OemString]) -> Vec<u8> {
     let mut table = Table::default();
     // Type 0, firmware: vendor, version, date; characteristics "not supported", extension byte 2
     // bit 4: "the structures describe a virtual machine".
@@ -47,6 +59,10 @@ fn structures(uuid: Option<[u8; 16]>) -> Vec<u8> {
     // Type 3, chassis: kind "other"; everything safe.
     let chassis = [1, 1, 0, 0, 0, 3, 3, 3, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     table.add(3, &chassis, &[MANUFACTURER]);
+    // Type 11, OEM strings: how many follow. One each, for a structure has 255 at most.
+    for string in strings {
+        table.add(11, &[1], &[string.as_str()]);
+    }
     // Type 127: the end.
     table.add(127, &[], &[]);
     table.bytes
@@ -112,7 +128,8 @@ mod tests {
     #[test]
     fn entry_point_sums_to_zero_and_structures_are_well_formed() {
         let uuid = parse_uuid("00112233-4455-6677-8899-aabbccddeeff").unwrap();
-        let table = structures(Some(uuid));
+        let strings = [OemString::text("a", "x"), OemString::text("b", "y")];
+        let table = structures(Some(uuid), &strings);
         let entry = entry_point(table.len() as u32);
         assert_eq!(entry.len(), usize::from(ENTRY_POINT_LENGTH));
         assert_eq!(entry.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
@@ -125,10 +142,19 @@ mod tests {
                 assert_eq!(rest[8..16], [0x33, 0x22, 0x11, 0, 0x55, 0x44, 0x77, 0x66]);
             }
             let strings = &rest[usize::from(rest[1])..];
+            if rest[0] == 11 {
+                assert_eq!(rest[..2], [11, 5]);
+                assert_eq!(rest[4], 1, "one string");
+                assert!(strings.starts_with(b"io.systemd.credential:"));
+            }
             let end = strings.windows(2).position(|pair| pair == [0, 0]).unwrap();
             rest = &strings[end + 2..];
         }
-        assert_eq!(kinds, [0, 1, 3, 127]);
+        assert_eq!(kinds, [0, 1, 3, 11, 11, 127]);
+        let strings_in_all: usize =
+            strings.iter().map(|s| s.as_str().len() + STRING_OVERHEAD).sum();
+        assert_eq!(table.len(), structures(None, &[]).len() + strings_in_all);
+        assert!(structures(None, &[]).len() < FIXED_ROOM / 2);
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! | [`pci`] | the PCI transport |
 //! | [`rng`] | entropy |
 //! | [`registry`] | the one list of devices; a new device is a folder and a line there |
+//! | [`vsock`] | sockets between host and guest, served by the host's kernel |
 //! | [`worker`] | a device's thread: an epoll loop that can be stopped and hands its state back |
 
 pub mod balloon;
@@ -27,6 +28,8 @@ mod ring;
 pub mod rng;
 #[cfg(test)]
 mod testing;
+pub(crate) mod vhost;
+pub mod vsock;
 pub mod worker;
 
 pub use device::{

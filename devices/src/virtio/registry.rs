@@ -90,5 +90,6 @@ pub static MODULES: &[&DeviceModule] = &[
     &super::input::MODULE,
     &super::net::MODULE,
     &super::balloon::MODULE,
+    &super::vsock::MODULE,
     &super::gpu::MODULE,
 ];
