@@ -4,6 +4,7 @@ use std::{
     io::{self, IsTerminal},
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use anyhow::{Context, Result};
@@ -12,7 +13,10 @@ use drago_gpu::{
     control::Limits,
     daemon,
     device::GpuDevice,
-    renderer::choice::{self, Choice},
+    renderer::{
+        FenceSink, Timeline,
+        choice::{self, Choice},
+    },
     sandbox::{self, Mode, Needs, Sandbox},
     sys,
 };
@@ -34,6 +38,10 @@ struct Arguments {
     /// Print what this back end can do, as JSON (vhost-user back end conventions), and exit.
     #[arg(long, group = "front-end")]
     print_capabilities: bool,
+
+    /// Start the renderer, say what draws, and exit.
+    #[arg(long, group = "front-end")]
+    probe: bool,
 
     /// What draws: auto (OpenGL where a GPU can, else 2D), virgl (OpenGL, without a GPU by the
     /// CPUs) or 2d.
@@ -74,6 +82,11 @@ fn main() -> Result<()> {
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
         .init();
+    if arguments.probe {
+        let (choice, node) = choice::settle(arguments.renderer, arguments.render_node);
+        println!("{}", choice::start(choice, node, Arc::new(Deaf))?.describe());
+        return Ok(());
+    }
     let memory = arguments.max_memory.unwrap_or(match arguments.renderer {
         Choice::TwoD => 512,
         Choice::Auto | Choice::Virgl => 2048,
@@ -109,6 +122,13 @@ fn main() -> Result<()> {
     daemon::serve(&front, door, &device, || sandbox.close())?;
     tracing::info!("the front end hung up");
     Ok(())
+}
+
+/// Makes no fences, so hears of none.
+struct Deaf;
+
+impl FenceSink for Deaf {
+    fn retired(&self, _timeline: Timeline, _id: u64) {}
 }
 
 /// Tries what the sandbox should prevent.

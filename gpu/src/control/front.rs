@@ -55,7 +55,11 @@ impl Control {
     pub fn negotiate(&mut self, offered: u64) {
         let known = ProtocolFeatures::EDID | ProtocolFeatures::SHM_FRAMES;
         let features = ProtocolFeatures::from_bits_truncate(offered) & known;
-        tracing::info!(?features, "GPU socket negotiated");
+        let path = match features.contains(ProtocolFeatures::SHM_FRAMES) {
+            true => "in shared memory",
+            false => "through the socket (the front end offers no shared memory)",
+        };
+        tracing::info!(?features, "frames go {path}");
         self.link.send(&FromBackEnd::SetProtocolFeatures(features.bits()));
         self.features = Some(features);
         self.pump();

@@ -6,6 +6,7 @@ use std::{
     env, fmt, fs,
     io::{self, Write},
     path::{Path, PathBuf},
+    process::{Command, Stdio},
 };
 
 use serde::Serialize;
@@ -61,7 +62,17 @@ impl Finding {
 
 /// Looks at everything.
 pub fn examine() -> Vec<Finding> {
-    vec![kvm_finding(), memory(), gpu_process(), render_node(), tun(), passt(), vhost(), udmabuf()]
+    vec![
+        kvm_finding(),
+        memory(),
+        gpu_process(),
+        render_node(),
+        opengl(),
+        tun(),
+        passt(),
+        vhost(),
+        udmabuf(),
+    ]
 }
 
 /// Looks at everything and prints it; `true` if virtual machines can run.
@@ -147,6 +158,36 @@ fn gpu_process() -> Finding {
                 path.unwrap_or_else(|| PathBuf::from("drago-gpu")).display()
             ),
         ),
+    }
+}
+
+/// Lets `drago-gpu` try what `--gpu virgl` would do.
+fn opengl() -> Finding {
+    const NAME: &str = "opengl";
+    let failed = |seen: String| {
+        let hint = "apt-get install libvirglrenderer1 libegl1 libgl1-mesa-dri (or your system's \
+                    packages); without them the guest's desktop is drawn by its CPUs";
+        Finding::limited(NAME, seen, hint)
+    };
+    let Some(program) = env::current_exe().ok().and_then(|p| Some(p.parent()?.join("drago-gpu")))
+    else {
+        return failed("drago-gpu is not there to try it".to_owned());
+    };
+    let tried = Command::new(&program)
+        .args(["--probe", "--renderer", "virgl"])
+        .env("DRAGO_LOG", "off")
+        .stdin(Stdio::null())
+        .output();
+    match tried {
+        Ok(out) if out.status.success() => {
+            Finding::ok(NAME, String::from_utf8_lossy(&out.stdout).trim())
+        }
+        Ok(out) => {
+            let text = String::from_utf8_lossy(&out.stderr);
+            let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+            failed(lines.join(" "))
+        }
+        Err(error) => failed(format!("{}: {error}", program.display())),
     }
 }
 

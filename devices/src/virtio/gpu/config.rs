@@ -1,4 +1,4 @@
-//! `--gpu [2d][,socket=PATH][,scanouts=N][,size=WxH]`.
+//! `--gpu [auto|virgl|2d][,render-node=PATH][,socket=PATH][,scanouts=N][,size=WxH]`.
 
 use std::path::PathBuf;
 
@@ -13,16 +13,44 @@ use crate::{
 /// The GPU in the registry.
 pub static MODULE: DeviceModule = DeviceModule {
     option: "gpu",
-    value_name: "[2d][,socket=PATH][,scanouts=N][,size=WxH]",
-    help: "a display; served by drago-gpu, or by the vhost-user-gpu back end at socket=",
+    value_name: "[auto|virgl|2d][,render-node=PATH][,socket=PATH][,scanouts=N][,size=WxH]",
+    help: "a display, with OpenGL where a GPU can draw it (auto), everywhere (virgl) or nowhere (2d); \
+           served by drago-gpu, or by the vhost-user-gpu back end at socket=",
     count: Count::One,
     parse,
     sample: || Box::new(GpuConfig::default()).build(),
 };
 
+/// Who draws for the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Renderer {
+    /// OpenGL where a GPU can draw it.
+    #[default]
+    Auto,
+    /// OpenGL, by the CPUs if there is no GPU.
+    Virgl,
+    /// No OpenGL.
+    TwoD,
+}
+
+impl Renderer {
+    /// The name, for us and for `drago-gpu`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Virgl => "virgl",
+            Self::TwoD => "2d",
+        }
+    }
+}
+
 /// `--gpu`.
 #[derive(Debug, Clone)]
 pub struct GpuConfig {
+    /// Who draws.
+    pub renderer: Renderer,
+    /// The GPU; `None`: the first one.
+    pub render_node: Option<PathBuf>,
     /// Socket of a back end that runs already; `None`: start `drago-gpu`.
     pub socket: Option<PathBuf>,
     /// Number of monitors the guest can have, 1 to 16.
@@ -35,20 +63,41 @@ pub struct GpuConfig {
 
 impl Default for GpuConfig {
     fn default() -> Self {
-        Self { socket: None, scanouts: 1, mode: DisplayMode::new(1280, 800), shared_frames: true }
+        Self {
+            renderer: Renderer::Auto,
+            render_node: None,
+            socket: None,
+            scanouts: 1,
+            mode: DisplayMode::new(1280, 800),
+            shared_frames: true,
+        }
     }
 }
 
 pub(super) fn parse(mut spec: Spec) -> Result<Box<dyn DeviceConfig>, SpecError> {
     let mut config = GpuConfig::default();
-    if let Some(word) = spec.take_word()
-        && !matches!(word.as_str(), "2d" | "on")
-    {
-        return Err(SpecError::UnexpectedWord {
-            option: spec.option().to_owned(),
-            word,
-            expected: "expected 2d".to_owned(),
-        });
+    if let Some(word) = spec.take_word() {
+        config.renderer = match word.as_str() {
+            "auto" | "on" => Renderer::Auto,
+            "virgl" => Renderer::Virgl,
+            "2d" => Renderer::TwoD,
+            _ => {
+                return Err(SpecError::UnexpectedWord {
+                    option: spec.option().to_owned(),
+                    word,
+                    expected: "expected auto, virgl or 2d".to_owned(),
+                });
+            }
+        };
+    }
+    if let Some(node) = spec.take_path("render-node")? {
+        if config.renderer == Renderer::TwoD {
+            let node = node.display().to_string();
+            return Err(spec.invalid("render-node", &node, "2d draws without a GPU"));
+        }
+        // Whoever names a GPU wants to hear if it cannot be used.
+        config.renderer = Renderer::Virgl;
+        config.render_node = Some(node);
     }
     config.socket = spec.take_path("socket")?;
     if let Some(scanouts) = spec.take_parsed::<u32>("scanouts")? {

@@ -80,7 +80,7 @@ pub(super) struct VirtioGpu {
 pub(super) fn build(config: &GpuConfig) -> Result<(VirtioGpu, GpuHandle), BuildError> {
     let (socket, process) = match &config.socket {
         Some(path) => (process::connect(path)?, None),
-        None => process::start().map(|(socket, process)| (socket, Some(process)))?,
+        None => process::start(config).map(|(socket, process)| (socket, Some(process)))?,
     };
     let failed = |reason: String| BuildError::Unusable {
         option: MODULE.option,
@@ -113,7 +113,7 @@ pub(super) fn build(config: &GpuConfig) -> Result<(VirtioGpu, GpuHandle), BuildE
         .guard(&display, || VhostUser::connect(socket, &theirs))
         .map_err(|error| failed(error.to_string()))?;
     drop(theirs);
-    let known = Features::EDID.bits() | RING_FEATURES;
+    let known = Features::all().bits() | RING_FEATURES;
     let device = VirtioGpu {
         features: vhost.features() & known,
         capsets: vhost.capsets(),

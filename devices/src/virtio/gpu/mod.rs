@@ -28,7 +28,7 @@ mod vhost_user;
 pub use gpu_protocol::Rect;
 
 pub use self::{
-    config::{GpuConfig, MODULE},
+    config::{GpuConfig, MODULE, Renderer},
     frame::{Frame, OutOfFrame},
     handle::{CursorImage, DisplayMode, DisplaySink, GpuHandle},
 };

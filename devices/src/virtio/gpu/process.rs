@@ -14,7 +14,7 @@ use rustix::{
     process::{Pid, PidfdFlags},
 };
 
-use super::config::MODULE;
+use super::config::{GpuConfig, MODULE};
 use crate::virtio::registry::BuildError;
 
 const PROGRAM: &str = "drago-gpu";
@@ -41,11 +41,15 @@ pub(super) fn connect(path: &Path) -> Result<UnixStream, BuildError> {
 
 /// Starts `drago-gpu` with one end of a socket pair as its standard input: when we end, for
 /// whatever reason, it reads the end of the stream and ends too.
-pub(super) fn start() -> Result<(UnixStream, BackEndProcess), BuildError> {
+pub(super) fn start(config: &GpuConfig) -> Result<(UnixStream, BackEndProcess), BuildError> {
     let program = find()?;
     let (ours, theirs) = UnixStream::pair().map_err(host("socket pair for drago-gpu"))?;
-    let child = Command::new(&program)
-        .args(["--fd", "0"])
+    let mut command = Command::new(&program);
+    command.args(["--fd", "0", "--renderer", config.renderer.name()]);
+    if let Some(node) = &config.render_node {
+        command.arg("--render-node").arg(node);
+    }
+    let child = command
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .spawn()

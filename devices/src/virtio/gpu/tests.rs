@@ -786,13 +786,14 @@ fn options_are_understood_and_mistakes_named() {
     let shown = |text: &str| format!("{:?}", parse(text).unwrap());
     assert!(shown("").contains("width: 1280, height: 800"));
     assert!(shown("2d,scanouts=2,size=1920x1080").contains("scanouts: 2"));
+    assert!(shown("render-node=/dev/dri/renderD129").contains("renderer: Virgl"));
     assert!(shown("socket=/x").contains("/x"));
     for (text, message) in [
-        ("3d", "--gpu: '3d' is not understood; expected 2d"),
+        ("3d", "--gpu: '3d' is not understood; expected auto, virgl or 2d"),
         ("scanouts=0", "--gpu: scanouts=0: expected 1 to 16"),
         ("size=1920", "--gpu: size=1920: expected WIDTHxHEIGHT, each 1 to 16384"),
         ("size=0x5", "--gpu: size=0x5: expected WIDTHxHEIGHT, each 1 to 16384"),
-        ("sockt=x", "--gpu: unknown key 'sockt' (known: socket, scanouts, size)"),
+        ("sockt=x", "--gpu: unknown key 'sockt' (known: render-node, socket, scanouts, size)"),
     ] {
         assert_eq!(parse(text).unwrap_err().to_string(), message);
     }

@@ -26,7 +26,7 @@ const TARGET_2D: u32 = 2;
 const BIND_RENDER_TARGET: u32 = 1 << 1;
 
 /// Where the driver's name is in the second capability set: `renderer` in `virgl_caps_v2`.
-const RENDERER_NAME: std::ops::Range<usize> = 668..732;
+const RENDERER_NAME: std::ops::Range<usize> = 696..760;
 
 struct Resource {
     /// What `read_pixels` has to convert.
