@@ -94,10 +94,20 @@ in
       };
 
       gpu = mkOption {
-        type = types.attrsOf (types.oneOf [ types.bool types.int types.str ]);
         default = { };
-        example = { size = "1920x1080"; };
-        description = "Keys of drago-vmm's option `--gpu`.";
+        example = { renderer = "virgl"; size = "1920x1080"; };
+        description = "Who draws for the guest, and further keys of drago-vmm's option `--gpu`.";
+        type = types.submodule {
+          freeformType = types.attrsOf (types.oneOf [ types.bool types.int types.str ]);
+          options.renderer = mkOption {
+            type = types.nullOr (types.enum [ "auto" "virgl" "2d" ]);
+            default = null;
+            description = ''
+              `virgl`: OpenGL, drawn by the host's CPUs if there is no GPU. `2d`: none. Null or `auto`:
+              OpenGL where a GPU can draw it.
+            '';
+          };
+        };
       };
 
       notify = mkOption {
@@ -160,7 +170,7 @@ in
       # Above microvm.nix's own default, which is false for hypervisors it does not know.
       boot.initrd.systemd.enable = mkOverride 900 true;
 
-      services.qemuGuest.enable = mkIf drago.guestAgent.enable true;
+      services.qemuGuest.enable = mkDefault drago.guestAgent.enable;
     })
 
     (mkIf (active && drago.spice != null) {

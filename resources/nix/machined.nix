@@ -28,7 +28,8 @@ in
     done
 
     links=()
-    for name in ${lib.escapeShellArgs taps}; do
+    taps=(${lib.escapeShellArgs taps})
+    for name in "''${taps[@]}"; do
       if [ -r "/sys/class/net/$name/ifindex" ]; then
         links+=("$(< "/sys/class/net/$name/ifindex")")
       fi

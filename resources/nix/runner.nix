@@ -6,7 +6,7 @@
 
 let
   inherit (pkgs) lib;
-  inherit (lib) optional optionals optionalString concatMap concatMapStringsSep concatStringsSep
+  inherit (lib) optional optionals concatMap concatMapStringsSep concatStringsSep
     escapeShellArg escapeShellArgs;
   inherit (microvmConfig) hostName vcpu mem interfaces volumes shares socket forwardPorts vsock
     graphics kernel;
@@ -108,7 +108,10 @@ let
     ++ lib.concatLists (lib.mapAttrsToList (name: file: [
       "--credential" "${name}=${toString file}"
     ]) microvmConfig.credentialFiles)
-    ++ optionals graphics.enable ([ "--gpu" ] ++ optional (cfg.gpu != { }) (device [ cfg.gpu ]))
+    ++ optionals graphics.enable (
+      let value = device [ cfg.gpu.renderer (removeAttrs cfg.gpu [ "renderer" ]) ];
+      in [ "--gpu" ] ++ optional (value != "") value
+    )
     ++ optionals cfg.guestAgent.enable [
       "--console"
       (device [ "vdagent=${switch (cfg.spice != null)}" "qga=${cfg.guestAgent.socket}" ])
@@ -132,11 +135,7 @@ in
     then throw (concatStringsSep "\n" ([ "${hostName}:" ] ++ refusals))
     else escapeShellArgs ([ program ] ++ arguments);
 
-  preStart = microvmConfig.preStart + optionalString graphics.enable ''
-
-    # A service has no home for the compiled shaders of the host's OpenGL driver.
-    export MESA_SHADER_CACHE_DIR="''${MESA_SHADER_CACHE_DIR:-$PWD/mesa-shader-cache}"
-  '';
+  inherit (microvmConfig) preStart;
 
   requiresMacvtapAsFds = true;
 

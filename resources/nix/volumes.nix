@@ -45,6 +45,6 @@ in
 
 lib.optionalString (wanted != [ ]) ''
   (
-  PATH=${lib.makeBinPath ([ pkgs.coreutils pkgs.e2fsprogs ] ++ map tool wanted)}''${PATH:+:$PATH}
+  PATH=${lib.makeBinPath (lib.unique ([ pkgs.coreutils pkgs.e2fsprogs ] ++ map tool wanted))}''${PATH:+:$PATH}
   ${lib.concatMapStrings create wanted})
 ''

@@ -51,6 +51,8 @@ const TESTS: &[Need] = &[
     ("fonts-dejavu-core", "text on pictures that the tests draw"),
     ("util-linux", "unshare: network namespaces for the tap tests"),
     ("procps", "looks for processes left behind"),
+    ("nix-bin", "evaluates resources/nix"),
+    ("shellcheck", "checks the scripts that resources/nix makes"),
 ];
 
 /// What is about to be done.

@@ -73,7 +73,7 @@ in
       inherit package;
       extraArgs = [ ];
       spice = null;
-      gpu = { };
+      gpu.renderer = null;
       notify = true;
       guestAgent = { enable = false; socket = "guest-agent.sock"; };
       serialConsole = true;
@@ -91,7 +91,7 @@ in
         passwordFile = "/run/secrets/spice";
         clients = "shared";
       };
-      drago-vmm.gpu = { size = "1920x1080"; scanouts = 2; };
+      drago-vmm.gpu = { renderer = "2d"; size = "1920x1080"; scanouts = 2; };
       drago-vmm.guestAgent.enable = true;
     };
 

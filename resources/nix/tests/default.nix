@@ -36,7 +36,7 @@ let
   module = own:
     let
       microvm = configure own;
-      parts = (import ../guest.nix {
+      guest = import ../guest.nix {
         inherit lib pkgs;
         config = {
           inherit microvm;
@@ -49,10 +49,13 @@ let
           type = null;
           definitionsWithLocations = [ { value = microvm.forwardPorts; } ];
         };
-      }).config;
-      all = attribute: lib.concatMap (part: lib.optional (part ? ${attribute}) part.${attribute}) parts;
+      };
+      all = attribute:
+        lib.concatMap (part: lib.optional (part ? ${attribute}) part.${attribute}) guest.config;
     in {
-      assertions = lib.concatLists (all "assertions");
+      # What microvm.nix reads.
+      forwardPorts = builtins.length (guest.options.microvm.forwardPorts.apply microvm.forwardPorts);
+      assertions = map ({ message, ... }: message) (lib.concatLists (all "assertions"));
       warnings = lib.concatLists (all "warnings");
       boot = all "boot";
       hardware = all "hardware";
@@ -74,7 +77,8 @@ in
     open = module (cases.accepted.spice-ipv6 // {
       drago-vmm.spice = { address = "192.0.2.1"; port = 5900; passwordFile = null; clients = null; };
     });
-    other = module (cases.refused.devices // { hypervisor = "qemu"; });
+    forward = module cases.accepted.user;
     refused = module cases.refused.forward-without-user;
+    other = module (cases.refused.forward-without-user // { hypervisor = "qemu"; });
   };
 }

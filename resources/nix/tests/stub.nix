@@ -26,6 +26,7 @@ let
     escapeShellArgs = concatMapStringsSep " " escapeShellArg;
     makeBinPath = concatMapStringsSep ":" (place: "${place}/bin");
 
+    unique = builtins.foldl' (seen: value: if builtins.elem value seen then seen else seen ++ [ value ]) [ ];
     imap0 = f: list: genList (index: f index (builtins.elemAt list index)) (length list);
     findFirst = wanted: default: list:
       let found = filter wanted list; in if found == [ ] then default else head found;
