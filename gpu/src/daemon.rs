@@ -46,7 +46,7 @@ pub fn serve(
         .start(&mut Listener::from(listener))
         .map_err(|error| ServeError::Daemon(error.to_string()))?;
     ready();
-    let result = relay::run(front, &near, features, |socket| device.connect(socket));
+    let result = relay::run(front, &near, features, &mut device.clone());
     // Whatever the library says about the end of its connection, the cause is known above.
     if let Err(error) = daemon.wait() {
         tracing::debug!(%error, "the vhost-user daemon ended");

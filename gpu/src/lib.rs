@@ -14,9 +14,11 @@
 //! | [`daemon`] | one connection from handshake to hang-up |
 //! | [`relay`] | passes vhost-user messages on and keeps the GPU socket for us |
 //! | [`device`] | queues: takes commands out, puts answers in |
+//! | [`ring`] | one queue: chains out, answers in, a driver's violations |
 //! | [`control`] | what the commands mean: resources, scanouts, limits |
 //! | [`renderer`] | who holds pixels: the seam between 2D and 3D |
 //! | [`scanout`] | which part of which resource is shown; frames and updates made of it |
+//! | [`journal`] | what a successor needs to go on after this process died |
 //! | [`sandbox`] | what this process may still do once commands arrive |
 //! | [`link`] | the GPU socket: never blocks a queue, never grows without bound |
 //!
@@ -26,9 +28,11 @@ pub mod backing;
 pub mod control;
 pub mod daemon;
 pub mod device;
+pub mod journal;
 pub mod link;
 pub mod relay;
 pub mod renderer;
+pub mod ring;
 pub mod sandbox;
 pub mod scanout;
 pub mod sys;

@@ -36,6 +36,9 @@ pub enum Violation {
     /// The table, or an indirect one, is not in guest memory.
     #[error("a descriptor table is not in guest memory")]
     Table,
+    /// A buffer is not in guest memory.
+    #[error("a buffer is not in guest memory")]
+    Buffer,
     /// An indirect table with a length that is not a multiple of 16, empty, inside another one, or
     /// with a `next` (§2.7.5.3.1).
     #[error("an indirect descriptor table breaks the rules")]

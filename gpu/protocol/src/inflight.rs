@@ -16,8 +16,8 @@ use alloc::vec::Vec;
 /// answered last u16, used index u16; all native-endian.
 pub const HEADER: usize = 16;
 
-/// Bytes per descriptor: in flight u8, stage u8, attempts u8, 3 unused, next u16, counter u64. The
-/// standard has five unused bytes in the place of stage and attempts.
+/// Bytes per descriptor: in flight u8, attempts u8, 4 unused, next u16, counter u64. The standard
+/// has five unused bytes after the first.
 pub const ENTRY: usize = 16;
 
 /// [`HEADER`]: version of the tables.
@@ -36,18 +36,8 @@ pub mod header {
 #[allow(missing_docs)] // the standard's names
 pub mod entry {
     pub const INFLIGHT: usize = 0;
-    pub const STAGE: usize = 1;
-    pub const ATTEMPTS: usize = 2;
+    pub const ATTEMPTS: usize = 1;
     pub const COUNTER: usize = 8;
-}
-
-/// How far a command got.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stage {
-    /// It was taken and may have been executed, in part or not at all.
-    Taken,
-    /// It was executed; only its answer is missing.
-    Executed,
 }
 
 /// Bytes of the table of a queue with `size` entries.
@@ -65,8 +55,6 @@ pub const fn entry_at(head: u16) -> usize {
 pub struct InFlight {
     /// Its first descriptor.
     pub head: u16,
-    /// How far it got.
-    pub stage: Stage,
     /// How often it was executed anew already.
     pub attempts: u8,
 }
@@ -91,9 +79,8 @@ pub fn parse(table: &[u8], size: u16, used: u16) -> Option<Vec<InFlight>> {
         if bytes[entry::INFLIGHT] != 1 || Some(head) == answered {
             continue;
         }
-        let stage = if bytes[entry::STAGE] == 1 { Stage::Executed } else { Stage::Taken };
         let counter = u64::from_ne_bytes(bytes[entry::COUNTER..].try_into().ok()?);
-        found.push((counter, InFlight { head, stage, attempts: bytes[entry::ATTEMPTS] }));
+        found.push((counter, InFlight { head, attempts: bytes[entry::ATTEMPTS] }));
     }
     found.sort_by_key(|(counter, _)| *counter);
     Some(found.into_iter().map(|(_, one)| one).collect())
@@ -114,25 +101,24 @@ mod tests {
         bytes
     }
 
-    fn put(table: &mut [u8], head: u16, counter: u64, stage: u8) {
+    fn put(table: &mut [u8], head: u16, counter: u64) {
         let at = entry_at(head);
         table[at + entry::INFLIGHT] = 1;
-        table[at + entry::STAGE] = stage;
         table[at + entry::COUNTER..][..8].copy_from_slice(&counter.to_ne_bytes());
     }
 
     #[test]
     fn oldest_first_and_without_the_one_that_was_answered() {
         let mut bytes = table(8, 5, 3);
-        put(&mut bytes, 3, 1, 0);
-        put(&mut bytes, 1, 9, 0);
-        put(&mut bytes, 7, 4, 1);
+        put(&mut bytes, 3, 1);
+        put(&mut bytes, 1, 9);
+        put(&mut bytes, 7, 4);
         let heads = |used| {
             let list = parse(&bytes, 8, used).unwrap();
-            list.into_iter().map(|one| (one.head, one.stage)).collect::<Vec<_>>()
+            list.into_iter().map(|one| one.head).collect::<Vec<_>>()
         };
-        assert_eq!(heads(5), [(3, Stage::Taken), (7, Stage::Executed), (1, Stage::Taken)]);
-        assert_eq!(heads(6), [(7, Stage::Executed), (1, Stage::Taken)], "3 is in the used ring");
+        assert_eq!(heads(5), [3, 7, 1]);
+        assert_eq!(heads(6), [7, 1], "3 is in the used ring");
     }
 
     #[test]

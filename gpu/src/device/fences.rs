@@ -11,8 +11,10 @@ use std::{
 
 use vm_memory::GuestAddressSpace;
 
-use super::request::{Memory, Request, Ring};
-use crate::renderer::{FenceSink, Timeline};
+use crate::{
+    renderer::{FenceSink, Timeline},
+    ring::{Memory, Request, Ring},
+};
 
 struct Held {
     id: u64,

@@ -3,7 +3,6 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`worker`] | the device's thread: control queue, books, renderer |
-//! | [`request`] | descriptor chains |
 //! | [`fences`] | commands that are not done yet |
 //!
 //! Two more threads serve the queues: that of the control queue only passes notifications on. The
@@ -12,14 +11,13 @@
 //! only the front end can answer it pauses (it does not wait) and goes on when the answer arrives.
 
 mod fences;
-mod request;
 mod worker;
 
 use std::{
     io,
     os::{fd::OwnedFd, unix::net::UnixStream},
     sync::{
-        Arc, OnceLock, Weak,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
         mpsc::sync_channel,
     },
@@ -44,13 +42,15 @@ use zerocopy::IntoBytes;
 
 use self::{
     fences::Fences,
-    request::{Memory, Next, Ring, next_request},
     worker::{Common, Job, Jobs, Worker},
 };
 use crate::{
     control::{Control, Limits},
+    journal::Journal,
     link::{Link, Listener},
+    relay::Direct,
     renderer::{FenceSink, Renderer},
+    ring::{Memory, Next, Ring, RingState, Vring},
 };
 
 /// Entries in each queue at most.
@@ -64,6 +64,10 @@ struct Shared {
     features: u64,
     capsets: u32,
     jobs: Option<Jobs>,
+    rings: [Arc<RingState>; QUEUES],
+    /// What is kept for a successor, if the front end keeps it. Held while what a predecessor kept
+    /// is executed.
+    journal: Mutex<Option<Arc<Journal>>>,
     worker: Option<thread::JoinHandle<()>>,
     this: Weak<Shared>,
 }
@@ -133,6 +137,8 @@ impl GpuDevice {
                 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(),
             capsets: capsets as u32,
             jobs: Some(jobs),
+            rings: [RingState::new(CONTROL_QUEUE), RingState::new(CURSOR_QUEUE)],
+            journal: Mutex::default(),
             worker: Some(worker),
             this: this.clone(),
         })))
@@ -165,8 +171,12 @@ impl Shared {
     fn run_cursor(&self, ring: &Ring) {
         let Some(memory) = self.common.memory.get() else { return };
         loop {
-            let request = match next_request(ring, memory) {
+            let request = match ring.next(memory) {
                 Next::Request(request) => request,
+                Next::Refused(request) => {
+                    ring.refuse(&request, &memory.memory());
+                    continue;
+                }
                 Next::Empty if self.common.rearm(ring) => continue,
                 Next::Empty | Next::Stopped => return,
             };
@@ -175,7 +185,8 @@ impl Shared {
                 Ok(()) => kind::OK_NODATA,
                 Err(refusal) => refusal as u32,
             };
-            request.answer(ring, &memory.memory(), hdr.answer(kind).as_bytes());
+            let answer = ring.settle(&request, &hdr, hdr.answer(kind).as_bytes().to_vec());
+            request.answer(ring, &memory.memory(), &answer);
         }
     }
 
@@ -218,9 +229,68 @@ impl Listener for Shared {
     }
 }
 
+/// What a successor needs.
+impl Shared {
+    fn journal(&self) -> MutexGuard<'_, Option<Arc<Journal>>> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_journal(&self, journal: Journal) {
+        let journal = Some(Arc::new(journal));
+        for ring in &self.rings {
+            ring.set_journal(journal.clone());
+        }
+        *self.journal() = journal;
+    }
+
+    /// Brings back what a predecessor had, the first time that its journal is there. Returns when
+    /// that is done, whichever thread does it.
+    fn restore(&self) {
+        let journal = self.journal();
+        let commands = journal.as_ref().map(|journal| journal.inheritance()).unwrap_or_default();
+        if commands.is_empty() {
+            return;
+        }
+        let cursors = self.ask(|reply| Job::Restore(commands, reply)).unwrap_or_default();
+        for bytes in cursors {
+            let (_, command) = decode(&bytes);
+            if let Err(refusal) = command.and_then(|command| self.cursor(&command)) {
+                tracing::warn!(%refusal, "a cursor does not come back");
+            }
+        }
+    }
+}
+
+impl Direct for GpuDevice {
+    fn gpu_socket(&mut self, socket: UnixStream) -> io::Result<()> {
+        self.connect(socket)
+    }
+
+    fn make_inflight(&mut self, queue_size: u16) -> io::Result<(u64, OwnedFd)> {
+        let (journal, fd) = Journal::create(queue_size.min(QUEUE_SIZE as u16))?;
+        let length = journal.size();
+        // A front end asks when a driver starts: what the one before it left is gone.
+        self.0.ask(Job::Reset);
+        self.0.set_journal(journal);
+        Ok((length, fd))
+    }
+
+    fn take_inflight(&mut self, fd: OwnedFd, length: u64, queue_size: u16) -> io::Result<()> {
+        let journal = Journal::inherit(fd, length, queue_size.min(QUEUE_SIZE as u16))?;
+        self.0.set_journal(journal);
+        Ok(())
+    }
+
+    fn ring_error(&mut self, queue: u16, fd: Option<OwnedFd>) {
+        if let Some(ring) = self.0.rings.get(usize::from(queue)) {
+            ring.set_error(fd);
+        }
+    }
+}
+
 impl VhostUserBackend for GpuDevice {
     type Bitmap = ();
-    type Vring = Ring;
+    type Vring = Vring;
 
     fn num_queues(&self) -> usize {
         QUEUES
@@ -239,10 +309,14 @@ impl VhostUserBackend for GpuDevice {
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
     }
 
     fn reset_device(&self) {
         self.0.ask(Job::Reset);
+        if let Some(journal) = &*self.0.journal() {
+            journal.clear();
+        }
     }
 
     fn set_event_idx(&self, enabled: bool) {
@@ -288,6 +362,9 @@ impl VhostUserBackend for GpuDevice {
         if index == u32::from(CONTROL_QUEUE) {
             self.0.ask(Job::Stop);
         }
+        if let Some(ring) = self.0.rings.get(index as usize) {
+            ring.stopped();
+        }
         Ok(())
     }
 
@@ -295,16 +372,22 @@ impl VhostUserBackend for GpuDevice {
         &self,
         event: u16,
         events: EventSet,
-        rings: &[Ring],
+        rings: &[Vring],
         thread: usize,
     ) -> io::Result<()> {
-        let (Some(ring), true) = (rings.get(event as usize), events.contains(EventSet::IN)) else {
+        let (Some(vring), true) = (rings.get(event as usize), events.contains(EventSet::IN)) else {
             return Ok(());
         };
+        let common = &self.0.common;
+        let (Some(memory), Some(state)) = (common.memory.get(), self.0.rings.get(thread)) else {
+            return Ok(());
+        };
+        self.0.restore();
+        let ring = Ring::new(vring, state, memory);
         if thread == usize::from(CURSOR_QUEUE) {
-            self.0.run_cursor(ring);
-        } else if !self.0.common.kicked.swap(true, Ordering::SeqCst) {
-            self.0.send(Job::Kick(ring.clone()));
+            self.0.run_cursor(&ring);
+        } else if !common.kicked.swap(true, Ordering::SeqCst) {
+            self.0.send(Job::Kick(ring));
         }
         Ok(())
     }

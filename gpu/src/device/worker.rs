@@ -29,15 +29,14 @@ use virtio_queue::QueueT;
 use vm_memory::GuestAddressSpace;
 use zerocopy::FromBytes;
 
-use super::{
-    fences::Fences,
-    request::{Memory, Next, Request, Ring, next_request},
-};
+use super::fences::Fences;
 use crate::{
     GuestMemory,
     control::{Control, Outcome, Question},
+    journal::restore,
     link::{CursorImage, Link, Listener},
     renderer::Timeline,
+    ring::{Memory, Next, Request, Ring},
 };
 
 /// Jobs that may wait; who sends more than that waits too.
@@ -61,6 +60,8 @@ pub(super) enum Job {
     Stop(SyncSender<()>),
     /// The device is reset.
     Reset(SyncSender<()>),
+    /// Brings back what a predecessor had, by its commands; the answer is those for cursors.
+    Restore(Vec<Vec<u8>>, SyncSender<Vec<Vec<u8>>>),
     /// Answer when all jobs before this one are done.
     Settle(SyncSender<()>),
 }
@@ -238,6 +239,12 @@ impl Worker {
                 self.control.reset();
                 let _ = reply.send(());
             }
+            Job::Restore(commands, reply) => {
+                let memory = self.common.memory.get().map(GuestAddressSpace::memory);
+                let cursors =
+                    memory.map(|memory| restore::execute(&mut self.control, &memory, commands));
+                let _ = reply.send(cursors.unwrap_or_default());
+            }
             Job::Settle(reply) => {
                 while self.more {
                     self.execute_next();
@@ -254,7 +261,7 @@ impl Worker {
                 let ring = state.get_queue();
                 (ring.ready(), ring.next_avail() == 0 && ring.next_used() == 0)
             };
-            if ready && fresh {
+            if ready && fresh && !ring.has_journal() {
                 // A driver that has just started, after a reset of which not every front end tells
                 // us: what the one before it left behind would be in its way.
                 self.control.reset();
@@ -286,8 +293,13 @@ impl Worker {
         }
         let common = self.common.clone();
         let (Some(memory), Some(ring)) = (common.memory.get(), &self.ring) else { return };
-        let request = match next_request(ring, memory) {
+        let request = match ring.next(memory) {
             Next::Request(request) => request,
+            Next::Refused(request) => {
+                ring.refuse(&request, &memory.memory());
+                self.more = true;
+                return;
+            }
             Next::Empty => {
                 self.more = common.rearm(ring);
                 return;
@@ -316,6 +328,7 @@ impl Worker {
     /// Answers at once, or when what the driver waits for is done.
     fn answer(&mut self, request: Request, hdr: &CtrlHdr, bytes: Vec<u8>, guest: &GuestMemory) {
         let Some(ring) = &self.ring else { return };
+        let bytes = ring.settle(&request, hdr, bytes);
         let fences = &self.common.fences;
         let ok = CtrlHdr::read_from_prefix(&bytes)
             .is_ok_and(|(answer, _)| answer.kind.get() < kind::ERR_UNSPEC);

@@ -100,6 +100,8 @@ static BOTH: &[Row] = &[
 /// Without a driver.
 #[rustfmt::skip]
 static SOFT_2D: &[Row] = &[
+    allow(libc::SYS_memfd_create, "the journal"),
+    allow(libc::SYS_ftruncate, "the journal"),
     allow_if(libc::SYS_mmap, 2, EXEC, &[0], "guest memory, frame slots, malloc; no code"),
     allow_if(libc::SYS_mprotect, 2, EXEC, &[0], "malloc, stacks; no code"),
 ];

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use gpu_protocol::{frames::MAX_SIZE, virtio::MAX_SCANOUTS};
 
-use super::{device, handle::DisplayMode};
+use super::{device, handle::DisplayMode, recovery::RestartPolicy};
 use crate::{
     spec::{Spec, SpecError},
     virtio::registry::{BuildError, BuiltDevice, Count, DeviceConfig, DeviceModule},
@@ -59,6 +59,8 @@ pub struct GpuConfig {
     pub mode: DisplayMode,
     /// Offer the back end frames in shared memory; without, pixels come through the socket.
     pub shared_frames: bool,
+    /// How often a back end that dies is started again.
+    pub restart: RestartPolicy,
 }
 
 impl Default for GpuConfig {
@@ -70,6 +72,7 @@ impl Default for GpuConfig {
             scanouts: 1,
             mode: DisplayMode::new(1280, 800),
             shared_frames: true,
+            restart: RestartPolicy::default(),
         }
     }
 }

@@ -1,9 +1,6 @@
 //! The virtio device: configuration space, and life of the queues between driver and back end.
 
-use std::{
-    os::unix::net::UnixStream,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{io, sync::Arc};
 
 use gpu_protocol::{
     socket::ProtocolFeatures,
@@ -15,73 +12,32 @@ use super::{
     config::{GpuConfig, MODULE},
     display::Display,
     handle::GpuHandle,
-    orphan::Refuser,
-    process::{self, BackEndProcess},
+    process::Launcher,
+    recovery::{BackEnd, Supervisor},
     server::{Server, Watch},
-    vhost_user::VhostUser,
 };
-use crate::{
-    GuestMemory,
-    virtio::{
-        device::{
-            ActivateError, Activation, ActiveQueue, DeviceType, RING_FEATURES, VirtioDevice,
-            VirtioInterrupt,
-        },
-        registry::BuildError,
-        worker::Worker,
-    },
+use crate::virtio::{
+    device::{ActivateError, Activation, DeviceType, RING_FEATURES, VirtioDevice},
+    registry::BuildError,
 };
 
 /// As in QEMU's device; the back ends accept up to 1024.
 const QUEUE_SIZES: [u16; QUEUES] = [256, 16];
 
-/// What the driver set up, kept for the case that the back end dies.
-struct Active {
-    queues: Vec<ActiveQueue>,
-    memory: Arc<GuestMemory>,
-    interrupt: Arc<dyn VirtioInterrupt>,
-}
-
-#[derive(Default)]
-struct Queues {
-    active: Option<Active>,
-    dead: bool,
-    refuser: Option<Worker<Refuser>>,
-}
-
-impl Queues {
-    /// Answers the driver in place of the dead back end.
-    fn take_over(&mut self) {
-        let Some(active) = &self.active else { return };
-        match Refuser::start(&active.queues, &active.memory, &active.interrupt) {
-            Ok(refuser) => self.refuser = Some(refuser),
-            Err(error) => {
-                tracing::error!(%error, "the GPU's queues cannot be taken over");
-                active.interrupt.set_needs_reset();
-            }
-        }
-    }
-}
-
 /// The device.
 pub(super) struct VirtioGpu {
-    // Dropped in this order: the connections first, then the process that waits for their end.
-    vhost: VhostUser,
+    // Dropped in this order, after the connections were ended.
+    supervisor: Option<Supervisor>,
     _server: Server,
+    back_end: Arc<BackEnd>,
     watch: Arc<Watch>,
     display: Arc<Display>,
-    queues: Arc<Mutex<Queues>>,
     features: u64,
     capsets: u32,
-    _process: Option<BackEndProcess>,
 }
 
 /// Starts or finds the back end and makes the device.
 pub(super) fn build(config: &GpuConfig) -> Result<(VirtioGpu, GpuHandle), BuildError> {
-    let (socket, process) = match &config.socket {
-        Some(path) => (process::connect(path)?, None),
-        None => process::start(config).map(|(socket, process)| (socket, Some(process)))?,
-    };
     let failed = |reason: String| BuildError::Unusable {
         option: MODULE.option,
         reason: match &config.socket {
@@ -89,46 +45,37 @@ pub(super) fn build(config: &GpuConfig) -> Result<(VirtioGpu, GpuHandle), BuildE
             None => format!("drago-gpu: {reason}"),
         },
     };
-    let host = |source| BuildError::Host {
+    let host = |source: io::Error| BuildError::Host {
         option: MODULE.option,
-        what: "setting up the GPU socket".to_owned(),
+        what: "setting up the GPU".to_owned(),
         source,
     };
-    let (ours, theirs) = UnixStream::pair().map_err(host)?;
-    let ours = Arc::new(ours);
-    let watch = Watch::new(socket.try_clone().map_err(host)?);
+    let launcher = match &config.socket {
+        Some(_) => None,
+        None => Some(Launcher::find(config)?),
+    };
     let mut offered = ProtocolFeatures::EDID;
     offered.set(ProtocolFeatures::SHM_FRAMES, config.shared_frames);
-    let display =
-        Display::new(ours.clone(), config.scanouts, config.mode, offered).map_err(host)?;
-    let queues = Arc::new(Mutex::new(Queues::default()));
-    let for_death = queues.clone();
-    let server = Server::spawn(display.clone(), ours, watch.clone(), move || {
-        let mut queues = lock(&for_death);
-        queues.dead = true;
-        queues.take_over();
-    })
-    .map_err(host)?;
-    let vhost = watch
-        .guard(&display, || VhostUser::connect(socket, &theirs))
-        .map_err(|error| failed(error.to_string()))?;
-    drop(theirs);
+    let display = Display::new(config.scanouts, config.mode, offered).map_err(host)?;
+    let watch = Watch::new().map_err(host)?;
+    let back_end = BackEnd::new(display.clone(), watch.clone(), launcher, config.restart);
+    let for_death = back_end.clone();
+    let server =
+        Server::spawn(display.clone(), watch.clone(), move |number| for_death.died(number))
+            .map_err(host)?;
+    let connected = back_end.connect(config.socket.as_deref(), failed)?;
+    let supervisor = Supervisor::spawn(back_end.clone()).map_err(host)?;
     let known = Features::all().bits() | RING_FEATURES;
     let device = VirtioGpu {
-        features: vhost.features() & known,
-        capsets: vhost.capsets(),
-        vhost,
+        supervisor: Some(supervisor),
         _server: server,
+        back_end,
         watch,
         display: display.clone(),
-        queues,
-        _process: process,
+        features: connected.features & known,
+        capsets: connected.capsets,
     };
     Ok((device, GpuHandle { display }))
-}
-
-fn lock(queues: &Mutex<Queues>) -> MutexGuard<'_, Queues> {
-    queues.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl VirtioDevice for VirtioGpu {
@@ -172,51 +119,28 @@ impl VirtioDevice for VirtioGpu {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, features, queues, interrupt } = activation;
-        let memory = Arc::new(memory);
-        let started = self
-            .watch
-            .guard(&self.display, || self.vhost.start(features, &memory, &queues, &*interrupt));
-        if let Err(error) = started {
-            return Err(ActivateError::Backend(error.to_string()));
-        }
-        self.display.set_interrupt(Some(interrupt.clone()));
-        let mut state = lock(&self.queues);
-        state.active = Some(Active { queues, memory, interrupt });
-        if state.dead {
-            // It died between its last answer and now.
-            state.take_over();
-        }
-        Ok(())
+        self.back_end.activate(activation)
     }
 
     fn reset(&mut self) {
-        let (active, dead, refuser) = {
-            let mut state = lock(&self.queues);
-            (state.active.take(), state.dead, state.refuser.take())
-        };
-        if let Some(refuser) = refuser {
-            refuser.stop();
-        }
-        let Some(active) = active else { return };
-        if !dead {
-            let indices = active.queues.iter().map(|queue| queue.index);
-            let stopped = self.watch.guard(&self.display, || self.vhost.stop(indices));
-            if let Err(error) = stopped {
-                // It may still write to guest memory; without its connection it ends.
-                tracing::error!(%error, "the GPU's back end could not be stopped");
-                let _ = self.watch.vhost.shutdown(std::net::Shutdown::Both);
-            }
-        }
-        self.display.reset();
+        self.back_end.reset();
+    }
+}
+
+#[cfg(test)]
+impl VirtioGpu {
+    pub(super) fn process_id(&self) -> Option<u32> {
+        self.back_end.process_id()
     }
 }
 
 impl Drop for VirtioGpu {
     fn drop(&mut self) {
+        // Nobody must start another one.
+        self.supervisor = None;
         // Orderly where possible: the server must not report this end as a death.
         self.reset();
         self.watch.stop(&self.display);
-        let _ = self.watch.vhost.shutdown(std::net::Shutdown::Both);
+        self.back_end.close();
     }
 }

@@ -10,7 +10,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
     },
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak},
 };
 
 use gpu_protocol::{
@@ -50,6 +50,7 @@ pub(super) enum Event {
     CursorDefine(u32, Arc<Cursor>),
     CursorMove(u32, u32, u32),
     CursorHide(u32),
+    BackEnd(bool),
 }
 
 pub(super) struct Cursor {
@@ -78,6 +79,10 @@ struct Scanout {
     /// A complete frame is to be made here, because no back end sends it.
     full: bool,
     sequence: u64,
+    /// What to add to the numbers of this back end's frames, so that they go on after the last one's.
+    sequence_base: u64,
+    /// Size, memory and cursor are those of a back end that is gone.
+    stale: bool,
     cursor: Option<Arc<Cursor>>,
     cursor_pos: (u32, u32),
     cursor_visible: bool,
@@ -86,6 +91,8 @@ struct Scanout {
 #[derive(Default)]
 struct State {
     socket: Option<Arc<UnixStream>>,
+    /// Counts the sockets.
+    generation: u64,
     waiting: VecDeque<Waiting>,
     features: Option<ProtocolFeatures>,
     scanouts: Vec<Scanout>,
@@ -112,16 +119,15 @@ impl std::fmt::Debug for Display {
 }
 
 impl Display {
-    /// `scanouts` monitors, of which the first is plugged in, behind the GPU socket `socket`.
+    /// `scanouts` monitors, of which the first is plugged in, without a GPU socket.
     pub(super) fn new(
-        socket: Arc<UnixStream>,
         scanouts: u32,
         mode: DisplayMode,
         offered: ProtocolFeatures,
     ) -> io::Result<Arc<Self>> {
         let wake = rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         let offered = offered.bits();
-        let mut state = State { socket: Some(socket), offered, ..State::default() };
+        let mut state = State { offered, ..State::default() };
         state.scanouts.resize_with(scanouts as usize, Scanout::default);
         if let Some(first) = state.scanouts.first_mut() {
             first.mode = Some(mode);
@@ -247,11 +253,65 @@ impl Display {
         self.lock().flush();
     }
 
-    /// The back end is gone. The last picture stays.
-    pub(super) fn disconnect(&self) {
+    /// Uses the GPU socket of a back end. If it is not the first one, what the last one showed stays
+    /// until it shows something. Returns the number of the connection.
+    pub(super) fn connect(&self, socket: UnixStream) -> io::Result<u64> {
+        socket.set_nonblocking(true)?;
         let mut state = self.lock();
-        state.socket = None;
+        state.socket = Some(Arc::new(socket));
+        state.generation += 1;
         state.waiting.clear();
+        state.features = None;
+        for scanout in &mut state.scanouts {
+            scanout.stale = true;
+            scanout.sequence_base = scanout.sequence;
+        }
+        let generation = state.generation;
+        drop(state);
+        self.wake();
+        Ok(generation)
+    }
+
+    /// The GPU socket and the number of its connection.
+    pub(super) fn socket(&self) -> Option<(Arc<UnixStream>, u64)> {
+        let state = self.lock();
+        state.socket.clone().map(|socket| (socket, state.generation))
+    }
+
+    /// The number of the newest connection.
+    pub(super) fn generation(&self) -> u64 {
+        self.lock().generation
+    }
+
+    /// Ends the connection.
+    pub(super) fn hang_up(&self) {
+        if let Some(socket) = &self.lock().socket {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    /// The back end of that connection is gone. The last picture stays.
+    pub(super) fn disconnect(&self, generation: u64) {
+        let mut state = self.lock();
+        if state.generation == generation {
+            state.socket = None;
+            state.waiting.clear();
+        }
+    }
+
+    /// Tells the sink that the back end is gone, or that there is one again.
+    pub(super) fn tell_back_end(&self, alive: bool) {
+        self.lock().events.push_back(Event::BackEnd(alive));
+        self.wake();
+    }
+
+    /// The driver broke the rules of a queue.
+    pub(super) fn ring_broken(&self) {
+        let interrupt = self.lock().interrupt.clone();
+        if let Some(interrupt) = interrupt {
+            tracing::warn!("the driver violated a queue's rules; the GPU needs a reset");
+            interrupt.set_needs_reset();
+        }
     }
 
     /// Does what a message asks for.
@@ -269,8 +329,10 @@ impl Display {
                 for id in 0..state.scanouts.len() as u32 {
                     state.send_want(id);
                     // A picture that was announced too early gets the right kind of memory now.
-                    let size = state.scanouts.get_mut(id as usize).and_then(|s| s.size.take());
-                    state.set_size(id, size);
+                    let early = state.scanouts.get_mut(id as usize).filter(|s| !s.stale);
+                    if let Some(size) = early.and_then(|scanout| scanout.size.take()) {
+                        state.set_size(id, Some(size));
+                    }
                 }
             }
             FromBackEnd::GetDisplayInfo => {
@@ -359,6 +421,7 @@ pub(super) fn deliver(sink: &dyn DisplaySink, events: VecDeque<Event>) {
             ),
             Event::CursorMove(id, x, y) => sink.cursor_move(id, x, y),
             Event::CursorHide(id) => sink.cursor_hide(id),
+            Event::BackEnd(alive) => sink.back_end(alive),
         }
     }
 }
@@ -440,17 +503,22 @@ impl State {
     fn set_size(&mut self, id: u32, size: Option<(u32, u32)>) {
         let shm = self.has_shm();
         let Some(scanout) = self.scanouts.get_mut(id as usize) else { return };
-        if scanout.size == size {
+        // The picture of a new back end that takes over: nothing changes but the memory.
+        let taken_over = std::mem::take(&mut scanout.stale) && size.is_some();
+        let same = scanout.size == size;
+        if same && !taken_over {
             return;
         }
         scanout.size = size;
         scanout.slots = None;
         scanout.newest = None;
         scanout.held = 0;
-        scanout.shadow = None;
+        let old_shadow = scanout.shadow.take().filter(|_| same);
         scanout.generation = scanout.generation.wrapping_add(1);
         let generation = scanout.generation;
-        self.events.push_back(Event::Scanout(id, size));
+        if !same {
+            self.events.push_back(Event::Scanout(id, size));
+        }
         let Some((width, height)) = size else { return };
         let bytes = u64::from(width) * u64::from(height) * u64::from(BYTES_PER_PIXEL);
         if bytes > MAX_PICTURE || width > MAX_SIZE || height > MAX_SIZE {
@@ -472,10 +540,11 @@ impl State {
                 Err(error) => tracing::error!(%error, "no memory for the guest's picture"),
             }
         } else if let Some(scanout) = self.scanouts.get_mut(id as usize) {
-            let shadow = Shadow::default();
-            *shadow.pixels.write().unwrap_or_else(PoisonError::into_inner) =
-                vec![0; bytes as usize];
-            scanout.shadow = Some(Arc::new(shadow));
+            let shadow = old_shadow.unwrap_or_else(|| {
+                let pixels = RwLock::new(vec![0; bytes as usize]);
+                Arc::new(Shadow { pixels })
+            });
+            scanout.shadow = Some(shadow);
             scanout.full = scanout.max_fps > 0;
         }
     }
@@ -552,8 +621,9 @@ impl State {
             .filter(|rect| !rect.is_empty())
             .collect();
         scanout.held |= bit;
-        scanout.newest = Some((frame.slot, frame.sequence));
-        let sequence = frame.sequence;
+        let sequence = scanout.sequence_base.wrapping_add(frame.sequence);
+        scanout.sequence = sequence;
+        scanout.newest = Some((frame.slot, sequence));
         let picture = Frame::in_slot(memory, frame.slot, sequence, owner.clone());
         self.events.push_back(Event::Frame(frame.scanout, picture, damage));
     }

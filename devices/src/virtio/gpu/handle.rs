@@ -60,6 +60,11 @@ pub trait DisplaySink: Send + Sync {
 
     /// No cursor is to be seen.
     fn cursor_hide(&self, id: u32);
+
+    /// The back end died (what is shown stays as it is), or another one has taken over.
+    fn back_end(&self, alive: bool) {
+        let _ = alive;
+    }
 }
 
 /// The GPU at run time. Clones refer to the same device.
@@ -96,7 +101,7 @@ impl GpuHandle {
         self.display.want_frames(scanout, max_fps);
     }
 
-    /// Whether the back end is alive.
+    /// Whether there is a back end at present.
     pub fn is_alive(&self) -> bool {
         self.display.is_alive()
     }

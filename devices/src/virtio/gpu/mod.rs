@@ -11,7 +11,8 @@
 //! | [`frame`] | a picture in memory that the back end writes |
 //! | [`handle`] | what the VMM does with the device at run time |
 //! | [`device`] | the virtio device |
-//! | [`orphan`] | answers the driver when the back end has died |
+//! | [`recovery`] | life and death of the back end: starts it again, hands it what the last one left |
+//! | [`orphan`] | answers the driver while there is no back end |
 
 mod config;
 mod device;
@@ -20,6 +21,7 @@ mod frame;
 mod handle;
 mod orphan;
 mod process;
+mod recovery;
 mod server;
 #[cfg(test)]
 mod tests;
@@ -31,4 +33,5 @@ pub use self::{
     config::{GpuConfig, MODULE, Renderer},
     frame::{Frame, OutOfFrame},
     handle::{CursorImage, DisplayMode, DisplaySink, GpuHandle},
+    recovery::RestartPolicy,
 };

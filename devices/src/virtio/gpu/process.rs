@@ -2,33 +2,36 @@
 
 use std::{
     env,
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     io,
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    time::Duration,
 };
 
-use rustix::{
-    event::{PollFd, PollFlags, Timespec},
-    process::{Pid, PidfdFlags},
-};
+use host::process::{Process, Program};
 
 use super::config::{GpuConfig, MODULE};
 use crate::virtio::registry::BuildError;
 
 const PROGRAM: &str = "drago-gpu";
 
-/// How long the process may take to end after its sockets were closed, in seconds.
-const GRACE: i64 = 2;
+/// How long the process may take to end after its sockets were closed.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// A process that we started. Ended when dropped; it ends by itself when we do.
 #[derive(Debug)]
-pub(super) struct BackEndProcess {
-    child: Child,
+pub(super) struct BackEndProcess(Process);
+
+/// How to start the back end, as often as needed. Found once: a program that is replaced while the
+/// machine runs is started from its place all the same.
+#[derive(Debug, Clone)]
+pub(super) struct Launcher {
+    program: PathBuf,
+    arguments: Vec<OsString>,
 }
 
-fn host(what: impl Into<String>) -> impl FnOnce(io::Error) -> BuildError {
+fn host_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> BuildError {
     let what = what.into();
     move |source| BuildError::Host { option: MODULE.option, what, source }
 }
@@ -36,31 +39,38 @@ fn host(what: impl Into<String>) -> impl FnOnce(io::Error) -> BuildError {
 /// Connects to a back end that listens at `path`.
 pub(super) fn connect(path: &Path) -> Result<UnixStream, BuildError> {
     let what = format!("socket={}: no vhost-user-gpu back end listens there", path.display());
-    UnixStream::connect(path).map_err(host(what))
+    UnixStream::connect(path).map_err(host_error(what))
 }
 
-/// Starts `drago-gpu` with one end of a socket pair as its standard input: when we end, for
-/// whatever reason, it reads the end of the stream and ends too.
-pub(super) fn start(config: &GpuConfig) -> Result<(UnixStream, BackEndProcess), BuildError> {
-    let program = find()?;
-    let (ours, theirs) = UnixStream::pair().map_err(host("socket pair for drago-gpu"))?;
-    let mut command = Command::new(&program);
-    command.args(["--fd", "0", "--renderer", config.renderer.name()]);
-    if let Some(node) = &config.render_node {
-        command.arg("--render-node").arg(node);
+impl Launcher {
+    /// Finds the program.
+    pub(super) fn find(config: &GpuConfig) -> Result<Self, BuildError> {
+        let program = find()?;
+        let mut arguments: Vec<OsString> =
+            ["--fd", "0", "--renderer", config.renderer.name()].map(OsString::from).into();
+        if let Some(node) = &config.render_node {
+            arguments.extend([OsString::from("--render-node"), node.into()]);
+        }
+        Ok(Self { program, arguments })
     }
-    let child = command
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::null())
-        .spawn()
-        .map_err(host(format!("cannot start {}", program.display())))?;
-    tracing::debug!(pid = child.id(), program = %program.display(), "drago-gpu started");
-    Ok((ours, BackEndProcess { child }))
+
+    /// Starts `drago-gpu` with one end of a socket pair as its standard input: when we end, for
+    /// whatever reason, it reads the end of the stream and ends too.
+    pub(super) fn start(&self) -> Result<(UnixStream, BackEndProcess), BuildError> {
+        let (ours, theirs) = UnixStream::pair().map_err(host_error("socket pair for drago-gpu"))?;
+        let process = Program::new(&self.program)
+            .arguments(&self.arguments)
+            .fd(0, OwnedFd::from(theirs))
+            .start()
+            .map_err(host_error(format!("cannot start {}", self.program.display())))?;
+        tracing::debug!(pid = process.id(), program = %self.program.display(), "drago-gpu started");
+        Ok((ours, BackEndProcess(process)))
+    }
 }
 
 /// The program beside our own executable, or one directory up from cargo's test executables.
 fn find() -> Result<PathBuf, BuildError> {
-    let own = env::current_exe().map_err(host("where drago-vmm itself is"))?;
+    let own = env::current_exe().map_err(host_error("where drago-vmm itself is"))?;
     let directory = own.parent().unwrap_or_else(|| Path::new("/"));
     let up = (directory.file_name() == Some(OsStr::new("deps"))).then(|| directory.parent());
     let candidates = [Some(directory), up.flatten()];
@@ -75,30 +85,35 @@ fn find() -> Result<PathBuf, BuildError> {
     })
 }
 
-impl Drop for BackEndProcess {
-    fn drop(&mut self) {
-        if !self.ended_by_itself() {
-            tracing::warn!("drago-gpu did not end by itself");
-            let _ = self.child.kill();
-        }
-        match self.child.wait() {
-            Ok(status) if status.success() => {}
-            Ok(status) => tracing::warn!(%status, "drago-gpu failed"),
-            Err(error) => tracing::warn!(%error, "drago-gpu is lost"),
+impl BackEndProcess {
+    /// Its number.
+    #[cfg(test)]
+    pub(super) fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Ends it at once, for when it must not touch guest memory any more.
+    pub(super) fn kill(&mut self) {
+        if let Err(error) = self.0.kill().and_then(|()| self.0.wait().map(drop)) {
+            tracing::error!(%error, "drago-gpu could not be killed");
         }
     }
 }
 
-impl BackEndProcess {
-    fn ended_by_itself(&self) -> bool {
-        let Some(pid) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw) else {
-            return false;
+impl Drop for BackEndProcess {
+    fn drop(&mut self) {
+        let ended = match self.0.wait_for(GRACE) {
+            Ok(None) => {
+                tracing::warn!("drago-gpu did not end by itself");
+                self.0.kill().and_then(|()| self.0.wait())
+            }
+            Ok(Some(status)) => Ok(status),
+            Err(error) => Err(error),
         };
-        let Ok(pidfd) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else {
-            return false;
-        };
-        let timeout = Timespec { tv_sec: GRACE, tv_nsec: 0 };
-        let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
-        matches!(rustix::event::poll(&mut fds, Some(&timeout)), Ok(1))
+        match ended {
+            Ok(status) if status.success() => {}
+            Ok(status) => tracing::warn!(%status, "drago-gpu failed"),
+            Err(error) => tracing::warn!(%error, "drago-gpu is lost"),
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! The thread that serves the GPU socket.
+//! The thread that serves the GPU socket, and the one of the next back end if that one dies.
 //!
 //! It has its own thread because the back end asks questions while the VMM waits for the back end:
 //! whoever sets up rings and serves this socket at the same time waits for himself. It also is the
@@ -7,7 +7,10 @@
 use std::{
     collections::VecDeque,
     io,
-    os::unix::net::UnixStream,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -19,7 +22,7 @@ use std::{
 use gpu_protocol::socket::{Decoder, FromBackEnd, Side};
 use host::socket_io;
 use rustix::{
-    event::{PollFd, PollFlags, Timespec},
+    event::{EventfdFlags, PollFd, PollFlags, Timespec},
     net::RecvFlags,
 };
 
@@ -32,14 +35,47 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct Watch {
     /// A duplicate of the vhost-user socket.
-    pub(super) vhost: UnixStream,
+    vhost: Mutex<Option<(UnixStream, u64)>>,
+    ring_error: OwnedFd,
     deadline: Mutex<Option<Instant>>,
     stop: AtomicBool,
 }
 
 impl Watch {
-    pub(super) fn new(vhost: UnixStream) -> Arc<Self> {
-        Arc::new(Self { vhost, deadline: Mutex::new(None), stop: AtomicBool::new(false) })
+    pub(super) fn new() -> io::Result<Arc<Self>> {
+        let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
+        let ring_error = rustix::event::eventfd(0, flags)?;
+        let (vhost, deadline, stop) = (Mutex::default(), Mutex::default(), AtomicBool::new(false));
+        Ok(Arc::new(Self { vhost, ring_error, deadline, stop }))
+    }
+
+    /// Where the back end tells that the driver has broken the rules of a queue.
+    pub(super) fn ring_error(&self) -> BorrowedFd<'_> {
+        self.ring_error.as_fd()
+    }
+
+    /// Whether it has told so since the last call.
+    pub(super) fn take_ring_error(&self) -> bool {
+        rustix::io::read(&self.ring_error, &mut [0; 8]).is_ok()
+    }
+
+    /// Watches over the connection of this number from now on.
+    pub(super) fn connected(&self, vhost: UnixStream, generation: u64) {
+        *self.vhost.lock().unwrap_or_else(PoisonError::into_inner) = Some((vhost, generation));
+    }
+
+    /// Ends the vhost-user connection.
+    pub(super) fn hang_up(&self) {
+        self.hang_up_if(|_| true);
+    }
+
+    fn hang_up_if(&self, which: impl FnOnce(u64) -> bool) {
+        if let Some((vhost, generation)) =
+            &*self.vhost.lock().unwrap_or_else(PoisonError::into_inner)
+            && which(*generation)
+        {
+            let _ = vhost.shutdown(std::net::Shutdown::Both);
+        }
     }
 
     fn set(&self, deadline: Option<Instant>) {
@@ -76,33 +112,35 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// Starts to serve `socket`; `died` is called once if the back end goes away by itself.
+    /// Starts to serve the display's GPU socket, and those that come after it; `died` is called with
+    /// the number of a connection that ended by itself.
     pub(super) fn spawn(
         display: Arc<Display>,
-        socket: Arc<UnixStream>,
         watch: Arc<Watch>,
-        died: impl FnOnce() + Send + 'static,
+        died: impl Fn(u64) + Send + 'static,
     ) -> io::Result<Self> {
-        socket.set_nonblocking(true)?;
         let (display_, watch_) = (display.clone(), watch.clone());
         let thread = thread::Builder::new().name("gpu-socket".into()).spawn(move || {
-            let result = serve(&display_, &socket, &watch_);
-            display_.disconnect();
-            if watch_.stop.load(Ordering::Acquire) {
-                return;
-            }
-            match result {
-                Ok(()) => tracing::error!("the GPU's back end is gone; its last picture stays"),
-                Err(error) => {
-                    tracing::error!(%error, "the GPU's back end is given up; its last picture stays");
+            loop {
+                // Without a back end new viewers still get the last picture.
+                linger(&display_, &watch_);
+                let Some((socket, generation)) = display_.socket() else { return };
+                let result = serve(&display_, &socket, &watch_);
+                display_.disconnect(generation);
+                if watch_.stop.load(Ordering::Acquire) {
+                    return;
                 }
+                match result {
+                    Ok(()) => tracing::error!("the GPU's back end is gone; its last picture stays"),
+                    Err(error) => {
+                        tracing::error!(%error, "the GPU's back end is given up; its last picture stays");
+                    }
+                }
+                // Nobody must wait for it any more.
+                watch_.hang_up_if(|present| present == generation);
+                let _ = socket.shutdown(std::net::Shutdown::Both);
+                died(generation);
             }
-            // Nobody must wait for it any more.
-            let _ = watch_.vhost.shutdown(std::net::Shutdown::Both);
-            let _ = socket.shutdown(std::net::Shutdown::Both);
-            died();
-            // New viewers still get the last picture.
-            linger(&display_, &watch_);
         })?;
         Ok(Self { display, watch, thread: Some(thread) })
     }
@@ -160,9 +198,9 @@ fn serve(display: &Arc<Display>, socket: &UnixStream, watch: &Watch) -> io::Resu
     }
 }
 
-/// After the back end's end: only the sink may still want something.
+/// While there is no back end: only the sink may want something.
 fn linger(display: &Arc<Display>, watch: &Watch) {
-    while !watch.stop.load(Ordering::Acquire) {
+    while !watch.stop.load(Ordering::Acquire) && display.socket().is_none() {
         tell_sink(display);
         if wait(display, None, watch).is_err() {
             return;
@@ -180,7 +218,8 @@ fn wait(display: &Display, socket: Option<&UnixStream>, watch: &Watch) -> io::Re
             tv_nsec: left.subsec_nanos().into(),
         });
     let wake = display.wake_fd();
-    let mut fds = vec![PollFd::new(wake, PollFlags::IN)];
+    let ring_error = &watch.ring_error;
+    let mut fds = vec![PollFd::new(wake, PollFlags::IN), PollFd::new(ring_error, PollFlags::IN)];
     if let Some(socket) = socket {
         let mut wanted = PollFlags::empty();
         wanted.set(PollFlags::IN, display.has_room());
@@ -194,5 +233,8 @@ fn wait(display: &Display, socket: Option<&UnixStream>, watch: &Watch) -> io::Re
     if fds[0].revents().contains(PollFlags::IN) {
         let _ = rustix::io::read(wake, &mut [0; 8]);
     }
-    Ok(fds.get(1).map_or(PollFlags::empty(), PollFd::revents))
+    if fds[1].revents().contains(PollFlags::IN) && watch.take_ring_error() {
+        display.ring_broken();
+    }
+    Ok(fds.get(2).map_or(PollFlags::empty(), PollFd::revents))
 }

@@ -69,6 +69,9 @@ struct Seen {
     cursor: Option<CursorSeen>,
     cursor_pos: (u32, u32),
     scanouts: u32,
+    /// How often the sink heard of a death, and of a successor.
+    deaths: u32,
+    successors: u32,
 }
 
 #[derive(Default)]
@@ -143,6 +146,10 @@ impl DisplaySink for Sink {
 
     fn cursor_hide(&self, _: u32) {
         self.change(|seen| seen.cursor = None);
+    }
+
+    fn back_end(&self, alive: bool) {
+        self.change(|seen| *if alive { &mut seen.successors } else { &mut seen.deaths } += 1);
     }
 }
 
@@ -250,29 +257,14 @@ impl Rig {
         assert_eq!(self.command(command), kind::OK_NODATA);
     }
 
-    fn create(&mut self, resource: &Resource) {
-        self.ok(&ResourceCreate2d {
-            hdr: CtrlHdr::new(kind::RESOURCE_CREATE_2D),
-            resource_id: resource.id.into(),
-            format: (resource.format as u32).into(),
-            width: resource.width.into(),
-            height: resource.height.into(),
-        });
-        // Pages in reverse order, the last one odd.
-        let mut command = AttachBacking {
-            hdr: CtrlHdr::new(kind::RESOURCE_ATTACH_BACKING),
-            resource_id: resource.id.into(),
-            entries: (resource.pages().len() as u32).into(),
-        }
-        .as_bytes()
-        .to_vec();
-        for (address, length) in resource.pages() {
-            let entry =
-                MemEntry { address: address.into(), length: length.into(), padding: 0.into() };
-            command.extend_from_slice(entry.as_bytes());
-        }
-        let answer = self.command_raw(&command, size_of::<CtrlHdr>());
+    fn ok_raw(&mut self, command: &[u8]) {
+        let answer = self.command_raw(command, size_of::<CtrlHdr>());
         assert_eq!(CtrlHdr::read_from_bytes(&answer).unwrap().kind.get(), kind::OK_NODATA);
+    }
+
+    fn create(&mut self, resource: &Resource) {
+        self.ok_raw(&resource.create());
+        self.ok_raw(&resource.attach());
     }
 
     /// The guest draws, into its own memory.
@@ -288,40 +280,19 @@ impl Rig {
     }
 
     fn transfer(&mut self, resource: &Resource, rect: Rect) {
-        let offset = u64::from(rect.y * resource.width + rect.x) * 4;
-        self.ok(&TransferToHost2d {
-            hdr: CtrlHdr::new(kind::TRANSFER_TO_HOST_2D),
-            rect: rect.into(),
-            offset: offset.into(),
-            resource_id: resource.id.into(),
-            padding: 0.into(),
-        });
+        self.ok_raw(&resource.transfer(rect));
     }
 
     fn flush(&mut self, resource: &Resource, rect: Rect) {
-        self.ok(&ResourceFlush {
-            hdr: CtrlHdr::new(kind::RESOURCE_FLUSH),
-            rect: rect.into(),
-            resource_id: resource.id.into(),
-            padding: 0.into(),
-        });
+        self.ok_raw(&resource.flush(rect));
     }
 
     fn show(&mut self, resource: u32, rect: Rect) {
-        self.ok(&SetScanout {
-            hdr: CtrlHdr::new(kind::SET_SCANOUT),
-            rect: rect.into(),
-            scanout_id: 0.into(),
-            resource_id: resource.into(),
-        });
+        self.ok(&show(resource, rect));
     }
 
     fn unref(&mut self, resource: u32) {
-        self.ok(&ResourceCommand {
-            hdr: CtrlHdr::new(kind::RESOURCE_UNREF),
-            resource_id: resource.into(),
-            padding: 0.into(),
-        });
+        self.ok_raw(&Resource::new(resource, 1, 1).unref());
     }
 
     /// Draws, uploads and flushes.
@@ -352,14 +323,7 @@ impl Rig {
     }
 
     fn cursor(&mut self, kind: u32, x: u32, y: u32, resource: u32, hot: (u32, u32)) -> u32 {
-        let command = UpdateCursor {
-            hdr: CtrlHdr::new(kind),
-            pos: CursorPos { scanout_id: 0.into(), x: x.into(), y: y.into(), padding: 0.into() },
-            resource_id: resource.into(),
-            hot_x: hot.0.into(),
-            hot_y: hot.1.into(),
-            padding: 0.into(),
-        };
+        let command = cursor(kind, x, y, resource, hot);
         let room = size_of::<CtrlHdr>() as u32;
         self.driver.queues[1].send(&[Part::Out(command.as_bytes()), Part::In(room)]);
         let (_, answer) = self.driver.queues[1].wait_used();
@@ -405,6 +369,26 @@ fn wait_for_socket(path: &Path) {
     }
 }
 
+fn show(resource: u32, rect: Rect) -> SetScanout {
+    SetScanout {
+        hdr: CtrlHdr::new(kind::SET_SCANOUT),
+        rect: rect.into(),
+        scanout_id: 0.into(),
+        resource_id: resource.into(),
+    }
+}
+
+fn cursor(kind: u32, x: u32, y: u32, resource: u32, hot: (u32, u32)) -> UpdateCursor {
+    UpdateCursor {
+        hdr: CtrlHdr::new(kind),
+        pos: CursorPos { scanout_id: 0.into(), x: x.into(), y: y.into(), padding: 0.into() },
+        resource_id: resource.into(),
+        hot_x: hot.0.into(),
+        hot_y: hot.1.into(),
+        padding: 0.into(),
+    }
+}
+
 /// A resource of the guest and where its pixels are.
 #[derive(Debug, Clone, Copy)]
 struct Resource {
@@ -418,6 +402,60 @@ struct Resource {
 impl Resource {
     fn new(id: u32, width: u32, height: u32) -> Self {
         Self { id, format: PixelFormat::B8G8R8X8, width, height, at: u64::from(id) * (8 << 20) }
+    }
+
+    fn create(&self) -> Vec<u8> {
+        let command = ResourceCreate2d {
+            hdr: CtrlHdr::new(kind::RESOURCE_CREATE_2D),
+            resource_id: self.id.into(),
+            format: (self.format as u32).into(),
+            width: self.width.into(),
+            height: self.height.into(),
+        };
+        command.as_bytes().to_vec()
+    }
+
+    /// Pages in reverse order, the last one odd.
+    fn attach(&self) -> Vec<u8> {
+        let command = AttachBacking {
+            hdr: CtrlHdr::new(kind::RESOURCE_ATTACH_BACKING),
+            resource_id: self.id.into(),
+            entries: (self.pages().len() as u32).into(),
+        };
+        let mut command = command.as_bytes().to_vec();
+        for (address, length) in self.pages() {
+            let entry =
+                MemEntry { address: address.into(), length: length.into(), padding: 0.into() };
+            command.extend_from_slice(entry.as_bytes());
+        }
+        command
+    }
+
+    fn transfer(&self, rect: Rect) -> Vec<u8> {
+        let command = TransferToHost2d {
+            hdr: CtrlHdr::new(kind::TRANSFER_TO_HOST_2D),
+            rect: rect.into(),
+            offset: (u64::from(rect.y * self.width + rect.x) * 4).into(),
+            resource_id: self.id.into(),
+            padding: 0.into(),
+        };
+        command.as_bytes().to_vec()
+    }
+
+    fn flush(&self, rect: Rect) -> Vec<u8> {
+        let command = ResourceFlush {
+            hdr: CtrlHdr::new(kind::RESOURCE_FLUSH),
+            rect: rect.into(),
+            resource_id: self.id.into(),
+            padding: 0.into(),
+        };
+        command.as_bytes().to_vec()
+    }
+
+    fn unref(&self) -> Vec<u8> {
+        let hdr = CtrlHdr::new(kind::RESOURCE_UNREF);
+        let command = ResourceCommand { hdr, resource_id: self.id.into(), padding: 0.into() };
+        command.as_bytes().to_vec()
     }
 
     fn whole(&self) -> Rect {
@@ -777,6 +815,216 @@ fn a_dead_back_end_leaves_the_picture_and_hangs_nobody() {
             Driver::start_with(&mut rig.device, features, memory());
         });
         assert!(std::panic::catch_unwind(activation).is_err(), "activation fails, nothing hangs");
+    }
+}
+
+/// Restarts without a pause, however often.
+const AT_ONCE: RestartPolicy = RestartPolicy {
+    quick: usize::MAX,
+    window: Duration::from_secs(60),
+    pause: Duration::from_secs(1),
+    longest_pause: Duration::from_secs(1),
+};
+
+fn kill(rig: &Rig) {
+    let pid = rig.device.process_id().expect("a process of ours");
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+}
+
+/// Sends commands without waiting for their answers.
+struct Batch<'a> {
+    rig: &'a mut Rig,
+    sent: [usize; 2],
+}
+
+impl<'a> Batch<'a> {
+    fn new(rig: &'a mut Rig) -> Self {
+        Self { rig, sent: [0; 2] }
+    }
+
+    fn send(&mut self, queue: usize, command: &[u8]) {
+        let room = size_of::<RespDisplayInfo>() as u32;
+        self.rig.driver.queues[queue].send(&[Part::Out(command), Part::In(room)]);
+        self.sent[queue] += 1;
+    }
+
+    /// Waits for all answers and returns their kinds.
+    fn finish(self) -> Vec<u32> {
+        let mut kinds = Vec::new();
+        for (queue, sent) in self.sent.into_iter().enumerate() {
+            for _ in 0..sent {
+                let (_, answer) = self.rig.driver.queues[queue].wait_used();
+                kinds.push(CtrlHdr::read_from_prefix(&answer).unwrap().0.kind.get());
+            }
+        }
+        kinds
+    }
+}
+
+#[test]
+fn a_hundred_kills_in_a_row() {
+    drago_gpu();
+    let config = GpuConfig { restart: AT_ONCE, ..GpuConfig::default() };
+    let mut rig = Rig::with(BackEnd::Shared, config).unwrap();
+    let buffers = [Resource::new(1, 640, 480), Resource::new(2, 640, 480)];
+    let pointer = Resource { format: PixelFormat::B8G8R8A8, ..Resource::new(3, 64, 64) };
+    buffers.iter().chain([&pointer]).for_each(|resource| rig.create(resource));
+    rig.draw(&pointer, pointer.whole(), |x, y| [x as u8, y as u8, 7, 255]);
+    rig.transfer(&pointer, pointer.whole());
+    rig.cursor(kind::UPDATE_CURSOR, 1, 2, 3, (4, 5));
+    rig.show(1, buffers[0].whole());
+    rig.paint(&buffers[0], buffers[0].whole(), noise(0));
+    rig.expect_picture(&buffers[0], buffers[0].whole(), "a picture");
+    let scanouts = rig.sink.seen.lock().unwrap().scanouts;
+    let mut pauses = Vec::new();
+    for round in 0..100_u32 {
+        let buffer = buffers[round as usize % 2];
+        rig.draw(&buffer, buffer.whole(), noise(round));
+        let mut batch = Batch::new(&mut rig);
+        // What a frame with a page flip, a moving pointer and a short-lived resource looks like.
+        let scratch = Resource::new(4, 64 + round, 10);
+        for step in 0..4 {
+            batch.send(0, &scratch.create());
+            batch.send(0, &scratch.attach());
+            batch.send(0, &buffer.transfer(buffer.whole()));
+            batch.send(0, show(buffer.id, buffer.whole()).as_bytes());
+            batch.send(0, &buffer.flush(buffer.whole()));
+            batch.send(0, CtrlHdr::new(kind::GET_DISPLAY_INFO).as_bytes());
+            batch.send(0, &scratch.unref());
+            batch.send(1, cursor(kind::MOVE_CURSOR, round + step, step, 3, (4, 5)).as_bytes());
+        }
+        // Somewhere between "before the first of them" and "after the last".
+        let until = Instant::now() + Duration::from_micros(u64::from(round * 7919 % 4000));
+        while Instant::now() < until {
+            std::hint::spin_loop();
+        }
+        kill(batch.rig);
+        let killed = Instant::now();
+        let kinds = batch.finish();
+        let bad =
+            kinds.iter().filter(|kind| ![kind::OK_NODATA, kind::OK_DISPLAY_INFO].contains(kind));
+        assert_eq!(bad.count(), 0, "round {round}: {kinds:x?}");
+        rig.sink.wait("a successor", |seen| (seen.successors == round + 1).then_some(()));
+        rig.expect_picture(&buffer, buffer.whole(), "the picture after a kill");
+        pauses.push(killed.elapsed());
+        // The pointer moves on: the successor knows its image.
+        rig.cursor(kind::MOVE_CURSOR, 500 + round, 6, 3, (4, 5));
+        rig.sink.wait("the pointer", |seen| {
+            (seen.cursor_pos == (500 + round, 6) && seen.cursor.is_some()).then_some(())
+        });
+    }
+    pauses.sort();
+    println!("from kill to picture: median {:?}, worst {:?}", pauses[50], pauses[99]);
+    let seen = rig.sink.seen.lock().unwrap();
+    assert_eq!((seen.deaths, seen.successors), (100, 100));
+    assert_eq!(seen.scanouts, scanouts, "viewers see no change of the scanout");
+    assert!(seen.sequences.is_sorted(), "frames are numbered on");
+    drop(seen);
+    assert!(!rig.driver.interrupt.needs_reset());
+}
+
+#[test]
+fn what_is_not_drawn_again_comes_back_by_itself() {
+    for back_end in [BackEnd::Shared, BackEnd::Plain] {
+        println!("{back_end:?}");
+        drago_gpu();
+        let config = GpuConfig { restart: AT_ONCE, ..GpuConfig::default() };
+        let mut rig = Rig::with(back_end, config).unwrap();
+        let screen = Resource::new(1, 300, 200);
+        rig.create(&screen);
+        let part = Rect::new(10, 20, 200, 150);
+        rig.show(1, part);
+        rig.paint(&screen, screen.whole(), noise(1));
+        rig.expect_picture(&screen, part, "a picture");
+        // The guest draws and is about to say so when the process dies; then it sleeps.
+        rig.draw(&screen, screen.whole(), noise(2));
+        let frames = rig.sink.seen.lock().unwrap().frames;
+        kill(&rig);
+        rig.expect_picture(&screen, part, "the picture of a guest that does nothing");
+        rig.sink.wait("a whole frame", |seen| (seen.frames > frames).then_some(()));
+        rig.sink.wait("a successor", |seen| (seen.successors == 1).then_some(()));
+        // A viewer that comes later sees it too.
+        let second = Arc::new(Sink::default());
+        rig.handle.set_sink(second.clone());
+        rig.sink = second;
+        rig.expect_picture(&screen, part, "the picture for a new viewer");
+        rig.paint(&screen, Rect::new(30, 40, 5, 5), noise(3));
+        rig.expect_picture(&screen, part, "a part of it");
+        // A reset forgets it for all successors.
+        rig.device.reset();
+        let features = rig.device.features();
+        rig.driver = Driver::start_with(&mut rig.device, features, memory());
+        rig.sink.wait("no picture", |seen| seen.size.is_none().then_some(()));
+        rig.create(&screen);
+        kill(&rig);
+        assert_eq!(rig.command_raw(&screen.create(), 24)[..4], 0x1203_u32.to_le_bytes());
+        rig.sink.wait("another successor", |seen| (seen.successors == 1).then_some(()));
+        assert_eq!(rig.sink.seen.lock().unwrap().size, None);
+    }
+}
+
+#[test]
+fn while_starts_are_rationed_commands_are_refused() {
+    drago_gpu();
+    let restart = RestartPolicy { quick: 0, ..AT_ONCE };
+    let config = GpuConfig { restart, ..GpuConfig::default() };
+    let mut rig = Rig::with(BackEnd::Shared, config).unwrap();
+    let screen = Resource::new(1, 300, 200);
+    rig.create(&screen);
+    rig.show(1, screen.whole());
+    rig.paint(&screen, screen.whole(), noise(1));
+    rig.expect_picture(&screen, screen.whole(), "a picture");
+    for round in 1..=2 {
+        kill(&rig);
+        rig.sink.wait("a death", |seen| (seen.deaths == round).then_some(()));
+        // Answered long before there is a successor.
+        let answer = rig.command_raw(&screen.flush(screen.whole()), 24);
+        assert_eq!(answer[..4], kind::ERR_UNSPEC.to_le_bytes());
+        assert_eq!(rig.sink.seen.lock().unwrap().successors, round - 1);
+        assert!(!rig.handle.is_alive());
+        rig.draw(&screen, screen.whole(), noise(round + 1));
+        rig.expect_picture(&screen, screen.whole(), "the picture");
+        rig.sink.wait("a successor", |seen| (seen.successors == round).then_some(()));
+        rig.paint(&screen, Rect::new(1, 1, 9, 9), noise(round + 5));
+        rig.expect_picture(&screen, screen.whole(), "a part");
+    }
+    // A driver that comes while there is none is served by the next one.
+    kill(&rig);
+    rig.sink.wait("a death", |seen| (seen.deaths == 3).then_some(()));
+    rig.device.reset();
+    let features = rig.device.features();
+    rig.driver = Driver::start_with(&mut rig.device, features, memory());
+    rig.create(&screen);
+    rig.show(1, screen.whole());
+    rig.paint(&screen, screen.whole(), noise(20));
+    rig.expect_picture(&screen, screen.whole(), "the picture of a new driver");
+}
+
+#[test]
+fn broken_chains_make_the_device_need_a_reset() {
+    drago_gpu();
+    let mut rig = Rig::new(BackEnd::Shared).unwrap();
+    let outside = 1 << 40;
+    for (queue, parts) in [
+        (0, vec![(outside, 24, false), (0x10_0000, 24, true)]),
+        (0, vec![(0x10_0000, 24, false), (outside, 24, true)]),
+        (0, vec![(0x10_0000, 24, true), (0x10_0000, 24, false)]),
+        (1, vec![(outside, 56, false)]),
+    ] {
+        assert!(!rig.driver.interrupt.needs_reset());
+        rig.driver.queues[queue].add_raw(&parts);
+        rig.driver.queues[queue].kick();
+        rig.driver.interrupt.wait_config_change();
+        assert!(rig.driver.interrupt.needs_reset());
+        rig.device.reset();
+        let features = rig.device.features();
+        rig.driver = Driver::start_with(&mut rig.device, features, memory());
+        let screen = Resource::new(1, 64, 64);
+        rig.create(&screen);
+        rig.show(1, screen.whole());
+        rig.paint(&screen, screen.whole(), noise(1));
+        rig.expect_picture(&screen, screen.whole(), "a picture after the reset");
     }
 }
 

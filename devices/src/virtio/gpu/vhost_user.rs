@@ -1,28 +1,32 @@
 //! The front end's half of vhost-user: hands over what driver and transport agreed on.
 
 use std::{
+    fs::File,
     io::{self, IoSlice},
     mem::MaybeUninit,
     os::{
-        fd::{AsFd, BorrowedFd},
-        unix::net::UnixStream,
+        fd::{AsFd, AsRawFd, BorrowedFd},
+        unix::{fs::FileExt, net::UnixStream},
     },
 };
 
-use gpu_protocol::virtio::{Config, QUEUES};
+use gpu_protocol::{
+    inflight::{self, table_size},
+    virtio::{Config, QUEUES},
+};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use vhost::{
     VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
     vhost_user::{
         Frontend, VhostUserFrontend,
         message::{
-            VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
-            VhostUserVirtioFeatures,
+            VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight,
+            VhostUserProtocolFeatures, VhostUserVirtioFeatures,
         },
     },
 };
 use virtio_queue::QueueT;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::{
@@ -30,6 +34,7 @@ use crate::{
     virtio::device::{ActiveQueue, VirtioInterrupt},
 };
 
+const SET_VRING_ERR: u32 = 14;
 const GPU_SET_SOCKET: u32 = 33;
 const VERSION: u32 = 1;
 
@@ -44,6 +49,14 @@ pub(super) enum VhostError {
     Io { what: &'static str, source: io::Error },
     #[error("the back end does not speak vhost-user's protocol features")]
     TooOld,
+}
+
+impl VhostError {
+    /// Whether the back end is there and said no.
+    pub(super) fn is_refusal(&self) -> bool {
+        use vhost::{Error::VhostUserProtocol, vhost_user::Error::BackendInternalError};
+        matches!(self, Self::Request { source: VhostUserProtocol(BackendInternalError), .. })
+    }
 }
 
 trait Named<T> {
@@ -62,17 +75,59 @@ impl<T> Named<T> for io::Result<T> {
     }
 }
 
+/// What the back end keeps for its successor: the tables of commands in flight, and behind them what
+/// only it understands.
+pub(super) struct Inflight {
+    info: VhostUserInflight,
+    file: File,
+}
+
+impl Inflight {
+    /// The chains of a queue that have no answer, oldest first; `None` if the back end left nonsense.
+    /// Read as a file: a mapping of a file that shrinks would kill this process.
+    pub(super) fn chains(&self, queue: u16, size: u16, used: u16) -> Option<Vec<u16>> {
+        let length = table_size(self.info.queue_size);
+        let mut table = vec![0; length];
+        let at = self.info.mmap_offset.checked_add(u64::from(queue) * length as u64)?;
+        self.file.read_exact_at(&mut table, at).ok()?;
+        let found = inflight::parse(&table, size.min(self.info.queue_size), used)?;
+        Some(found.into_iter().map(|one| one.head).collect())
+    }
+
+    /// Strikes all chains off: they have been answered.
+    pub(super) fn wipe(&self) -> io::Result<()> {
+        let zeros = vec![0; QUEUES * table_size(self.info.queue_size)];
+        self.file.write_all_at(&zeros, self.info.mmap_offset)
+    }
+}
+
+/// How to start the queues.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Start {
+    /// From their beginning.
+    Fresh,
+    /// Where the last back end stopped.
+    Resumed,
+}
+
 /// The connection to the back end.
 pub(super) struct VhostUser {
     frontend: Frontend,
+    /// The same socket.
+    direct: UnixStream,
     features: u64,
     protocol: VhostUserProtocolFeatures,
     capsets: u32,
 }
 
 impl VhostUser {
-    /// Negotiates on `socket` and passes `gpu` to the back end as its GPU socket.
-    pub(super) fn connect(socket: UnixStream, gpu: &UnixStream) -> Result<Self, VhostError> {
+    /// Negotiates on `socket` and passes `gpu` to the back end as its GPU socket. `successors` tells
+    /// whether another process can take over if it dies.
+    pub(super) fn connect(
+        socket: UnixStream,
+        gpu: &UnixStream,
+        successors: bool,
+    ) -> Result<Self, VhostError> {
         let direct = socket.try_clone().named("duplicating the socket")?;
         let mut frontend = Frontend::from_stream(socket, QUEUES as u64);
         let features = frontend.get_features().named("GET_FEATURES")?;
@@ -80,18 +135,19 @@ impl VhostUser {
             return Err(VhostError::TooOld);
         }
         let offered = frontend.get_protocol_features().named("GET_PROTOCOL_FEATURES")?;
-        let protocol = offered
-            & (VhostUserProtocolFeatures::CONFIG
-                | VhostUserProtocolFeatures::REPLY_ACK
-                | VhostUserProtocolFeatures::MQ
-                | VhostUserProtocolFeatures::RESET_DEVICE);
+        let mut known = VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::RESET_DEVICE;
+        known.set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, successors);
+        let protocol = offered & known;
         frontend.set_protocol_features(protocol).named("SET_PROTOCOL_FEATURES")?;
         if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
         frontend.set_owner().named("SET_OWNER")?;
-        send_gpu_socket(&direct, gpu.as_fd()).named("GPU_SET_SOCKET")?;
-        let mut vhost = Self { frontend, features, protocol, capsets: 0 };
+        send(&direct, GPU_SET_SOCKET, &[], gpu.as_fd()).named("GPU_SET_SOCKET")?;
+        let mut vhost = Self { frontend, direct, features, protocol, capsets: 0 };
         vhost.capsets = vhost.read_capsets()?;
         Ok(vhost)
     }
@@ -117,13 +173,39 @@ impl VhostUser {
         Ok(Config::read_from_bytes(&bytes).map_or(0, |config| config.num_capsets.get()))
     }
 
-    /// Hands over features, memory and queues; the back end serves them from now on.
+    /// Lets the back end make memory for its successor, before the queues start. `None` if it does
+    /// not know how.
+    pub(super) fn make_inflight(
+        &mut self,
+        queue_size: u16,
+    ) -> Result<Option<Inflight>, VhostError> {
+        if !self.protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+            return Ok(None);
+        }
+        let wanted = VhostUserInflight::new(0, 0, QUEUES as u16, queue_size);
+        let (info, file) = self.frontend.get_inflight_fd(&wanted).named("GET_INFLIGHT_FD")?;
+        if (info.num_queues, info.queue_size) != (QUEUES as u16, queue_size) {
+            return Ok(None);
+        }
+        Ok(Some(Inflight { info, file }))
+    }
+
+    /// Gives the back end what its predecessor left.
+    pub(super) fn give_inflight(&mut self, inflight: &Inflight) -> Result<(), VhostError> {
+        let Inflight { info, file } = inflight;
+        self.frontend.set_inflight_fd(info, file.as_raw_fd()).named("SET_INFLIGHT_FD")
+    }
+
+    /// Hands over features, memory and queues; the back end serves them from now on. It writes to
+    /// `error` when the driver breaks the rules of a queue.
     pub(super) fn start(
         &mut self,
         features: u64,
         memory: &GuestMemory,
         queues: &[ActiveQueue],
         interrupt: &dyn VirtioInterrupt,
+        error: BorrowedFd<'_>,
+        how: Start,
     ) -> Result<(), VhostError> {
         let features = (features & self.features)
             | (VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() & self.features);
@@ -135,7 +217,9 @@ impl VhostUser {
         }
         self.frontend.set_mem_table(&regions).named("SET_MEM_TABLE")?;
         for active in queues {
-            self.start_queue(memory, active, interrupt)?;
+            let index = u64::from(active.index);
+            send(&self.direct, SET_VRING_ERR, index.as_bytes(), error).named("SET_VRING_ERR")?;
+            self.start_queue(memory, active, interrupt, how)?;
         }
         for active in queues {
             self.frontend
@@ -150,6 +234,7 @@ impl VhostUser {
         memory: &GuestMemory,
         active: &ActiveQueue,
         interrupt: &dyn VirtioInterrupt,
+        how: Start,
     ) -> Result<(), VhostError> {
         let (index, queue) = (usize::from(active.index), &active.queue);
         let host = |address: u64| {
@@ -167,7 +252,11 @@ impl VhostUser {
         };
         let call = interrupt.queue_eventfd(active.index).named("interrupt of a queue")?;
         self.frontend.set_vring_num(index, queue.size()).named("SET_VRING_NUM")?;
-        self.frontend.set_vring_base(index, queue.next_avail()).named("SET_VRING_BASE")?;
+        let base = match how {
+            Start::Fresh => queue.next_avail(),
+            Start::Resumed => used_index(memory, queue)?,
+        };
+        self.frontend.set_vring_base(index, base).named("SET_VRING_BASE")?;
         self.frontend.set_vring_addr(index, &config).named("SET_VRING_ADDR")?;
         self.frontend.set_vring_call(index, &call).named("SET_VRING_CALL")?;
         self.frontend.set_vring_kick(index, &active.kick).named("SET_VRING_KICK")
@@ -187,19 +276,34 @@ impl VhostUser {
     }
 }
 
-/// Sends `VHOST_USER_GPU_SET_SOCKET`, which crate `vhost` 0.18 cannot send, between two of its
-/// requests. It has no answer.
-fn send_gpu_socket(vhost: &UnixStream, gpu: BorrowedFd<'_>) -> io::Result<()> {
-    let header = [GPU_SET_SOCKET, VERSION, 0];
+/// How many chains of a queue were given back, as its used ring says.
+pub(super) fn used_index(
+    memory: &GuestMemory,
+    queue: &virtio_queue::Queue,
+) -> Result<u16, VhostError> {
+    let at = GuestAddress(queue.used_ring() + 2);
+    let index: u16 = memory.read_obj(at).map_err(|_| VhostError::Memory)?;
+    Ok(u16::from_le(index))
+}
+
+/// Sends a request with a descriptor and without an answer, between two of the library's: it cannot
+/// send the first kind, and takes descriptors for the second in a type that cannot be waited for.
+fn send(
+    vhost: &UnixStream,
+    request: u32,
+    payload: &[u8],
+    descriptor: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let header = [request, VERSION, payload.len() as u32];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    let fds = [gpu];
+    let fds = [descriptor];
     if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    let bytes = header.as_bytes();
+    let bytes = [header.as_bytes(), payload].concat();
     let sent =
-        rustix::net::sendmsg(vhost, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
-    // Twelve bytes fit into any socket buffer that is empty, as this one is between two requests.
+        rustix::net::sendmsg(vhost, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)?;
+    // So few bytes fit into any socket buffer that is empty, as this one is between two requests.
     if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
