@@ -32,8 +32,6 @@ let
   tapMultiQueue = vcpu > 1;
   queues = optional tapMultiQueue "queues=${toString vcpu}";
 
-  supportsNotifySocket = vsock.cid != null && cfg.notify;
-
   # Triple fault for a reboot and reboot at once after a panic: both end the process.
   kernelCommandLine = concatStringsSep " " (
     optionals cfg.serialConsole [ "earlyprintk=ttyS0" "console=ttyS0" ]
@@ -128,7 +126,10 @@ let
   ctl = "${program} ctl --control ${escapeShellArg (toString socket)}";
 in
 {
-  inherit tapMultiQueue supportsNotifySocket;
+  inherit tapMultiQueue;
+
+  # With a vsock the guest's systemd says when it has booted, else drago-vmm when the guest runs.
+  supportsNotifySocket = true;
 
   command =
     if refusals != [ ]

@@ -209,7 +209,7 @@ fn our_parser_takes_every_command_line() {
                 config.validate().unwrap_or_else(|error| panic!("{name}: {error}"));
                 assert_eq!(config.name, "guest");
                 let disk = config.devices.iter().position(|(option, _)| *option == "disk");
-                assert_eq!(disk, (name != "virtiofs").then_some(0), "{name}: the store is first");
+                assert_eq!(disk, (name != "virtiofs").then_some(0), "{name}: disks come first");
             }
             Ok(other) => complaints.push(format!("{name}: {other:?}")),
             Err(error) => complaints.push(format!("{name}: {error}")),

@@ -34,6 +34,18 @@ let
   user = interface { type = "user"; id = "net0"; mac = "02:00:00:00:00:02"; };
 in
 {
+  # The example, with the defaults that NixOS would fill in.
+  example =
+    let inherit (import ../example/agent-drago.nix { pkgs = { }; }) microvm; in
+    microvm // {
+      storeOnDisk = false;
+      graphics.enable = true;
+      volumes = map (own: volume // own) microvm.volumes;
+      shares = map share microvm.shares;
+      interfaces = map interface microvm.interfaces;
+      drago-vmm = microvm.drago-vmm // { spice = spice // microvm.drago-vmm.spice; };
+    };
+
   defaults = {
     hypervisor = "drago-vmm";
     hostName = "guest";

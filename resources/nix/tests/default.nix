@@ -64,7 +64,7 @@ let
     };
 in
 {
-  accepted = builtins.mapAttrs (_: accept) cases.accepted;
+  accepted = builtins.mapAttrs (_: accept) (cases.accepted // { inherit (cases) example; });
   refused = builtins.mapAttrs (_: refusals "x86_64-linux") cases.refused // {
     system = refusals "aarch64-linux" { };
   };
