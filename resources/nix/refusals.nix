@@ -78,5 +78,10 @@ optional (system != "x86_64-linux")
     "microvm.devices: ${path}: drago-vmm passes no USB devices through; use qemu"
 ) devices
 
+++ concatMap (name:
+  optional (builtins.match "[^=/:]+" name == null)
+    "microvm.credentialFiles: \"${name}\" is no credential's name: it cannot contain any of = / :"
+) (builtins.attrNames microvmConfig.credentialFiles)
+
 ++ lib.optionals (spice != null) (comma "microvm.drago-vmm.spice.passwordFile" spice.passwordFile)
 ++ comma "microvm.drago-vmm.guestAgent.socket" guestAgent.socket

@@ -227,6 +227,7 @@ in
         { bus = "usb"; path = "vendorid=0xabcd,productid=0x0123"; }
       ];
     };
+    credential-name = { credentialFiles."a/b" = "/run/secrets/a"; };
     password-comma = {
       graphics.enable = true;
       drago-vmm.spice = spice // { passwordFile = "/run/a,b"; };
