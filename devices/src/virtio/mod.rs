@@ -6,6 +6,7 @@
 //! | [`blk`] | disks |
 //! | [`console`] | hvc0 and named ports |
 //! | [`device`] | the trait each device implements, and what it is given at activation |
+//! | [`fs`] | shared folders, served by virtiofsd over vhost-user |
 //! | [`gpu`] | display, served by another process over vhost-user |
 //! | [`input`] | keyboard, tablet, mouse |
 //! | [`net`] | network card on a tap interface or on passt |
@@ -19,6 +20,7 @@ pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod device;
+pub mod fs;
 pub mod gpu;
 pub mod input;
 pub mod net;

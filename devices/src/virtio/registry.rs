@@ -91,5 +91,6 @@ pub static MODULES: &[&DeviceModule] = &[
     &super::net::MODULE,
     &super::balloon::MODULE,
     &super::vsock::MODULE,
+    &super::fs::MODULE,
     &super::gpu::MODULE,
 ];

@@ -58,6 +58,11 @@ impl Ring {
         }
     }
 
+    /// Position in the available ring of the next chain.
+    pub(crate) fn next_avail(&self) -> u16 {
+        self.queue.next_avail()
+    }
+
     /// The raw descriptor of the notification, to tell events apart.
     #[allow(dead_code, reason = "for devices whose rings are not numbered by event data")]
     pub(crate) fn kick_fd(&self) -> std::os::fd::RawFd {

@@ -51,7 +51,6 @@ pub(crate) enum Addresses {
     /// As the guest sees it; crate `vhost` translates for back ends in the kernel.
     Guest,
     /// As this process sees it.
-    #[allow(dead_code, reason = "for back ends in other processes, the next to come")]
     Process,
 }
 
