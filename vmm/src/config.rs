@@ -44,6 +44,14 @@ pub enum ConfigError {
     /// Zero or too many processors.
     #[error("--cpus {0}: expected 1 to {max}", max = acpi::MAX_CPUS)]
     Cpus(u32),
+    /// More than the guest can do without.
+    #[error("--balloon size={size}: of --memory {memory} MiB at most {most} can be taken", most = memory - memory::MINIMUM_MIB)]
+    Balloon {
+        /// MiB to be taken.
+        size: u32,
+        /// MiB of RAM.
+        memory: u64,
+    },
     /// A bad amount of RAM.
     #[error(transparent)]
     Memory(#[from] memory::Error),

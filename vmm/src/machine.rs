@@ -14,7 +14,7 @@ use devices::{
     },
     pci::{PciError, PciRoot, PciWindows},
     services::VmServices,
-    virtio::{registry::BuildError, vsock::VsockHandle},
+    virtio::{balloon::BalloonHandle, registry::BuildError, vsock::VsockHandle},
 };
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vm_memory::GuestMemoryError;
@@ -43,6 +43,9 @@ use crate::{
 
 /// How long a terminal may take to accept the last of the guest's output.
 const SERIAL_FLUSH: Duration = Duration::from_secs(2);
+
+/// How long a guest may take to fill or empty its balloon before its progress is told.
+const BALLOON_LIMIT: Duration = Duration::from_secs(10);
 
 /// A machine could not be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -104,7 +107,19 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
     let signals = sys::signal_fd(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])
         .map_err(host("signals cannot be received"))?;
     let exit = Arc::new(Exit::new().map_err(host("no eventfd"))?);
-    let machine = Machine::build(config, &exit, started)?;
+    let machine = match Machine::build(config, &exit, started) {
+        Ok(machine) => machine,
+        // Building may take a while where it has to wait for others.
+        Err(error) => {
+            return match sys::read_signal(&signals) {
+                Some(signal) => {
+                    tracing::info!(%error, "signal {signal}: the virtual machine was not started");
+                    Ok(Outcome(0))
+                }
+                None => Err(error),
+            };
+        }
+    };
     let result = wait(signals, &exit);
     let outcome = machine.end(&exit);
     result.and(outcome)
@@ -179,6 +194,13 @@ impl Machine {
         let identity = Identity { name: config.name.clone(), uuid: config.uuid };
         let display = display::start(config.spice.as_ref(), identity, &handles)?;
 
+        let balloon: Option<BalloonHandle> =
+            handles.by_option.iter().find_map(|(_, handle)| handle.downcast_ref().cloned());
+        if let Some(size) = balloon.as_ref().map(BalloonHandle::size_mib)
+            && u64::from(size) > config.memory_mib - memory::MINIMUM_MIB
+        {
+            return Err(ConfigError::Balloon { size, memory: config.memory_mib }.into());
+        }
         let target = Target {
             name: config.name,
             cpus: config.cpus,
@@ -187,6 +209,7 @@ impl Machine {
             power,
             exit: exit.clone(),
             display: display.clone(),
+            balloon,
         };
         let control = match &config.control {
             Some(path) => Some(ControlServer::start(path, Arc::new(target))?),
@@ -387,6 +410,7 @@ struct Target {
     power: Arc<Power>,
     exit: Arc<Exit>,
     display: Option<Arc<dyn DisplayControl>>,
+    balloon: Option<BalloonHandle>,
 }
 
 impl Target {
@@ -430,5 +454,22 @@ impl ControlTarget for Target {
 
     fn resize(&self, display: u32, width: u32, height: u32) -> Result<(), ControlError> {
         self.display()?.resize(display, width, height)
+    }
+
+    fn balloon(&self, mib: Option<u32>) -> Result<u32, ControlError> {
+        let Some(balloon) = &self.balloon else {
+            let text = "this machine has no balloon; start it with --balloon";
+            return Err(ControlError(text.to_owned()));
+        };
+        let Some(mib) = mib else { return Ok(balloon.actual_mib()) };
+        let most = self.memory_mib.saturating_sub(memory::MINIMUM_MIB);
+        if u64::from(mib) > most {
+            let all = self.memory_mib;
+            return Err(ControlError(format!(
+                "the guest has {all} MiB and needs some of them: at most {most} can be taken"
+            )));
+        }
+        balloon.set_size_mib(mib);
+        Ok(balloon.wait_settled(BALLOON_LIMIT))
     }
 }

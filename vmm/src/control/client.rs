@@ -46,6 +46,11 @@ pub enum Action {
         #[arg(long, default_value_t = 0)]
         display: u32,
     },
+    /// Take MIB of memory from the guest and print how much it does without then
+    Balloon {
+        /// Size of the balloon in MiB; left out: only print it
+        mib: Option<u32>,
+    },
     /// End the virtual machine at once, as if unplugged (disks are flushed)
     Quit,
 }
@@ -119,6 +124,7 @@ pub fn run(path: &Path, action: &Action, out: &mut impl Write) -> Result<(), Cli
         Action::Resize { size: (width, height), display } => {
             (Request::Resize { display, width, height }, None)
         }
+        Action::Balloon { mib } => (Request::Balloon { mib }, None),
         Action::Quit => (Request::Quit {}, None),
     };
     match connection.ask(&request)? {
@@ -135,6 +141,7 @@ pub fn run(path: &Path, action: &Action, out: &mut impl Write) -> Result<(), Cli
                 fs::write(&file, picture).map_err(|source| ClientError::Write { file, source })?;
             }
         }
+        Response::Balloon { mib } => writeln!(out, "{mib}").map_err(io_error)?,
         Response::Done {} => {}
         Response::Error { message } => return Err(ClientError::Refused(message)),
     }
@@ -247,6 +254,13 @@ mod tests {
         let size = parse_size("1024x768").unwrap();
         run(&path, &Action::Resize { size, display: 0 }, &mut io::sink()).unwrap();
         assert_eq!(calls.recv().unwrap(), "1024x768");
+
+        for (mib, printed) in [(Some(512), "512\n"), (None, "7\n")] {
+            let mut out = Vec::new();
+            run(&path, &Action::Balloon { mib }, &mut out).unwrap();
+            assert_eq!(String::from_utf8(out).unwrap(), printed);
+            assert_eq!(calls.recv().unwrap(), format!("balloon {mib:?}"));
+        }
 
         let error = run(&path, &Action::CtrlAltDel, &mut io::sink()).unwrap_err();
         assert_eq!(error.to_string(), "there is no keyboard");

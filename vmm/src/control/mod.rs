@@ -58,6 +58,12 @@ pub enum Request {
         /// Height in pixels.
         height: u32,
     },
+    /// Take memory from the guest, or give it back.
+    Balloon {
+        /// What the guest is to do without, in MiB; left out: only tell.
+        #[serde(default)]
+        mib: Option<u32>,
+    },
     /// End the virtual machine at once (disks are flushed).
     Quit {},
 }
@@ -74,6 +80,11 @@ pub enum Response {
     Screenshot {
         /// Length of the file.
         bytes: usize,
+    },
+    /// Answer to [`Request::Balloon`].
+    Balloon {
+        /// What the guest does without now, in MiB.
+        mib: u32,
     },
     /// The request failed.
     Error {
@@ -122,6 +133,8 @@ pub trait ControlTarget: Send + Sync {
     fn screenshot(&self, display: u32) -> Result<Vec<u8>, ControlError>;
     /// Gives a display another size.
     fn resize(&self, display: u32, width: u32, height: u32) -> Result<(), ControlError>;
+    /// Answers [`Request::Balloon`].
+    fn balloon(&self, mib: Option<u32>) -> Result<u32, ControlError>;
 }
 
 /// A control socket could not be used.

@@ -170,6 +170,10 @@ fn answer(request: &Request, target: &dyn ControlTarget) -> (Response, Vec<u8>) 
         },
         Request::Resize { display, width, height } => target.resize(display, width, height),
         Request::CtrlAltDel {} => target.ctrl_alt_del(),
+        Request::Balloon { mib } => match target.balloon(mib) {
+            Ok(mib) => return (Response::Balloon { mib }, Vec::new()),
+            Err(error) => Err(error),
+        },
         Request::Shutdown {} | Request::Quit {} => Ok(()),
     };
     match result {
@@ -270,6 +274,11 @@ pub(super) mod tests {
         fn resize(&self, _: u32, width: u32, height: u32) -> Result<(), ControlError> {
             let _ = self.0.try_send(format!("{width}x{height}"));
             Ok(())
+        }
+
+        fn balloon(&self, mib: Option<u32>) -> Result<u32, ControlError> {
+            let _ = self.0.try_send(format!("balloon {mib:?}"));
+            Ok(mib.unwrap_or(7))
         }
     }
 
