@@ -40,5 +40,5 @@ pub use input::{
 };
 pub use secret::{MAX_PASSWORD, Secret};
 pub use server::{
-    AgentHandle, ClientPolicy, ClientStatus, ServerBuilder, ServerStatus, SpiceServer,
+    AgentHandle, ClientPolicy, ClientStatus, ServerBuilder, ServerStatus, Severity, SpiceServer,
 };

@@ -222,6 +222,13 @@ impl SpiceServer {
         self.shared.io.wake();
     }
 
+    /// Tells the people at the clients something. Clients decide how: spice-gtk's write it to their
+    /// log.
+    pub fn notify(&self, severity: Severity, text: &str) {
+        lock(&self.shared.notices).add(severity, text);
+        self.shared.io.wake();
+    }
+
     /// The mouse mode now in use.
     pub fn mouse_mode(&self) -> MouseMode {
         *lock(&self.shared.mouse_mode)
@@ -235,6 +242,17 @@ impl SpiceServer {
             agent_open: self.shared.agent.is_open(),
         }
     }
+}
+
+/// How bad what [`SpiceServer::notify`] tells is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Severity {
+    /// News.
+    Info = 0,
+    /// Something is amiss.
+    Warning = 1,
+    /// Something failed.
+    Error = 2,
 }
 
 impl Drop for SpiceServer {

@@ -8,6 +8,7 @@ use std::{
     net::{SocketAddr, TcpStream},
 };
 
+use spice_server::Severity;
 use support::{PATIENCE, setup};
 
 /// A channel with the 18-byte header and no capabilities at all.
@@ -98,6 +99,28 @@ fn an_old_client_gets_raw_pictures_on_its_one_surface() {
         }
     }
     assert!(canvas == pixels);
+}
+
+#[test]
+fn notices_reach_who_is_there() {
+    let setup = setup(|builder| builder);
+    setup.show_background((64, 64));
+    setup.server.notify(Severity::Error, "long ago");
+    let mut main = Plain::link(setup.address(), 0, 1);
+    assert_eq!(main.message().0, 103);
+    assert_eq!(main.message().0, 104);
+    for text in ["the first", "and the second"] {
+        setup.server.notify(Severity::Warning, text);
+        // Whatever else there is to say; PING is one of it.
+        let body = loop {
+            match main.message() {
+                (7, body) => break body,
+                (kind, _) => assert_ne!(kind, 6),
+            }
+        };
+        assert_eq!([8, 12, 16, 20].map(|at| word(&body, at)), [1, 2, 0, text.len() as u32]);
+        assert_eq!(body[24..], [text.as_bytes(), &[0]].concat());
+    }
 }
 
 #[test]

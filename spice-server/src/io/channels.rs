@@ -14,7 +14,7 @@ use crate::{
     display::state::DisplayShared,
     proto::{
         DecodeError,
-        channel::{ChannelType, put_disconnecting},
+        channel::{ChannelType, put_disconnecting, put_notify},
         cursor::{self, Shape},
         framing::{Deframer, Framer},
         inputs::{self, MASK_BUTTONS, MOTION_ACK_BUNCH, ScancodeDecoder, WireButton},
@@ -64,6 +64,7 @@ impl Channel {
         let tokens = shared.agent.attach(session);
         let main = MainChannel {
             mouse_mode: *lock(&shared.mouse_mode),
+            notices: lock(&shared.notices).last,
             agent_tokens: tokens,
             clock,
             knows_names: request.channel_caps.has(main::CAP_NAME_AND_UUID),
@@ -182,6 +183,8 @@ impl Channel {
 struct MainChannel {
     /// As last told to the client.
     mouse_mode: MouseMode,
+    /// Number of the last notice before those the client has not got.
+    notices: u64,
     /// Tokens to announce in INIT.
     agent_tokens: u32,
     clock: u32,
@@ -253,6 +256,12 @@ impl MainChannel {
             self.mouse_mode = mode;
             main::put_mouse_mode(framer, context.out, mode);
         }
+        let notices = lock(&context.shared.notices);
+        for (severity, text) in notices.after(self.notices) {
+            put_notify(framer, context.out, *severity as u32, text);
+        }
+        self.notices = notices.last;
+        drop(notices);
         while context.out.len() < SOFT_LIMIT {
             let Some(item) = context.shared.agent.next_for_client(context.session) else { break };
             match item {

@@ -1,6 +1,7 @@
 //! What the server's threads and the program's handles share.
 
 use std::{
+    collections::VecDeque,
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -11,7 +12,7 @@ use std::{
 
 use super::{keys::KeyEvent, wake::Wake};
 use crate::{
-    ClientPolicy, ClientStatus, DisplayEvents, InputSink, Leds, MouseMode, Secret,
+    ClientPolicy, ClientStatus, DisplayEvents, InputSink, Leds, MouseMode, Secret, Severity,
     agent::hub::AgentHub,
     display::{state::DisplayShared, stats::Counters},
     proto::channel::ChannelType,
@@ -55,11 +56,39 @@ pub(crate) struct Shared {
     /// The guest's lights, once it has said anything about them.
     pub(crate) leds: Mutex<Option<Leds>>,
     pub(crate) mouse_mode: Mutex<MouseMode>,
+    pub(crate) notices: Mutex<Notices>,
     pub(crate) sessions: Mutex<Vec<Arc<Session>>>,
     pub(crate) pending_links: AtomicUsize,
     viewers: Mutex<usize>,
     /// When the multimedia clock was 0.
     pub(crate) clock: Instant,
+}
+
+/// The newest texts for the people at the clients.
+#[derive(Default)]
+pub(crate) struct Notices {
+    /// Of the newest one; they are counted from 1.
+    pub(crate) last: u64,
+    recent: VecDeque<(Severity, String)>,
+}
+
+impl Notices {
+    /// Kept for clients that are slow to take them.
+    const MAX: usize = 8;
+
+    pub(crate) fn add(&mut self, severity: Severity, text: &str) {
+        self.last += 1;
+        self.recent.push_back((severity, text.to_owned()));
+        if self.recent.len() > Self::MAX {
+            self.recent.pop_front();
+        }
+    }
+
+    /// Those after number `seen`, as far as they are still there.
+    pub(crate) fn after(&self, seen: u64) -> impl Iterator<Item = &(Severity, String)> {
+        let new = usize::try_from(self.last.saturating_sub(seen)).unwrap_or(usize::MAX);
+        self.recent.iter().skip(self.recent.len().saturating_sub(new))
+    }
 }
 
 /// One authenticated client.
@@ -106,6 +135,7 @@ impl Shared {
             commands: Mutex::default(),
             leds: Mutex::default(),
             mouse_mode: Mutex::new(MouseMode::Client),
+            notices: Mutex::default(),
             sessions: Mutex::default(),
             pending_links: AtomicUsize::new(0),
             viewers: Mutex::default(),

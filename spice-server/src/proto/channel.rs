@@ -66,6 +66,7 @@ pub(crate) const COMMON_CAP_MINI_HEADER: u32 = 3;
 
 const SRV_PING: u16 = 4;
 const SRV_DISCONNECTING: u16 = 6;
+const SRV_NOTIFY: u16 = 7;
 
 /// Messages every client channel may send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,6 +110,21 @@ pub(crate) fn put_disconnecting(framer: &mut Framer, out: &mut Vec<u8>) {
     framer.message(out, SRV_DISCONNECTING, |out| {
         out.put_u64(0);
         out.put_u32(0);
+    });
+}
+
+/// `NOTIFY`: a text for the person at the client; `severity` is 0 for news, 1 for a warning, 2 for an
+/// error.
+pub(crate) fn put_notify(framer: &mut Framer, out: &mut Vec<u8>, severity: u32, text: &str) {
+    const VISIBILITY_HIGH: u32 = 2;
+    framer.message(out, SRV_NOTIFY, |out| {
+        out.put_u64(0);
+        out.put_u32(severity);
+        out.put_u32(VISIBILITY_HIGH);
+        out.put_u32(0);
+        out.put_u32(text.len() as u32);
+        out.extend_from_slice(text.as_bytes());
+        out.put_u8(0);
     });
 }
 

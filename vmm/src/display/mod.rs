@@ -151,7 +151,7 @@ pub fn start(
             tracing::info!(%address, "SPICE server listens");
         }
     }
-    gpu.set_sink(Arc::new(screen::Sink::new(screens.clone())));
+    gpu.set_sink(Arc::new(screen::Sink::new(screens.clone(), server.as_ref())));
     Ok(Some(Arc::new(Display { server, screens, inputs })))
 }
 

@@ -1,13 +1,14 @@
 //! Frames and pointer images, from the GPU device to viewers and screenshots.
 
 use std::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
 use devices::virtio::gpu::{self, DisplayMode, DisplaySink, GpuHandle};
 use spice_server::{
-    CursorImage, DisplayHandle, Frame, MonitorConfig, PixelFormat, Rect, SurfaceInfo,
+    CursorImage, DisplayHandle, Frame, MonitorConfig, PixelFormat, Rect, Severity, SpiceServer,
+    SurfaceInfo,
 };
 
 use crate::control::ControlError;
@@ -170,15 +171,19 @@ impl Screen {
 }
 
 /// Hands what the GPU shows to the screens.
-pub(super) struct Sink(Vec<Arc<Screen>>);
+pub(super) struct Sink {
+    screens: Vec<Arc<Screen>>,
+    /// Who tells viewers what happens to the GPU.
+    server: Option<Weak<SpiceServer>>,
+}
 
 impl Sink {
-    pub(super) fn new(screens: Vec<Arc<Screen>>) -> Self {
-        Self(screens)
+    pub(super) fn new(screens: Vec<Arc<Screen>>, server: Option<&Arc<SpiceServer>>) -> Self {
+        Self { screens, server: server.map(Arc::downgrade) }
     }
 
     fn screen(&self, id: u32) -> Option<&Screen> {
-        self.0.get(id as usize).map(Arc::as_ref)
+        self.screens.get(id as usize).map(Arc::as_ref)
     }
 
     fn viewer(&self, id: u32) -> Option<&DisplayHandle> {
@@ -229,6 +234,17 @@ impl DisplaySink for Sink {
     fn cursor_hide(&self, id: u32) {
         if let Some(viewer) = self.viewer(id) {
             viewer.hide_cursor();
+        }
+    }
+
+    fn back_end(&self, alive: bool) {
+        let Some(server) = self.server.as_ref().and_then(Weak::upgrade) else { return };
+        if alive {
+            let text = "The GPU process runs again. Programs that draw in 3D have to be restarted.";
+            server.notify(Severity::Info, text);
+        } else {
+            let text = "The GPU process of this machine ended. The picture stands still.";
+            server.notify(Severity::Warning, text);
         }
     }
 }
