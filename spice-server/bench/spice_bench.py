@@ -11,108 +11,13 @@ import argparse
 import json
 import os
 import random
-import statistics
-import subprocess
 import sys
 import time
 
-import gi
-
-gi.require_version("SpiceClientGLib", "2.0")
-from gi.repository import GLib, GObject, SpiceClientGLib as S  # noqa: E402
+from client import Client, Process, S, summary  # noqa: E402
+import content  # noqa: E402
 
 KEY = 30
-
-
-def on(obj, signal, handler):
-    GObject.Object.connect(obj, signal, handler)
-
-
-class Client:
-    """A connected client; counts pixels drawn and bytes read."""
-
-    def __init__(self, address):
-        host, port = address
-        self.loop = GLib.MainLoop()
-        self.channels = {}
-        self.pixels = 0
-        self.on_invalidate = None
-        self.first_frame = None
-        self.size = (0, 0)
-        self.started = time.perf_counter()
-        self.session = S.Session()
-        for name, value in (("host", host), ("port", str(port)), ("enable-audio", False)):
-            self.session.set_property(name, value)
-        on(self.session, "channel-new", self.new_channel)
-        S.Session.connect(self.session)
-
-    def new_channel(self, session, channel):
-        name = type(channel).__name__
-        self.channels[name] = channel
-        if name == "DisplayChannel":
-            on(channel, "display-primary-create", self.primary)
-            on(channel, "display-invalidate", self.invalidate)
-        S.Channel.connect(channel)
-
-    def primary(self, channel, fmt, width, height, stride, shmid, data):
-        self.size = (width, height)
-
-    def invalidate(self, channel, x, y, width, height):
-        if self.first_frame is None:
-            self.first_frame = time.perf_counter() - self.started
-        self.pixels += width * height
-        if self.on_invalidate:
-            self.on_invalidate()
-
-    def bytes_read(self):
-        return sum(int(c.get_property("total-read-bytes")) for c in self.channels.values())
-
-    def run(self, seconds=None, until=None, limit=30):
-        """Runs the main loop for a time, or until something is true."""
-        end = time.perf_counter() + (seconds if seconds is not None else limit)
-        context = GLib.MainContext.default()
-        timer = GLib.timeout_add(5, lambda: True)
-        while time.perf_counter() < end and not (until and until()):
-            context.iteration(True)
-        GLib.source_remove(timer)
-        if until and not until():
-            raise SystemExit("the server did not answer in time")
-
-    def ready(self):
-        self.run(until=lambda: self.first_frame is not None and "InputsChannel" in self.channels)
-        self.run(seconds=0.3)
-
-    def close(self):
-        self.session.disconnect()
-        self.run(seconds=0.05)
-
-
-class Process:
-    """A helper program that says where it listens."""
-
-    def __init__(self, *command):
-        self.child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                      text=True)
-        line = self.child.stdout.readline()
-        host, port = line.split()[-1].rsplit(":", 1)
-        self.address = (host, int(port))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.child.kill()
-        self.child.wait()
-
-
-def percentile(values, share):
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
-
-
-def summary(values):
-    return {"p50": round(statistics.median(values), 2), "p95": round(percentile(values, 0.95), 2),
-            "min": round(min(values), 2), "max": round(max(values), 2), "n": len(values)}
 
 
 def measure_connect(address, count):
@@ -185,6 +90,11 @@ def main():
     parser.add_argument("--keys", type=int, default=200)
     parser.add_argument("--connects", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--no-content", action="store_true", help="not what is shown, only how fast")
+    parser.add_argument("--no-basics", action="store_true", help="only what is shown")
+    parser.add_argument("--rows", help="of the content bench, for example scroll,film")
+    parser.add_argument("--links", help="of the content bench: RTT_MS:MBIT, 0 for no limit")
+    parser.add_argument("--sides", default="ours,qemu")
     options = parser.parse_args()
     if options.address:
         host, port = options.address.rsplit(":", 1)
@@ -195,7 +105,7 @@ def main():
         return
     if not options.bin_dir:
         parser.error("--bin-dir or --address")
-    rtts = [float(rtt) for rtt in options.rtt.split(",")]
+    rtts = [] if options.no_basics else [float(rtt) for rtt in options.rtt.split(",")]
     result = {"client": "spice-gtk " + S.util_get_version_string(), "size": options.size, "rtt": {}}
 
     def server(mode, *more):
@@ -221,8 +131,11 @@ def main():
             with server(mode) as moving:
                 row[mode] = through(rtt, moving.address, measure_frames, options.seconds)
         result["rtt"][f"{rtt:g}"] = row
-    with server("static") as still:
-        result["idle_bytes_per_s"] = measure_idle(still.address, options.seconds)
+    if rtts:
+        with server("static") as still:
+            result["idle_bytes_per_s"] = measure_idle(still.address, options.seconds)
+    if not options.no_content:
+        result["content"] = content.measure(options)
 
     first = result["rtt"].get("0")
     if first:
@@ -239,6 +152,10 @@ def main():
         }
     json.dump(result, sys.stdout, indent=2)
     print()
+    if not options.no_content:
+        content.print_table(result["content"])
+    if not rtts:
+        return
     line = "{:>6} {:>12} {:>9} {:>9} " + "{:>9} {:>9} " * 2
     print(line.format("RTT", "connect", "key p50", "key p95", "texture", "Mbit/s", "noise",
                       "Mbit/s"), file=sys.stderr)

@@ -14,14 +14,19 @@ use std::{
 /// Chunks on the way in each direction: what a long fat line holds.
 const LINE_CHUNKS: usize = 1024;
 const CHUNK: usize = 32 * 1024;
+/// Smaller, so that a thin line delivers evenly.
+const LIMITED_CHUNK: usize = 2 * 1024;
+/// What waits before a thin line at most, in bytes: a router's queue.
+const QUEUE: usize = 64 * 1024;
 
 /// Carries one direction until its end.
 fn carry(mut from: TcpStream, mut to: TcpStream, delay: Duration, mbit: Option<f64>) {
     let (line_in, line_out) = sync_channel::<(Instant, Vec<u8>)>(LINE_CHUNKS);
     thread::spawn(move || {
         let mut free_at = Instant::now();
+        let size = if mbit.is_some() { LIMITED_CHUNK } else { CHUNK };
         loop {
-            let mut chunk = vec![0; CHUNK];
+            let mut chunk = vec![0; size];
             let Ok(count @ 1..) = from.read(&mut chunk) else { break };
             chunk.truncate(count);
             let now = Instant::now();
@@ -56,6 +61,9 @@ fn main() {
     println!("listening on {}", listener.local_addr().expect("address"));
     for client in listener.incoming().map_while(Result::ok) {
         let Ok(server) = TcpStream::connect(target) else { continue };
+        if mbit.is_some() {
+            let _ = rustix::net::sockopt::set_socket_recv_buffer_size(&server, QUEUE);
+        }
         let _ = client.set_nodelay(true);
         let _ = server.set_nodelay(true);
         let (client2, server2) = (client.try_clone().unwrap(), server.try_clone().unwrap());

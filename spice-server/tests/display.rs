@@ -13,10 +13,10 @@ use std::{
     time::Duration,
 };
 
-use spice_server::{ClientPolicy, MemoryFrame, Rect, SurfaceInfo};
+use spice_server::{ClientPolicy, Codec, MemoryFrame, Rect, SurfaceInfo};
 use support::{
     Client, CountedFrame, SlowLine, eventually, hash, have, have_client,
-    picture::{self, Event, Mode, Picture},
+    picture::{self, Event, Mode, Picture, Scene, content::Canvas},
     setup,
 };
 
@@ -351,6 +351,105 @@ fn a_slow_line_gets_photographs_lossy_first_and_exact_when_they_rest() {
     setup.show(size, last.clone());
     let wanted = hash(&last);
     eventually("the exact picture", || client.pixels() == wanted);
+}
+
+/// Shows what a mode of the test picture shows, with everything damaged in every frame.
+fn play(setup: &support::Setup, scene: &mut Scene, size: (u32, u32), frames: u32) {
+    for step in 1..=frames {
+        scene.next(step);
+        setup.show(size, scene.pixels().to_vec());
+        // Somebody who looks at the frames one by one.
+        std::thread::sleep(Duration::from_millis(25));
+    }
+}
+
+fn codec(setup: &support::Setup, codec: Codec) -> u64 {
+    let status = setup.server.status();
+    let stats = status.clients.iter().flat_map(|client| &client.displays);
+    stats.flat_map(|d| &d.codecs).filter(|c| c.codec == codec).map(|c| c.messages).sum()
+}
+
+#[test]
+fn what_scrolls_pans_or_is_dragged_moves_and_is_exact() {
+    if !have_client() {
+        return;
+    }
+    let size = (800, 600);
+    for mode in [Mode::Scroll, Mode::Window, Mode::Pan] {
+        let setup = setup(|builder| builder);
+        let mut scene = Scene::new(mode, size);
+        scene.next(0);
+        setup.show(size, scene.pixels().to_vec());
+        let mut client = Client::connect_ready(&setup);
+        let sent = || setup.server.status().clients[0].bytes_sent;
+        let first = sent();
+        play(&setup, &mut scene, size, 40);
+        let wanted = hash(scene.pixels());
+        eventually("the last picture", || client.pixels() == wanted);
+        assert!(codec(&setup, Codec::Move) >= 10, "{mode:?}");
+        // 40 pictures for less than the price of ten.
+        assert!(sent() - first < first * 10, "{mode:?}: {first}, then {}", sent() - first);
+    }
+}
+
+#[test]
+fn what_comes_back_costs_nothing_and_is_exact() {
+    if !have_client() {
+        return;
+    }
+    let size = (640, 480);
+    let setup = setup(|builder| builder);
+    let pages: Vec<_> = (1..3)
+        .map(|seed| {
+            let mut page = Canvas::new(size.0, size.1, 0xff_ffff);
+            page.text(seed);
+            page.pixels
+        })
+        .collect();
+    setup.show(size, pages[0].clone());
+    let mut client = Client::connect_ready(&setup);
+    for page in pages.iter().cycle().take(12) {
+        setup.show(size, page.clone());
+        let wanted = hash(page);
+        eventually("the page", || client.pixels() == wanted);
+    }
+    eventually("kept images", || {
+        setup.show(size, pages[0].clone());
+        std::thread::sleep(Duration::from_millis(300));
+        setup.show(size, pages[1].clone());
+        let wanted = hash(&pages[1]);
+        eventually("the page", || client.pixels() == wanted);
+        codec(&setup, Codec::Cached) > 0
+    });
+}
+
+#[test]
+fn a_film_on_a_thin_line_is_a_stream_and_exact_when_it_stops() {
+    if !have_client() {
+        return;
+    }
+    let size = (640, 480);
+    let setup = setup(|builder| builder);
+    let mut scene = Scene::new(Mode::Film, size);
+    setup.show(size, scene.pixels().to_vec());
+    let line = SlowLine::to(setup.address(), 1_500_000);
+    let mut client = Client::connect(line.address);
+    client.wait_ready();
+    let mut step = 0;
+    eventually("stream frames", || {
+        for _ in 0..20 {
+            step += 1;
+            scene.next(step);
+            setup.show(size, scene.pixels().to_vec());
+            std::thread::sleep(Duration::from_millis(33));
+        }
+        codec(&setup, Codec::Stream) > 20
+    });
+    let wanted = hash(scene.pixels());
+    eventually("the exact picture", || client.pixels() == wanted);
+    // And it stays: no frame of the stream comes late.
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(client.pixels(), wanted);
 }
 
 #[test]

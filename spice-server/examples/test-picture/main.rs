@@ -8,15 +8,20 @@ use std::{
     path::PathBuf,
     process::ExitCode,
     sync::{Arc, mpsc},
+    time::{Duration, Instant},
 };
 
-use picture::{Event, Mode, Picture, Reporter};
-use spice_server::{ClientPolicy, Secret, SpiceServer};
+use picture::{Event, Mode, Picture, Reporter, Scene};
+use spice_server::{ClientPolicy, DisplayStats, Secret, SpiceServer};
 
 const USAGE: &str = "\
 test-picture [--listen ADDRESS:PORT] [--password-file FILE] [--mode MODE] [--size WxH]
-             [--fps N] [--policy exclusive|refuse|shared] [--quiet]
-  MODE: moving (default), noise, texture, key, static";
+             [--fps N] [--policy exclusive|refuse|shared] [--whole] [--quiet] [--stats]
+             [--into FILE --offset BYTES]
+  MODE: moving (default), noise, texture, key, static, window, scroll, typing, film, pan
+  --whole: every frame says that everything changed
+  --stats: prints every second what the display channels did
+  --into: no server; the frames are written into a file, for another server to show";
 
 struct Options {
     listen: Vec<std::net::SocketAddr>,
@@ -26,6 +31,10 @@ struct Options {
     fps: u32,
     policy: ClientPolicy,
     quiet: bool,
+    stats: bool,
+    whole: bool,
+    into: Option<PathBuf>,
+    offset: u64,
 }
 
 fn options() -> Result<Options, String> {
@@ -37,11 +46,23 @@ fn options() -> Result<Options, String> {
         fps: 60,
         policy: ClientPolicy::Exclusive,
         quiet: false,
+        stats: false,
+        whole: false,
+        into: None,
+        offset: 0,
     };
     let mut args = std::env::args().skip(1);
     while let Some(name) = args.next() {
         if name == "--quiet" {
             options.quiet = true;
+            continue;
+        }
+        if name == "--stats" {
+            options.stats = true;
+            continue;
+        }
+        if name == "--whole" {
+            options.whole = true;
             continue;
         }
         if name == "--help" {
@@ -52,6 +73,8 @@ fn options() -> Result<Options, String> {
         match name.as_str() {
             "--listen" => options.listen.push(value.parse().map_err(|e| wrong(&e))?),
             "--password-file" => options.password = Some(value.clone().into()),
+            "--into" => options.into = Some(value.clone().into()),
+            "--offset" => options.offset = value.parse().map_err(|e| wrong(&e))?,
             "--mode" => options.mode = value.parse().map_err(|e: String| wrong(&e))?,
             "--fps" => options.fps = value.parse().map_err(|e| wrong(&e))?,
             "--size" => {
@@ -76,6 +99,48 @@ fn options() -> Result<Options, String> {
     Ok(options)
 }
 
+fn print_stats(stats: &DisplayStats) {
+    let frames = stats.frames.max(1) as u32;
+    print!(
+        "frames {} skipped {} unchanged {} compare {:?}/frame rtt {:?} rate {} memory {}",
+        stats.frames,
+        stats.skipped_frames,
+        stats.unchanged_frames,
+        stats.compare_time / frames,
+        stats.round_trip,
+        stats.line_rate,
+        stats.memory
+    );
+    for codec in stats.codecs.iter().filter(|codec| codec.messages > 0) {
+        let (name, time) = (codec.codec.name(), codec.time / frames);
+        print!("; {name} {} {} B {time:?}/frame", codec.messages, codec.bytes);
+    }
+    println!();
+}
+
+/// Paints the frames of a mode into a file at their times, for ever.
+fn write_frames(path: &std::path::Path, options: &Options) -> ExitCode {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::File::options().write(true).open(path).expect("file");
+    let mut scene = Scene::new(options.mode, options.size);
+    let stride = u64::from(options.size.0) * 4;
+    println!("writing");
+    let mut next = Instant::now();
+    for step in 1.. {
+        let damage = scene.next(step);
+        for rect in damage {
+            for y in rect.y..rect.bottom() {
+                let at = u64::from(y) * stride + u64::from(rect.x) * 4;
+                let bytes = &scene.pixels()[at as usize..][..rect.width as usize * 4];
+                file.write_all_at(bytes, options.offset + at).expect("write");
+            }
+        }
+        next = (next + Duration::from_secs(1) / options.fps.max(1)).max(Instant::now());
+        std::thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+    ExitCode::SUCCESS
+}
+
 fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let options = match options() {
@@ -85,6 +150,9 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if let Some(path) = &options.into {
+        return write_frames(path, &options);
+    }
     let (events, inbox) = mpsc::channel();
     let reporter = Arc::new(Reporter(events));
     let mut builder = SpiceServer::builder()
@@ -115,8 +183,21 @@ fn main() -> ExitCode {
     for address in server.local_addrs() {
         println!("listening on {address}");
     }
+    let server = Arc::new(server);
+    if options.stats {
+        let server = server.clone();
+        std::thread::spawn(move || {
+            loop {
+                std::thread::sleep(Duration::from_secs(1));
+                for display in server.status().clients.iter().flat_map(|c| &c.displays) {
+                    print_stats(display);
+                }
+            }
+        });
+    }
     let display = server.display(0).expect("one display");
-    let picture = Picture::new(display, options.mode, options.size);
+    let mut picture = Picture::new(display, options.mode, options.size);
+    picture.whole = options.whole;
     picture.run(&inbox, options.fps, |event: Event| {
         if !options.quiet {
             println!("{event:?}");

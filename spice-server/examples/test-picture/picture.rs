@@ -1,6 +1,9 @@
 //! The test picture: what is in it, and a thread that moves it.
 #![allow(unreachable_pub, dead_code, reason = "shared by the example and the tests")]
 
+#[path = "content.rs"]
+pub mod content;
+
 use std::{
     sync::{
         Arc,
@@ -13,6 +16,8 @@ use spice_server::{
     Button, CursorImage, DisplayEvents, DisplayHandle, Frame, InputSink, KeyEvent, MemoryFrame,
     MonitorConfig, PointerPosition, Rect,
 };
+
+use content::{Canvas, LETTER, Random};
 
 /// What the picture does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +32,24 @@ pub enum Mode {
     Key,
     /// Nothing moves.
     Static,
+    /// A window with text is dragged over a desktop.
+    Window,
+    /// A page of text scrolls.
+    Scroll,
+    /// Letters appear on a page of text, ten times a second.
+    Typing,
+    /// Something like a film: parts move in different directions.
+    Film,
+    /// A photograph pans.
+    Pan,
+}
+
+impl Mode {
+    /// Whether its frames carry the time at which they were painted (see [`Canvas::stamp`]).
+    pub fn is_stamped(self) -> bool {
+        use Mode::{Film, Noise, Pan, Scroll, Typing, Window};
+        matches!(self, Film | Noise | Pan | Scroll | Typing | Window)
+    }
 }
 
 impl std::str::FromStr for Mode {
@@ -39,7 +62,12 @@ impl std::str::FromStr for Mode {
             "texture" => Self::Texture,
             "key" => Self::Key,
             "static" => Self::Static,
-            _ => return Err(format!("no mode {text}: moving, noise, texture, key or static")),
+            "window" => Self::Window,
+            "scroll" => Self::Scroll,
+            "typing" => Self::Typing,
+            "film" => Self::Film,
+            "pan" => Self::Pan,
+            _ => return Err(format!("no mode {text}")),
         })
     }
 }
@@ -138,9 +166,147 @@ pub fn cursor() -> CursorImage {
     CursorImage { width: 24, height: 24, hot_x: 12, hot_y: 12, argb }
 }
 
+/// Milliseconds of the system's monotonic clock modulo 4096, above a sum of its digits that tells
+/// half-painted stamps.
+pub fn stamp_now() -> u16 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let time = (now.tv_sec * 1000 + now.tv_nsec / 1_000_000) as u16 & 0xfff;
+    let sum = (time & 15) * 3 + (time >> 4 & 15) * 5 + (time >> 8) * 7 + 6;
+    time << 4 | sum & 15
+}
+
+fn noise(pixels: &mut [u8], step: u32) {
+    let mut state = u64::from(step).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for pixels in pixels.chunks_exact_mut(8) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        pixels.copy_from_slice(&state.to_le_bytes());
+    }
+}
+
+/// What the modes that look like real work are made of.
+pub struct Scene {
+    mode: Mode,
+    screen: Canvas,
+    page: Canvas,
+    other: Canvas,
+    random: Random,
+    caret: (u32, u32),
+    window: (u32, u32),
+}
+
+/// The part of the screen that scrolls.
+fn page_of((width, height): (u32, u32)) -> Rect {
+    Rect::new(width / 10, height / 12, width * 8 / 10, height * 10 / 12)
+}
+
+impl Scene {
+    pub fn new(mode: Mode, (width, height): (u32, u32)) -> Self {
+        let mut screen = Canvas::new(width, height, 0x30_5070);
+        let page_rect = page_of((width, height));
+        let white = 0xff_ffff;
+        let (mut page, mut other) = (Canvas::new(1, 1, white), Canvas::new(1, 1, white));
+        match mode {
+            Mode::Scroll => {
+                page = Canvas::new(page_rect.width, page_rect.height * 3, white);
+                page.text(1);
+            }
+            Mode::Typing => {
+                page = Canvas::new(page_rect.width, page_rect.height, white);
+                screen.copy(&page, (0, 0), (page_rect.x, page_rect.y), (page.width, page.height));
+            }
+            Mode::Window => {
+                screen.photo(5);
+                page = Canvas::new(width / 3, height / 3, white);
+                page.text(2);
+                other = screen.clone();
+            }
+            Mode::Film | Mode::Pan => {
+                page = Canvas::new(width + 512, height + 512, 0);
+                page.photo(3);
+                if mode == Mode::Film {
+                    other = Canvas::new(width + 512, height + 512, 0);
+                    other.photo(4);
+                }
+            }
+            _ => {}
+        }
+        let random = Random(7);
+        Self { mode, screen, page, other, random, caret: (20, 4), window: (0, 0) }
+    }
+
+    /// Paints the next frame and returns what changed.
+    pub fn next(&mut self, step: u32) -> Vec<Rect> {
+        let size = (self.screen.width, self.screen.height);
+        let page = page_of(size);
+        let stamp = Rect::new(0, 0, 128, 8).clipped(size.0, size.1);
+        let all = Rect::new(0, 0, size.0, size.1);
+        // There and back again, up to 512.
+        let swing = |speed: u32| {
+            let at = step * speed % 1024;
+            if at < 512 { at } else { 1023 - at }
+        };
+        let mut damage = match self.mode {
+            Mode::Scroll => {
+                let size = (page.width, page.height);
+                self.screen.copy(&self.page, (0, step * 6), (page.x, page.y), size);
+                vec![page]
+            }
+            Mode::Typing => {
+                let (x, y) = (page.x + self.caret.0, page.y + self.caret.1);
+                let letter = self.random.below(26);
+                self.screen.letter(x, y, letter, 0x20_2020);
+                self.caret.0 += LETTER.0 * if self.random.below(6) == 0 { 2 } else { 1 };
+                if self.caret.0 + 40 > page.width {
+                    self.caret = (20, (self.caret.1 + LETTER.1) % (page.height - LETTER.1));
+                }
+                vec![Rect::new(x, y, LETTER.0, LETTER.1)]
+            }
+            Mode::Window => {
+                let window = (self.page.width, self.page.height);
+                let old = self.window;
+                self.screen.copy(&self.other, old, old, window);
+                let room = (size.0 - window.0, size.1 - window.1);
+                self.window = (swing(7) * room.0 / 512, swing(4) * room.1 / 512);
+                self.screen.copy(&self.page, (0, 0), self.window, window);
+                let rect = |at: (u32, u32)| Rect::new(at.0, at.1, window.0, window.1);
+                vec![rect(old), rect(self.window)]
+            }
+            Mode::Film => {
+                let (a, b) = ((swing(3), swing(2)), (511 - swing(5), swing(7)));
+                self.screen.blend((&self.page, a.0, a.1), (&self.other, b.0, b.1));
+                vec![all]
+            }
+            Mode::Pan => {
+                self.screen.copy(&self.page, (swing(4), swing(1)), (0, 0), size);
+                vec![all]
+            }
+            Mode::Noise => {
+                noise(&mut self.screen.pixels, step);
+                vec![all]
+            }
+            _ => vec![all],
+        };
+        if size.0 >= 128 && size.1 >= 8 {
+            self.screen.stamp(stamp_now());
+            damage.push(stamp);
+        }
+        damage
+    }
+
+    /// The pixels now.
+    pub fn pixels(&self) -> &[u8] {
+        &self.screen.pixels
+    }
+}
+
 /// Paints frames and presents them.
 pub struct Picture {
     display: DisplayHandle,
+    scene: Scene,
+    /// Damage is always everything, as programs report it that flip pages.
+    pub whole: bool,
     mode: Mode,
     size: (u32, u32),
     background: Vec<u8>,
@@ -157,6 +323,8 @@ impl Picture {
             display,
             mode,
             size,
+            scene: Scene::new(mode, size),
+            whole: false,
             background: background(size.0, size.1),
             pool: Vec::new(),
             square: Rect::default(),
@@ -170,6 +338,7 @@ impl Picture {
     pub fn resize(&mut self, size: (u32, u32)) {
         self.size = size;
         self.background = background(size.0, size.1);
+        self.scene = Scene::new(self.mode, size);
         self.pool.clear();
         self.square = Rect::default();
         self.show(&[Rect::new(0, 0, size.0, size.1)]);
@@ -179,7 +348,7 @@ impl Picture {
     fn frame(&mut self) -> Arc<MemoryFrame> {
         if let Some(index) = self.pool.iter_mut().position(|f| Arc::get_mut(f).is_some()) {
             let mut frame = self.pool.swap_remove(index);
-            if let Some(frame) = Arc::get_mut(&mut frame) {
+            if let Some(frame) = Arc::get_mut(&mut frame).filter(|_| !self.mode.is_stamped()) {
                 frame.pixels_mut().copy_from_slice(&self.background);
             }
             return frame;
@@ -189,6 +358,9 @@ impl Picture {
     }
 
     fn show(&mut self, damage: &[Rect]) {
+        use Mode::{Film, Pan, Scroll, Typing, Window};
+        let all = [Rect::new(0, 0, self.size.0, self.size.1)];
+        let damage = if self.whole { &all } else { damage };
         let mut shared = self.frame();
         let frame = Arc::get_mut(&mut shared).expect("a free frame");
         match self.mode {
@@ -199,13 +371,17 @@ impl Picture {
                 fill(frame, self.square, colour);
             }
             Mode::Noise => {
-                let mut state = u64::from(self.step).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-                for pixels in frame.pixels_mut().chunks_exact_mut(8) {
-                    state ^= state << 13;
-                    state ^= state >> 7;
-                    state ^= state << 17;
-                    pixels.copy_from_slice(&state.to_le_bytes());
+                noise(frame.pixels_mut(), self.step);
+                let mut stamp = Canvas::new(128, 8, 0);
+                stamp.stamp(stamp_now());
+                let stride = self.size.0 as usize * 4;
+                let rows = frame.pixels_mut().chunks_exact_mut(stride).zip(0..8);
+                for (row, y) in rows.filter(|_| stride >= 512) {
+                    row[..512].copy_from_slice(stamp.row(y));
                 }
+            }
+            Scroll | Typing | Window | Film | Pan => {
+                frame.pixels_mut().copy_from_slice(self.scene.pixels());
             }
             Mode::Texture => {
                 let (width, step) = (self.size.0 as usize, self.step);
@@ -228,6 +404,10 @@ impl Picture {
             Mode::Static | Mode::Key => {}
             Mode::Noise | Mode::Texture => {
                 self.show(&[Rect::new(0, 0, self.size.0, self.size.1)]);
+            }
+            Mode::Scroll | Mode::Typing | Mode::Window | Mode::Film | Mode::Pan => {
+                let damage = self.scene.next(self.step);
+                self.show(&damage);
             }
             Mode::Moving => {
                 let old = self.square;

@@ -40,6 +40,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 const FILM_SHARE: f64 = 0.5;
 /// Bytes per second of exact pictures of a film that a network may be asked to carry.
 const FILM_RATE: f64 = 12_500_000.0;
+/// Bytes per second above which a connection from this machine is what it looks like, and no tunnel.
+const LOCAL_RATE: f64 = 50_000_000.0;
 
 /// What the client can do.
 #[derive(Debug, Clone, Copy)]
@@ -428,7 +430,12 @@ impl Encoder {
         }
         self.look_at = Some(now + LOOK_EVERY);
         let share = line.rate.map_or(f64::INFINITY, |rate| rate * FILM_SHARE);
-        let limit = if self.abilities.local { share } else { share.min(FILM_RATE) };
+        // Without a network, exact pixels are less work for both sides than coding them.
+        let limit = match line.rate {
+            Some(rate) if self.abilities.local && rate > LOCAL_RATE => return,
+            _ if self.abilities.local => share,
+            _ => share.min(FILM_RATE),
+        };
         for film in self.heat.films(now) {
             let rect = film.rect;
             let exact = f64::from(rect.width) * f64::from(rect.height) * 3.0 * film.rate;

@@ -13,7 +13,7 @@ const PIXEL: usize = 4;
 /// Pixels a place's hash covers: what a 32-bit rolling hash remembers.
 const WINDOW: usize = 32;
 /// About how many places are wanted in an area full of edges.
-const PLACES: usize = 16384;
+const PLACES: usize = 4096;
 /// Rows of the new picture that are searched: every so many.
 const ROW_STEP: usize = 2;
 /// Content that appears more often than this in the old picture tells nothing.
@@ -24,8 +24,12 @@ const MIN_VOTES: u32 = 6;
 const MAX_VECTORS: usize = 2;
 /// Rectangles tried for a vector.
 const MAX_RECTS: usize = 4;
-/// Width in pixels of the units in which rectangles are searched.
-const UNIT: usize = 8;
+/// Width and height in pixels of the units in which rectangles are searched.
+const UNIT: (usize, usize) = (16, 4);
+/// In areas of more pixels only the middle is searched for places.
+const LARGE: u64 = 512 * 1024;
+/// Share of an area, in eighths, that a vector must explain to be taken without looking for others.
+const GOOD: u64 = 2;
 /// Changed pixels a move must save.
 const MIN_GAIN: usize = 2048;
 
@@ -39,15 +43,34 @@ pub(crate) struct Move {
 }
 
 /// Moves inside `area` that turn a part of `old` into `new`, most useful first. Both pictures have
-/// rows of `stride` bytes. A move may overwrite what a later one reads: check before use.
-pub(crate) fn find(old: &[u8], new: &[u8], stride: usize, area: Rect) -> Vec<Move> {
+/// rows of `stride` bytes. Each move is exact as long as none has been done before it; a move may
+/// overwrite what a later one reads. `last` is tried first, and becomes the best vector.
+pub(crate) fn find(
+    old: &[u8],
+    new: &[u8],
+    stride: usize,
+    area: Rect,
+    last: &mut Option<(i32, i32)>,
+) -> Vec<Move> {
     let mut moves = Vec::new();
     if (area.width as usize) < WINDOW * 2 || area.height < 8 {
         return moves;
     }
-    for vector in vectors(old, new, stride, area) {
-        rectangles(old, new, stride, area, vector, &mut moves);
+    if let Some(vector) = *last {
+        let gain = rectangles(old, new, stride, area, vector, &mut moves);
+        if gain * 8 >= u64::from(area.width) * u64::from(area.height) * GOOD {
+            return moves;
+        }
+        moves.clear();
     }
+    let mut best = (0, None);
+    for vector in vectors(old, new, stride, area) {
+        let gain = rectangles(old, new, stride, area, vector, &mut moves);
+        if gain > best.0 {
+            best = (gain, Some(vector));
+        }
+    }
+    *last = best.1;
     moves.sort_by_key(|step| std::cmp::Reverse(step.to.width * step.to.height));
     moves
 }
@@ -80,6 +103,12 @@ fn places(pixels: &[u8], stride: usize, area: Rect, step: usize) -> Vec<Place> {
 
 /// The vectors (from old to new) with the most votes.
 fn vectors(old: &[u8], new: &[u8], stride: usize, area: Rect) -> Vec<(i32, i32)> {
+    let (width, height) = (area.width, area.height);
+    let area = if u64::from(width) * u64::from(height) > LARGE {
+        Rect::new(area.x + width / 4, area.y, width / 2, height)
+    } else {
+        area
+    };
     let mut known = places(old, stride, area, 1);
     known.sort_unstable();
     let mut votes: HashMap<(i32, i32), u32> = HashMap::new();
@@ -106,7 +135,7 @@ fn vectors(old: &[u8], new: &[u8], stride: usize, area: Rect) -> Vec<(i32, i32)>
         .collect()
 }
 
-/// The largest rectangles that moved by a vector.
+/// Adds the largest rectangles that moved by a vector, and returns how many changed pixels they save.
 fn rectangles(
     old: &[u8],
     new: &[u8],
@@ -114,43 +143,47 @@ fn rectangles(
     area: Rect,
     (dx, dy): (i32, i32),
     moves: &mut Vec<Move>,
-) {
+) -> u64 {
     // What stays inside of the area in both pictures.
     let left = area.x + dx.max(0) as u32;
     let right = (i64::from(area.right()) + i64::from(dx.min(0))).max(0) as u32;
     let top = area.y + dy.max(0) as u32;
     let bottom = (i64::from(area.bottom()) + i64::from(dy.min(0))).max(0) as u32;
     if right <= left || bottom <= top {
-        return;
+        return 0;
     }
-    let columns = (right - left) as usize / UNIT;
-    let rows = (bottom - top) as usize;
+    let columns = (right - left) as usize / UNIT.0;
+    let rows = (bottom - top) as usize / UNIT.1;
     let new_at = |x: u32, y: u32| y as usize * stride + x as usize * PIXEL;
     let old_at = |x: u32, y: u32| {
         new_at((i64::from(x) - i64::from(dx)) as u32, (i64::from(y) - i64::from(dy)) as u32)
     };
-    let unit = |pixels: &[u8], at: usize| -> Option<[u8; UNIT * PIXEL]> {
+    const BYTES: usize = UNIT.0 * PIXEL;
+    let line = |pixels: &[u8], at: usize| -> Option<[u8; BYTES]> {
         pixels.get(at..).and_then(|rest| rest.first_chunk()).copied()
     };
+    let place =
+        |column: usize, row: usize| (left + (column * UNIT.0) as u32, top + (row * UNIT.1) as u32);
     let mut grid = vec![false; columns * rows];
-    let place = |column: usize, row: usize| (left + (column * UNIT) as u32, top + row as u32);
-    for (row, line) in grid.chunks_mut(columns.max(1)).enumerate() {
-        for (column, moved) in line.iter_mut().enumerate() {
+    for (row, cells) in grid.chunks_mut(columns.max(1)).enumerate() {
+        for (column, moved) in cells.iter_mut().enumerate() {
             let (x, y) = place(column, row);
-            *moved = unit(new, new_at(x, y)) == unit(old, old_at(x, y));
+            *moved =
+                (y..y + UNIT.1 as u32).all(|y| line(new, new_at(x, y)) == line(old, old_at(x, y)));
         }
     }
+    let mut saved = 0;
     for _ in 0..MAX_RECTS {
-        let Some((x0, y0, x1, y1)) = largest(&grid, columns) else { return };
-        if (x1 - x0) * UNIT * (y1 - y0) < MIN_GAIN {
-            return;
+        let Some((x0, y0, x1, y1)) = largest(&grid, columns) else { break };
+        if (x1 - x0) * (y1 - y0) * UNIT.0 * UNIT.1 < MIN_GAIN {
+            break;
         }
         let mut gain = 0;
         for row in y0..y1 {
             for column in x0..x1 {
                 let (x, y) = place(column, row);
-                let at = new_at(x, y);
-                gain += usize::from(unit(new, at) != unit(old, at)) * UNIT;
+                let changed = |y: &u32| line(new, new_at(x, *y)) != line(old, new_at(x, *y));
+                gain += (y..y + UNIT.1 as u32).filter(changed).count() * UNIT.0;
                 if let Some(moved) = grid.get_mut(row * columns + column) {
                     *moved = false;
                 }
@@ -159,16 +192,22 @@ fn rectangles(
         if gain < MIN_GAIN {
             continue;
         }
-        let (mut x, y) = place(x0, y0);
-        let mut end = x + ((x1 - x0) * UNIT) as u32;
-        let height = (y1 - y0) as u32;
-        // To the exact column.
-        let column_moved = |x: u32| {
-            (y..y + height).all(|y| {
-                let (new_at, old_at) = (new_at(x, y), old_at(x, y));
-                new.get(new_at..new_at + PIXEL) == old.get(old_at..old_at + PIXEL)
-            })
+        saved += gain as u64;
+        let (mut x, mut y) = place(x0, y0);
+        let (mut end, mut under) = place(x1, y1);
+        // To the exact row and column.
+        let row_moved = |y: u32, x: u32, end: u32| {
+            let bytes = (end - x) as usize * PIXEL;
+            let (new_at, old_at) = (new_at(x, y), old_at(x, y));
+            new.get(new_at..new_at + bytes) == old.get(old_at..old_at + bytes)
         };
+        while y > top && row_moved(y - 1, x, end) {
+            y -= 1;
+        }
+        while under < bottom && row_moved(under, x, end) {
+            under += 1;
+        }
+        let column_moved = |x: u32| (y..under).all(|y| row_moved(y, x, x + 1));
         while x > left && column_moved(x - 1) {
             x -= 1;
         }
@@ -176,10 +215,11 @@ fn rectangles(
             end += 1;
         }
         moves.push(Move {
-            to: Rect::new(x, y, end - x, height),
+            to: Rect::new(x, y, end - x, under - y),
             from: ((i64::from(x) - i64::from(dx)) as u32, (i64::from(y) - i64::from(dy)) as u32),
         });
     }
+    saved
 }
 
 /// The largest all-true rectangle of a grid, as `(x0, y0, x1, y1)`: for every row the heights of the

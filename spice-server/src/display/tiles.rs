@@ -102,6 +102,8 @@ pub(crate) struct Tiles {
     /// Pictures that are not searched for moves, and how many that were after the last failure.
     patience: u32,
     next_patience: u32,
+    /// The last vector of a move.
+    last_move: Option<(i32, i32)>,
 }
 
 impl Tiles {
@@ -122,6 +124,7 @@ impl Tiles {
             next: 0,
             patience: 0,
             next_patience: 1,
+            last_move: None,
         }
     }
 
@@ -233,12 +236,13 @@ impl Tiles {
                 self.freshen(index);
             }
         }
-        let (width, stride) = (self.width, self.stride());
-        let found = motion::find(&self.shown, &self.fresh, stride, area);
+        let stride = self.stride();
+        let found = motion::find(&self.shown, &self.fresh, stride, area, &mut self.last_move);
         let mut done = Vec::new();
         for step in found {
-            if self.proved(step) {
-                debug_assert!(step.to.right() <= width);
+            // The first is right as it was found; it may have overwritten what others need.
+            if done.is_empty() || self.proved(step) {
+                debug_assert!(self.proved(step));
                 self.apply(step, now);
                 done.push(step);
             }
@@ -296,13 +300,12 @@ impl Tiles {
         );
         for index in self.indices(step.to) {
             let rect = self.rect_of(index);
-            let span = difference(
-                self.fresh.get(self.offset(rect.x, rect.y)..).unwrap_or_default(),
-                stride,
-                self.shown_at(rect),
-                stride,
-                rect,
-            );
+            let span = if bounds(step.to, rect) == step.to {
+                Span::default()
+            } else {
+                let fresh = self.fresh.get(self.offset(rect.x, rect.y)..).unwrap_or_default();
+                difference(fresh, stride, self.shown_at(rect), stride, rect)
+            };
             self.set_todo(index, span);
             if lossy {
                 self.set_lossy(index, Some(now));
