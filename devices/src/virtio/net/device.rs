@@ -1,16 +1,25 @@
 //! Configuration space and life cycle of the card.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    io,
+    sync::{Arc, atomic::Ordering},
+};
 
 use super::{
     backend::{Backend, Link, Stream},
+    control::{self, Control, Switch},
+    kernel::KernelPair,
     mac::MacAddress,
     passt::Passt,
     tap::Tap,
-    worker::{Counters, NetWorker, RECEIVE_QUEUE, TRANSMIT_QUEUE},
+    worker::{Counters, NetWorker},
 };
-use crate::virtio::{
-    ActivateError, Activation, DeviceType, RING_FEATURES, VirtioDevice, ring::Ring, worker::Worker,
+use crate::{
+    GuestMemory,
+    virtio::{
+        ActivateError, Activation, ActiveQueue, DeviceType, RING_FEATURES, VirtioDevice,
+        VirtioInterrupt, ring::Ring, worker::Worker,
+    },
 };
 
 // Feature bits, §5.1.3.
@@ -26,6 +35,8 @@ const HOST_TSO6: u32 = 12;
 const HOST_ECN: u32 = 13;
 pub(super) const MRG_RXBUF: u32 = 15;
 const STATUS: u32 = 16;
+const CTRL_VQ: u32 = 17;
+const MQ: u32 = 22;
 
 /// What a backend needs the virtio header for.
 const OFFLOADS: &[u32] =
@@ -34,7 +45,8 @@ const OFFLOADS: &[u32] =
 /// VIRTIO_NET_S_LINK_UP.
 const LINK_UP: u16 = 1;
 
-const QUEUE_SIZES: [u16; 2] = [256, 256];
+/// Of each queue, also the control queue.
+const QUEUE_SIZE: u16 = 256;
 
 /// The device.
 pub(super) struct Net {
@@ -42,19 +54,49 @@ pub(super) struct Net {
     mtu: Option<u16>,
     features: u64,
     link: Arc<Link>,
-    /// While there is no worker.
-    backend: Option<Backend>,
-    worker: Option<Worker<NetWorker>>,
+    queue_sizes: Vec<u16>,
+    /// One for each pair of queues, with several of them.
+    switches: Vec<Arc<Switch>>,
+    /// One for each pair of queues, while it has no worker.
+    backends: Vec<Option<Backend>>,
+    workers: Vec<Worker<NetWorker>>,
+    control: Option<Worker<Control>>,
+    /// Serve the queues in place of workers, if there are any.
+    kernel: Vec<KernelPair>,
+    running: bool,
     counters: Arc<Counters>,
     passt: Option<Passt>,
 }
 
 impl Net {
-    /// A card on a tap interface.
-    pub(super) fn tap(tap: Tap, link: Arc<Link>, mac: MacAddress, mtu: Option<u16>) -> Self {
-        let offloads = if tap.has_header() { OFFLOADS } else { &[] };
-        let offloads = offloads.iter().fold(0, |bits, bit| bits | 1 << bit);
-        Self::new(Backend::Tap(tap), link, mac, mtu, offloads)
+    /// A card on the queues of a tap interface, which the kernel serves if `kernel` is not empty.
+    pub(super) fn tap(
+        taps: Vec<Tap>,
+        kernel: Vec<KernelPair>,
+        link: Arc<Link>,
+        mac: MacAddress,
+        mtu: Option<u16>,
+    ) -> io::Result<Self> {
+        let mut features = 0;
+        if taps.iter().all(Tap::has_header) {
+            features = OFFLOADS.iter().fold(features, |bits, bit| bits | 1 << bit);
+        }
+        let mut switches = Vec::new();
+        if taps.len() > 1 {
+            features |= 1 << CTRL_VQ | 1 << MQ;
+            for tap in &taps {
+                switches.push(Arc::new(Switch::new(tap.file().try_clone()?.into())?));
+            }
+        }
+        let backends: Vec<_> = taps.into_iter().map(|tap| Some(Backend::Tap(tap))).collect();
+        let mut net = Self::new(backends, link, mac, mtu, features);
+        net.switches = switches;
+        for pair in &kernel {
+            let both = RING_FEATURES | 1 << MRG_RXBUF;
+            net.features &= !both | pair.features();
+        }
+        net.kernel = kernel;
+        Ok(net)
     }
 
     /// A card on a stream socket, which `passt` serves.
@@ -65,7 +107,7 @@ impl Net {
         mtu: Option<u16>,
     ) -> Self {
         let backend = Backend::Stream(Stream::new(link.clone()));
-        let mut net = Self::new(backend, link, mac, mtu, 0);
+        let mut net = Self::new(vec![Some(backend)], link, mac, mtu, 0);
         net.passt = passt;
         net
     }
@@ -77,24 +119,71 @@ impl Net {
     }
 
     fn new(
-        backend: Backend,
+        backends: Vec<Option<Backend>>,
         link: Arc<Link>,
         mac: MacAddress,
         mtu: Option<u16>,
-        offloads: u64,
+        features: u64,
     ) -> Self {
         let mtu_bit = if mtu.is_some() { 1 << MTU } else { 0 };
         let own = 1 << MAC | 1 << STATUS | 1 << MRG_RXBUF;
+        let control = usize::from(features & (1 << CTRL_VQ) != 0);
         Self {
             mac,
             mtu,
-            features: RING_FEATURES | own | mtu_bit | offloads,
+            features: RING_FEATURES | own | mtu_bit | features,
             link,
-            backend: Some(backend),
-            worker: None,
+            queue_sizes: vec![QUEUE_SIZE; 2 * backends.len() + control],
+            switches: Vec::new(),
+            backends,
+            workers: Vec::new(),
+            control: None,
+            kernel: Vec::new(),
+            running: false,
             counters: Arc::default(),
             passt: None,
         }
+    }
+
+    /// Has the kernel serve the pairs.
+    fn start_kernel(
+        &mut self,
+        features: u64,
+        memory: &GuestMemory,
+        queues: &[ActiveQueue],
+        interrupt: &Arc<dyn VirtioInterrupt>,
+    ) -> Result<(), ActivateError> {
+        self.running = true;
+        for (number, (pair, backend)) in self.kernel.iter().zip(&self.backends).enumerate() {
+            let find = |index| queues.iter().find(|active| usize::from(active.index) == index);
+            let (Some(Backend::Tap(tap)), Some(receive), Some(transmit)) =
+                (backend, find(2 * number), find(2 * number + 1))
+            else {
+                continue;
+            };
+            pair.start(features, memory, [receive, transmit], tap.file(), interrupt)
+                .map_err(|error| ActivateError::Backend(format!("vhost-net: {error}")))?;
+        }
+        Ok(())
+    }
+
+    /// Serves a pair by a thread of our own.
+    fn start_worker(
+        &mut self,
+        number: usize,
+        rings: (Option<Ring>, Option<Ring>),
+        mergeable: bool,
+    ) -> Result<(), ActivateError> {
+        let Some(backend) = self.backends.get_mut(number).and_then(Option::take) else {
+            return Err(ActivateError::Backend("its worker had failed before".to_owned()));
+        };
+        let (link, counters) = (self.link.clone(), self.counters.clone());
+        let switch = self.switches.get(number).cloned();
+        let worker = NetWorker::new(backend, rings.0, rings.1, mergeable, link, switch, counters);
+        let worker = Worker::spawn("vio-net", worker)
+            .map_err(|error| ActivateError::Host("a network card's worker thread", error))?;
+        self.workers.push(worker);
+        Ok(())
     }
 }
 
@@ -104,7 +193,7 @@ impl VirtioDevice for Net {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn features(&self) -> u64 {
@@ -116,8 +205,7 @@ impl VirtioDevice for Net {
         space[..6].copy_from_slice(&self.mac.0);
         let status = if self.link.is_up() { LINK_UP } else { 0 };
         space[6..8].copy_from_slice(&status.to_le_bytes());
-        // One pair of queues, whether or not the driver looks.
-        space[8..10].copy_from_slice(&1u16.to_le_bytes());
+        space[8..10].copy_from_slice(&(self.backends.len() as u16).to_le_bytes());
         space[10..12].copy_from_slice(&self.mtu.unwrap_or_default().to_le_bytes());
         let rest = usize::try_from(offset).ok().and_then(|offset| space.get(offset..));
         for (to, from) in data.iter_mut().zip(rest.unwrap_or_default()) {
@@ -127,45 +215,67 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Activation { memory, features, queues, interrupt } = activation;
-        let Some(backend) = self.backend.take() else {
-            return Err(ActivateError::Backend("its worker had failed before".to_owned()));
-        };
-        if let Backend::Tap(tap) = &backend
-            && let Err(error) = tap.set_features(features)
-        {
-            self.backend = Some(backend);
-            return Err(ActivateError::Host("the tap interface's offloads", error));
-        }
-        let memory = Arc::new(memory);
-        let (mut receive, mut transmit) = (None, None);
-        for active in queues {
-            let index = active.index;
-            let ring = Ring::new("net", active, &memory, &interrupt);
-            match index {
-                RECEIVE_QUEUE => receive = Some(ring),
-                TRANSMIT_QUEUE => transmit = Some(ring),
-                _ => {}
+        for backend in self.backends.iter().flatten() {
+            if let Backend::Tap(tap) = backend {
+                tap.set_features(features)
+                    .map_err(|error| ActivateError::Host("the tap interface's offloads", error))?;
             }
         }
+        let pairs = if features & (1 << MQ) != 0 { self.backends.len() } else { 1 };
+        let no_queue = |error| ActivateError::Host("the tap interface's queues", error);
+        if !self.kernel.is_empty() {
+            // The kernel takes no queue that is not in use.
+            control::use_pairs(&self.switches, self.switches.len()).map_err(no_queue)?;
+            self.start_kernel(features, &memory, &queues, &interrupt)?;
+        }
+        // Until the driver says how many pairs it uses it is one.
+        control::use_pairs(&self.switches, 1).map_err(no_queue)?;
+        let memory = Arc::new(memory);
+        let mut rings: Vec<Option<Ring>> = (0..=2 * pairs).map(|_| None).collect();
+        for active in queues {
+            if let Some(ring) = rings.get_mut(usize::from(active.index)) {
+                *ring = Some(Ring::new("net", active, &memory, &interrupt));
+            }
+        }
+        if let Some(ring) = rings.pop().flatten()
+            && features & (1 << CTRL_VQ) != 0
+        {
+            let control = Control::new(ring, self.switches[..pairs].to_vec());
+            let control = Worker::spawn("vio-net-ctrl", control)
+                .map_err(|error| ActivateError::Host("a network card's control thread", error))?;
+            self.control = Some(control);
+        }
         self.link.set_interrupt(Some(interrupt));
-        let mergeable = features & (1 << MRG_RXBUF) != 0;
-        let (link, counters) = (self.link.clone(), self.counters.clone());
-        let worker = NetWorker::new(backend, receive, transmit, mergeable, link, counters);
-        let worker = Worker::spawn("vio-net", worker)
-            .map_err(|error| ActivateError::Host("a network card's worker thread", error))?;
-        self.worker = Some(worker);
+        if self.kernel.is_empty() {
+            let mergeable = features & (1 << MRG_RXBUF) != 0;
+            let mut rings = rings.into_iter();
+            for number in 0..pairs {
+                let pair = (rings.next().flatten(), rings.next().flatten());
+                self.start_worker(number, pair, mergeable)?;
+            }
+        }
         Ok(())
     }
 
     fn reset(&mut self) {
         self.link.set_interrupt(None);
-        if let Some(worker) = self.worker.take() {
-            self.backend = worker.stop().map(|worker| worker.into_backend());
-            let lost = self.counters.receive_dropped.load(Ordering::Relaxed)
-                + self.counters.transmit_dropped.load(Ordering::Relaxed);
-            if lost > 0 {
-                tracing::info!(mac = %self.mac, lost, "packets lost so far");
+        if let Some(control) = self.control.take() {
+            control.stop();
+        }
+        if std::mem::take(&mut self.running) {
+            for pair in &self.kernel {
+                if let Err(error) = pair.stop() {
+                    tracing::error!(%error, "the kernel does not let go of a card's queues");
+                }
             }
+        }
+        for (backend, worker) in self.backends.iter_mut().zip(self.workers.drain(..)) {
+            *backend = worker.stop().map(|worker| worker.into_backend());
+        }
+        let lost = self.counters.receive_dropped.swap(0, Ordering::Relaxed)
+            + self.counters.transmit_dropped.swap(0, Ordering::Relaxed);
+        if lost > 0 {
+            tracing::info!(mac = %self.mac, lost, "packets were lost");
         }
     }
 }

@@ -6,6 +6,8 @@
 //! | [`mac`] | hardware addresses and their stable defaults |
 //! | [`hostfwd`] | port forwarding rules in QEMU's syntax |
 //! | `backend` | where packets go: a tap interface or a stream socket |
+//! | `kernel` | queues served by the kernel (vhost-net) |
+//! | `control` | the control queue: how many queues the driver uses |
 //! | `tap`, `sys` | tap interfaces, opened by name or inherited |
 //! | [`stream`] | framing of packets on a stream socket |
 //! | `passt` | user networking: a supervised `passt` process |
@@ -14,8 +16,10 @@
 
 mod backend;
 pub mod config;
+mod control;
 mod device;
 pub mod hostfwd;
+mod kernel;
 pub mod mac;
 mod passt;
 pub mod stream;
@@ -32,8 +36,8 @@ use crate::virtio::registry::{Count, DeviceModule};
 /// Network cards in the registry.
 pub static MODULE: DeviceModule = DeviceModule {
     option: "net",
-    value_name: "user[,hostfwd=tcp:[ADDR]:PORT-:PORT…][,host-access=off]|tap=IFNAME|fd=N[,mac=MAC][,mtu=N]",
-    help: "virtio network card: user networking through passt, or a tap interface",
+    value_name: "user[,hostfwd=tcp:[ADDR]:PORT-:PORT…][,host-access=off]|tap=IFNAME[,queues=N][,vhost=on]|fd=N[:N…][,vhost=on][,mac=MAC][,mtu=N]",
+    help: "virtio network card: user networking through passt, or a tap or macvtap interface",
     count: Count::Many,
     parse: NetConfig::parse,
     sample: config::sample,

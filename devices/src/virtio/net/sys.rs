@@ -69,6 +69,12 @@ pub(super) fn hardware_address(fd: BorrowedFd<'_>, name: &str) -> io::Result<[u8
     Ok(address)
 }
 
+/// Lets the interface use the queue behind a descriptor, or not.
+pub(super) fn attach_queue(fd: &OwnedFd, on: bool) -> io::Result<()> {
+    let flags = if on { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+    call(fd.as_fd(), libc::TUNSETQUEUE, &mut request("none", flags)?)
+}
+
 /// Sets the size of the virtio header in front of each packet.
 pub(super) fn set_header_size(fd: BorrowedFd<'_>, size: i32) -> io::Result<()> {
     call(fd, libc::TUNSETVNETHDRSZ, &mut { size })

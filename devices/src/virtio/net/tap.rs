@@ -33,8 +33,32 @@ pub(super) struct Tap {
 }
 
 impl Tap {
-    /// Attaches to the existing interface `name`.
-    pub(super) fn open(name: &str) -> Result<Self, BuildError> {
+    /// Attaches `queues` times to the existing interface `name`.
+    pub(super) fn open(name: &str, queues: usize) -> Result<Vec<Self>, BuildError> {
+        (0..queues).map(|_| Self::attach(name, queues > 1)).collect()
+    }
+
+    /// Takes the descriptors of one interface that this process inherited.
+    pub(super) fn inherited(numbers: &[RawFd]) -> Result<Vec<Self>, BuildError> {
+        let mut taps: Vec<Self> = Vec::new();
+        for number in numbers {
+            let tap = Self::take(*number)?;
+            if let Some(first) = taps.first()
+                && (first.name != tap.name || first.header != tap.header)
+            {
+                let reason = format!(
+                    "fd={number} is a queue of '{}', the first one of '{}'; all must be of one \
+                     interface and opened with the same flags",
+                    tap.name, first.name
+                );
+                return Err(BuildError::Unusable { option: OPTION, reason });
+            }
+            taps.push(tap);
+        }
+        Ok(taps)
+    }
+
+    fn attach(name: &str, several: bool) -> Result<Self, BuildError> {
         let host = |what: String, source| BuildError::Host { option: OPTION, what, source };
         let file =
             File::options().read(true).write(true).open("/dev/net/tun").map_err(|source| {
@@ -47,10 +71,12 @@ impl Tap {
             return Err(BuildError::Unusable { option: OPTION, reason: problem });
         }
         let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-        let attached = match sys::attach(file.as_fd(), name, flags) {
+        let multiple = flags | libc::IFF_MULTI_QUEUE;
+        let attached = match sys::attach(file.as_fd(), name, if several { multiple } else { flags })
+        {
             // Created for several queues: one of them is enough.
-            Err(error) if error.kind() == ErrorKind::InvalidInput => {
-                sys::attach(file.as_fd(), name, flags | libc::IFF_MULTI_QUEUE)
+            Err(error) if error.kind() == ErrorKind::InvalidInput && !several => {
+                sys::attach(file.as_fd(), name, multiple)
             }
             other => other,
         };
@@ -58,7 +84,12 @@ impl Tap {
             let hint = match source.kind() {
                 ErrorKind::PermissionDenied => ": it belongs to another user",
                 ErrorKind::ResourceBusy => ": another process uses it",
+                ErrorKind::InvalidInput if several => {
+                    ": it is no tap interface for several queues; make it with 'ip tuntap add … \
+                     multi_queue', or leave out queues="
+                }
                 ErrorKind::InvalidInput => ": it is no tap interface",
+                _ if source.raw_os_error() == Some(libc::E2BIG) => ": it has no more queues",
                 _ => "",
             };
             host(format!("the interface '{name}' cannot be used{hint}"), source)
@@ -67,8 +98,7 @@ impl Tap {
             .map_err(|source| host(format!("the tap interface '{name}' cannot be set up"), source))
     }
 
-    /// Takes a tap or macvtap descriptor that this process inherited.
-    pub(super) fn inherited(number: RawFd) -> Result<Self, BuildError> {
+    fn take(number: RawFd) -> Result<Self, BuildError> {
         let unusable = |reason: String| BuildError::Unusable { option: OPTION, reason };
         let fd = sys::duplicate_inherited(number).map_err(|source| BuildError::Host {
             option: OPTION,
@@ -113,6 +143,11 @@ impl Tap {
     /// Name of the interface.
     pub(super) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The descriptor as a file.
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 
     /// Whether the interface exists still.

@@ -474,6 +474,105 @@ fn packets_cross_a_tap_interface() {
     assert_eq!(status, [0]);
 }
 
+/// Sends `count` packets of as many flows to the guest, and counts what arrives at each pair.
+fn flood(driver: &mut Driver, from: u16, count: u16) -> [usize; 2] {
+    let mut arrived = [0; 2];
+    for port in from..from + count {
+        let socket = std::net::UdpSocket::bind(("192.0.2.1", port)).unwrap();
+        socket.send_to(b"hello", "192.0.2.2:9").unwrap();
+    }
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while arrived[0] + arrived[1] < usize::from(count) {
+        assert!(std::time::Instant::now() < deadline, "{arrived:?} of {count}");
+        for (pair, arrived) in arrived.iter_mut().enumerate() {
+            while let Some((_, packet)) = driver.queues[2 * pair].try_used() {
+                driver.queues[2 * pair].send(&[Part::In(BUFFER)]);
+                let frame = &packet[HEADER..];
+                *arrived += usize::from(frame[12..14] == [8, 0] && frame[36..38] == [0, 9]);
+            }
+        }
+        std::thread::yield_now();
+    }
+    arrived
+}
+
+fn use_pairs(driver: &mut Driver, pairs: u16) -> u8 {
+    let control = driver.queues.len() - 1;
+    driver.queues[control].send(&[
+        Part::Out(&[4, 0]),
+        Part::Out(&pairs.to_le_bytes()),
+        Part::In(1),
+    ]);
+    driver.queues[control].wait_used().1[0]
+}
+
+fn several_queues(name: &str, options: &str) {
+    if !in_namespace(name) {
+        return;
+    }
+    ip("tuntap add dev dragotest1 mode tap vnet_hdr multi_queue");
+    ip("addr add 192.0.2.1/24 dev dragotest1");
+    ip("neigh add 192.0.2.2 lladdr 02:00:00:00:00:09 dev dragotest1");
+    let option = format!("tap=dragotest1,queues=2,mac=02:00:00:00:00:09{options}");
+    let mut built =
+        NetConfig::parse(Spec::parse("net", &option).unwrap()).unwrap().build().unwrap();
+    ip("link set dragotest1 up");
+    let mut pairs = [0; 2];
+    built.device.read_config(8, &mut pairs);
+    assert_eq!(pairs, [2, 0]);
+    assert_eq!(built.device.queue_sizes().len(), 5);
+    // Twice: the queues survive a reset.
+    for _ in 0..2 {
+        let mut driver = Driver::start(&mut *built.device);
+        driver.queues[0].fill(128, BUFFER);
+        driver.queues[2].fill(128, BUFFER);
+        assert_eq!(flood(&mut driver, 2000, 32), [32, 0], "one pair at first");
+        assert_eq!(use_pairs(&mut driver, 2), 0);
+        let [first, second] = flood(&mut driver, 3000, 64);
+        assert!(first > 0 && second > 0, "{first} and {second} packets");
+        // The guest may send by any of them; the host's kernel answers.
+        let mut request = vec![0xff; 6];
+        request.extend(MAC.0);
+        request.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+        request.extend(MAC.0);
+        request.extend([192, 0, 2, 2, 0, 0, 0, 0, 0, 0, 192, 0, 2, 1]);
+        request.resize(60, 0);
+        for queue in [1, 3] {
+            send(&mut driver.queues[queue], &request);
+            driver.queues[queue].wait_used();
+        }
+        for wrong in [0, 3] {
+            assert_eq!(use_pairs(&mut driver, wrong), 1, "{wrong} pairs");
+        }
+        assert_eq!(use_pairs(&mut driver, 1), 0);
+        flood(&mut driver, 4000, 16);
+        assert_eq!(flood(&mut driver, 5000, 32), [32, 0], "one pair again");
+        assert!(!driver.interrupt.needs_reset());
+        built.device.reset();
+    }
+    drop(built);
+
+    ip("tuntap add dev dragotest2 mode tap vnet_hdr");
+    let option = Spec::parse("net", "tap=dragotest2,queues=2").unwrap();
+    let error = NetConfig::parse(option).unwrap().build().unwrap_err().to_string();
+    assert!(error.contains("multi_queue"), "{error}");
+}
+
+#[test]
+fn packets_spread_over_several_queues() {
+    several_queues("virtio::net::tests::packets_spread_over_several_queues", "");
+}
+
+#[test]
+fn packets_spread_over_several_queues_of_the_kernel() {
+    if !std::path::Path::new("/dev/vhost-net").exists() {
+        println!("SKIPPED: there is no /dev/vhost-net (run in the test host)");
+        return;
+    }
+    let name = "virtio::net::tests::packets_spread_over_several_queues_of_the_kernel";
+    several_queues(name, ",vhost=on");
+}
+
 #[test]
 fn options() {
     let parse = |text: &str| NetConfig::parse(Spec::parse("net", text).unwrap());
@@ -481,7 +580,9 @@ fn options() {
         "user",
         "user,hostfwd=tcp::2223-:22,hostfwd=udp::2223-:22,host-access=off,ipv6=off,mtu=9000",
         "tap=tap0,mac=02:00:00:00:00:01",
+        "tap=tap0,queues=4,vhost=on",
         "fd=3",
+        "fd=3:4:5,queues=3",
     ] {
         assert!(parse(right).is_ok(), "{right}");
     }
@@ -493,7 +594,13 @@ fn options() {
         "tap=",
         "tap=a-name-that-is-too-long",
         "fd=1",
-        "fd=3:4",
+        "fd=3:3",
+        "fd=3:",
+        "fd=3:4,queues=3",
+        "user,vhost=on",
+        "user,queues=2",
+        "tap=a,queues=0",
+        "tap=a,queues=65",
         "fd=x",
         "user,mtu=10",
         "user,mac=ff:ff:ff:ff:ff:ff",

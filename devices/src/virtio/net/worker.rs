@@ -14,14 +14,16 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use super::{
     HEADER, MAX_FRAME, MIN_FRAME, NUM_BUFFERS,
     backend::{Backend, Link, Received, Sent},
+    control::Switch,
 };
 use crate::virtio::ring::Ring;
 
-pub(super) const RECEIVE_QUEUE: u16 = 0;
-pub(super) const TRANSMIT_QUEUE: u16 = 1;
-/// Event data next to the queues' indices.
+// Event data.
+const RECEIVE: u32 = 0;
+const TRANSMIT: u32 = 1;
 const BACKEND: u32 = 2;
 const LINK: u32 = 3;
+const SWITCH: u32 = 4;
 
 /// Packets per turn, so that neither direction starves the other.
 const BURST: usize = 64;
@@ -43,6 +45,8 @@ pub(super) struct NetWorker {
     /// VIRTIO_NET_F_MRG_RXBUF: a packet may take several buffers.
     mergeable: bool,
     link: Arc<Link>,
+    /// Whether the driver uses this pair of queues.
+    switch: Option<Arc<Switch>>,
     counters: Arc<Counters>,
     /// A received packet, and its length if it still waits for buffers.
     packet: Box<[u8]>,
@@ -61,6 +65,7 @@ impl NetWorker {
         transmit: Option<Ring>,
         mergeable: bool,
         link: Arc<Link>,
+        switch: Option<Arc<Switch>>,
         counters: Arc<Counters>,
     ) -> Self {
         Self {
@@ -69,6 +74,7 @@ impl NetWorker {
             transmit,
             mergeable,
             link,
+            switch,
             counters,
             packet: vec![0; HEADER + MAX_FRAME].into(),
             waiting: None,
@@ -163,7 +169,7 @@ impl NetWorker {
         if self.blocked || self.backend.has_unsent() {
             events |= EventSet::OUT;
         }
-        let wanted = self.backend.fd().map(|fd| (fd, events));
+        let wanted = self.backend.fd().filter(|_| self.is_used()).map(|fd| (fd, events));
         if wanted == self.watched {
             return;
         }
@@ -171,12 +177,19 @@ impl NetWorker {
         let result = match (self.watched, wanted) {
             (Some((old, _)), Some(new)) if old == new.0 => ops.modify(event(new)),
             (_, Some(new)) => ops.add(event(new)),
+            (Some((old, events)), None) if self.backend.fd() == Some(old) => {
+                ops.remove(Events::with_data_raw(old, BACKEND, events))
+            }
             (_, None) => Ok(()),
         };
         match result {
             Ok(()) => self.watched = wanted,
             Err(error) => tracing::error!(%error, "the network cannot be watched"),
         }
+    }
+
+    fn is_used(&self) -> bool {
+        self.switch.as_ref().is_none_or(|switch| switch.is_on())
     }
 
     fn unwatch(&mut self, ops: &mut EventOps<'_>) {
@@ -267,8 +280,15 @@ fn place(ring: &mut Ring, packet: &mut [u8], mergeable: bool) -> Placed {
 
 impl MutEventSubscriber for NetWorker {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        for ring in [&self.receive, &self.transmit].into_iter().flatten() {
-            ring.register(ops, u32::from(ring.index()));
+        for (ring, data) in [(&self.receive, RECEIVE), (&self.transmit, TRANSMIT)] {
+            if let Some(ring) = ring {
+                ring.register(ops, data);
+            }
+        }
+        if let Some(switch) = &self.switch
+            && let Err(error) = ops.add(Events::with_data(&switch.changed, SWITCH, EventSet::IN))
+        {
+            tracing::error!(%error, "a pair of network queues cannot be switched");
         }
         if let Backend::Stream(stream) = &mut self.backend {
             let changed = self.link.changed.as_raw_fd();
@@ -284,7 +304,7 @@ impl MutEventSubscriber for NetWorker {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         let mut open = true;
         match events.data() {
-            data if data == u32::from(RECEIVE_QUEUE) => {
+            RECEIVE => {
                 if let Some(ring) = &self.receive {
                     ring.take_kick();
                 }
@@ -292,7 +312,7 @@ impl MutEventSubscriber for NetWorker {
                     open = self.receive();
                 }
             }
-            data if data == u32::from(TRANSMIT_QUEUE) => {
+            TRANSMIT => {
                 if let Some(ring) = &self.transmit {
                     ring.take_kick();
                 }
@@ -301,6 +321,13 @@ impl MutEventSubscriber for NetWorker {
                 }
             }
             LINK => self.follow_link(ops),
+            SWITCH => {
+                if let Some(switch) = &self.switch {
+                    let _ = switch.changed.read();
+                }
+            }
+            // Its queue of the interface was just switched off.
+            _ if !self.is_used() => {}
             _ => {
                 let set = events.event_set();
                 if set.contains(EventSet::OUT) && !self.backend.has_unsent() {

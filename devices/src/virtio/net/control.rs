@@ -1,0 +1,124 @@
+//! The control queue (VIRTIO 1.3 §5.1.6.5): how many of its pairs of queues the driver uses.
+
+use std::{
+    io::{Read, Write},
+    os::fd::OwnedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::sys;
+use crate::virtio::ring::Ring;
+
+/// `VIRTIO_NET_CTRL_MQ` and its command `VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET`.
+const MQ: [u8; 2] = [4, 0];
+const OK: u8 = 0;
+const ERR: u8 = 1;
+
+/// Whether a pair is in use: the interface only puts packets into queues that somebody empties.
+#[derive(Debug)]
+pub(super) struct Switch {
+    on: AtomicBool,
+    /// Signalled with each change, where a thread of ours serves the pair.
+    pub(super) changed: EventFd,
+    /// The descriptor that the pair's packets come from.
+    tap: OwnedFd,
+}
+
+impl Switch {
+    /// For a queue of an interface that is attached.
+    pub(super) fn new(tap: OwnedFd) -> std::io::Result<Self> {
+        let changed = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        Ok(Self { on: AtomicBool::new(true), changed, tap })
+    }
+
+    /// Whether the pair is in use.
+    pub(super) fn is_on(&self) -> bool {
+        self.on.load(Ordering::Acquire)
+    }
+
+    fn set(&self, on: bool) -> std::io::Result<()> {
+        if self.is_on() == on {
+            return Ok(());
+        }
+        // The descriptor of a queue that is not in use reports an error, which must not be mistaken
+        // for the end of the interface.
+        if !on {
+            self.on.store(false, Ordering::Release);
+        }
+        sys::attach_queue(&self.tap, on)?;
+        self.on.store(on, Ordering::Release);
+        self.changed.write(1)
+    }
+}
+
+/// Uses the first `count` pairs.
+pub(super) fn use_pairs(switches: &[Arc<Switch>], count: usize) -> std::io::Result<()> {
+    for (index, switch) in switches.iter().enumerate() {
+        switch.set(index < count)?;
+    }
+    Ok(())
+}
+
+/// The subscriber of the worker thread.
+pub(super) struct Control {
+    ring: Ring,
+    switches: Vec<Arc<Switch>>,
+}
+
+impl Control {
+    pub(super) fn new(ring: Ring, switches: Vec<Arc<Switch>>) -> Self {
+        Self { ring, switches }
+    }
+
+    fn serve(&mut self) {
+        let memory = self.ring.memory();
+        loop {
+            self.ring.disable_kicks();
+            while let Some(chain) = self.ring.pop() {
+                let Some(mut reader) = self.ring.reader(&chain, &memory) else { return };
+                let mut command = [0; 4];
+                let whole = reader.read_exact(&mut command).is_ok();
+                let answer = if whole { self.obey(command) } else { ERR };
+                let Some(mut writer) = self.ring.writer(&chain, &memory) else { return };
+                let written = writer.write(&[answer]).unwrap_or_default();
+                self.ring.push_used(chain.head_index(), written as u32);
+            }
+            self.ring.notify_driver();
+            if !self.ring.enable_kicks() {
+                return;
+            }
+        }
+    }
+
+    fn obey(&self, [class, command, low, high]: [u8; 4]) -> u8 {
+        let pairs = usize::from(u16::from_le_bytes([low, high]));
+        if [class, command] != MQ || !(1..=self.switches.len()).contains(&pairs) {
+            return ERR;
+        }
+        match use_pairs(&self.switches, pairs) {
+            Ok(()) => OK,
+            Err(error) => {
+                tracing::warn!(%error, pairs, "the interface's queues cannot be switched");
+                ERR
+            }
+        }
+    }
+}
+
+impl MutEventSubscriber for Control {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        self.ring.register(ops, 0);
+        self.serve();
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
+        self.ring.take_kick();
+        self.serve();
+    }
+}
