@@ -45,6 +45,8 @@ const TESTS: &[Need] = &[
     ("xvfb", "a screen for remote-viewer"),
     ("xauth", "a screen for remote-viewer"),
     ("xdotool", "keys and mouse for remote-viewer"),
+    ("gvncviewer", "a real VNC client: gtk-vnc, the one in remote-viewer"),
+    ("tigervnc-viewer", "a second real VNC client"),
     ("acpica-tools", "iasl checks our ACPI tables"),
     ("edid-decode", "checks our EDID"),
     ("qemu-system-gui", "QEMU's own vhost-user-gpu as a foreign back end"),

@@ -1,0 +1,266 @@
+//! One viewer between its two threads: the reader says what the client wants, the writer waits for
+//! work.
+
+use std::{
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use crate::{
+    encode::Method,
+    geometry::Rect,
+    proto::{encoding, pixel::PixelFormat},
+    tiles::Tiles,
+};
+
+/// Time between two updates.
+const PACE: Duration = Duration::from_micros(16_600);
+
+/// After so long without damage, what was sent as JPEG is sent again as it is.
+const REST: Duration = Duration::from_millis(300);
+
+/// What the client said it can do.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Abilities {
+    pub(crate) method: Method,
+    pub(crate) quality: Option<u8>,
+    pub(crate) size: bool,
+    pub(crate) extended_size: bool,
+    pub(crate) cursor: bool,
+    pub(crate) alpha_cursor: bool,
+    pub(crate) extended_key: bool,
+}
+
+impl Abilities {
+    /// From SetEncodings: the best first, except that raw pixels are only for those who know nothing
+    /// else.
+    pub(crate) fn of(encodings: &[i32]) -> Self {
+        let has = |wanted| encodings.contains(&wanted);
+        let method = encodings.iter().find_map(|encoding| match *encoding {
+            encoding::TIGHT => Some(Method::Tight),
+            encoding::ZRLE => Some(Method::Zrle),
+            _ => None,
+        });
+        let quality = encodings.iter().find_map(|encoding| {
+            let level = encoding.checked_sub(encoding::JPEG_QUALITY_0)?;
+            u8::try_from(level).ok().filter(|level| *level <= 9)
+        });
+        Self {
+            method: method.unwrap_or_default(),
+            quality,
+            size: has(encoding::DESKTOP_SIZE),
+            extended_size: has(encoding::EXTENDED_DESKTOP_SIZE),
+            cursor: has(encoding::CURSOR),
+            alpha_cursor: has(encoding::CURSOR_WITH_ALPHA),
+            extended_key: has(encoding::EXTENDED_KEY),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct State {
+    format: PixelFormat,
+    abilities: Abilities,
+    /// The client waits for an update.
+    requested: bool,
+    /// Size of the newest frame.
+    size: (u32, u32),
+    /// What changed since it was looked at last.
+    damage: Tiles,
+    /// What has to be sent even if it did not change.
+    forced: Tiles,
+    cursor: bool,
+    /// The client has not been told that scancodes are welcome.
+    announce_keys: bool,
+    /// The client has not been told the size in the way it has learnt since.
+    announce_size: bool,
+    /// Answer to the client's own wish for a size.
+    resize_status: Option<u16>,
+    closed: bool,
+    last_update: Option<Instant>,
+    /// There was a frame when it was looked for last.
+    frame: bool,
+}
+
+/// What an update has to contain.
+#[derive(Debug)]
+pub(crate) struct Work {
+    pub(crate) format: PixelFormat,
+    pub(crate) abilities: Abilities,
+    pub(crate) size: (u32, u32),
+    pub(crate) damage: Tiles,
+    pub(crate) forced: Tiles,
+    pub(crate) cursor: bool,
+    pub(crate) announce_keys: bool,
+    pub(crate) announce_size: bool,
+    pub(crate) resize_status: Option<u16>,
+    /// Send again, as it is, what was sent with losses.
+    pub(crate) refine: bool,
+}
+
+/// A viewer.
+#[derive(Debug)]
+pub(crate) struct Viewer {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Viewer {
+    /// A viewer that was told this size.
+    pub(crate) fn new(size: (u32, u32)) -> Self {
+        Self {
+            state: Mutex::new(State {
+                format: PixelFormat::BGRX,
+                abilities: Abilities::default(),
+                requested: false,
+                size,
+                damage: Tiles::new(size.0, size.1),
+                forced: Tiles::new(size.0, size.1),
+                cursor: false,
+                announce_keys: false,
+                announce_size: false,
+                resize_status: None,
+                closed: false,
+                last_update: None,
+                frame: false,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.lock());
+        self.changed.notify_all();
+    }
+
+    /// A new frame.
+    pub(crate) fn damaged(&self, size: (u32, u32), damage: &[Rect]) {
+        self.change(|state| {
+            if state.size != size {
+                state.size = size;
+                state.damage = Tiles::new(size.0, size.1);
+                state.forced = Tiles::new(size.0, size.1);
+                state.forced.mark(Rect::new(0, 0, size.0, size.1));
+            }
+            damage.iter().for_each(|rect| state.damage.mark(*rect));
+            state.frame = true;
+        });
+    }
+
+    pub(crate) fn cursor_changed(&self) {
+        self.change(|state| state.cursor = true);
+    }
+
+    pub(crate) fn set_format(&self, format: PixelFormat) {
+        self.change(|state| state.format = format);
+    }
+
+    pub(crate) fn set_encodings(&self, encodings: &[i32]) {
+        let new = Abilities::of(encodings);
+        self.change(|state| {
+            state.announce_keys |= new.extended_key && !state.abilities.extended_key;
+            state.announce_size |= new.extended_size && !state.abilities.extended_size;
+            let cursors = |abilities: &Abilities| abilities.cursor || abilities.alpha_cursor;
+            state.cursor |= cursors(&new) && !cursors(&state.abilities);
+            state.abilities = new;
+        });
+    }
+
+    /// The client wants an update, of `all` of a part or of what changed.
+    pub(crate) fn request(&self, all: Option<Rect>) {
+        self.change(|state| {
+            state.requested = true;
+            if let Some(part) = all {
+                state.forced.mark(part);
+            }
+        });
+    }
+
+    pub(crate) fn resize_answered(&self, status: u16) {
+        self.change(|state| state.resize_status = Some(status));
+    }
+
+    pub(crate) fn close(&self) {
+        self.change(|state| state.closed = true);
+    }
+
+    /// Waits until there is something to send and the client wants it; `None` when it is over.
+    /// `lossy` says whether something was sent with losses before.
+    pub(crate) fn wait(&self, lossy: bool) -> Option<Work> {
+        let mut state = self.lock();
+        loop {
+            if state.closed {
+                return None;
+            }
+            let now = Instant::now();
+            let earliest = state.last_update.map_or(now, |last| last + PACE);
+            let ready = state.requested && state.has_news();
+            let rest = state.last_update.map_or(now, |last| last + REST);
+            let refine = state.requested && lossy;
+            let deadline = match (ready, refine) {
+                (true, _) if earliest <= now => return Some(state.take(now, false)),
+                (true, _) => Some(earliest),
+                (false, true) if rest <= now => return Some(state.take(now, true)),
+                (false, true) => Some(rest),
+                (false, false) => None,
+            };
+            state = match deadline {
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(at) => {
+                    let left = at.saturating_duration_since(now);
+                    let waited = self.changed.wait_timeout(state, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+    }
+
+    /// The work turned out to be nothing: the client goes on waiting for its update.
+    pub(crate) fn still_requested(&self) {
+        self.lock().requested = true;
+    }
+
+    /// There is no frame of that size to paint from: it is done when there is one.
+    pub(crate) fn put_off(&self, work: &Work) {
+        self.change(|state| {
+            if state.size == work.size {
+                state.damage.add(&work.damage);
+                state.forced.add(&work.forced);
+                state.frame = false;
+            }
+        });
+    }
+}
+
+impl State {
+    fn has_news(&self) -> bool {
+        let size = self.announce_size || self.resize_status.is_some();
+        let cursor = self.cursor && (self.abilities.cursor || self.abilities.alpha_cursor);
+        let picture = self.frame && !(self.damage.is_empty() && self.forced.is_empty());
+        size || cursor || self.announce_keys || picture
+    }
+
+    fn take(&mut self, now: Instant, refine: bool) -> Work {
+        self.requested = false;
+        self.last_update = Some(now);
+        let work = Work {
+            format: self.format,
+            abilities: self.abilities,
+            size: self.size,
+            damage: self.damage.clone(),
+            forced: self.forced.clone(),
+            cursor: std::mem::take(&mut self.cursor),
+            announce_keys: std::mem::take(&mut self.announce_keys),
+            announce_size: std::mem::take(&mut self.announce_size),
+            resize_status: self.resize_status.take(),
+            refine,
+        };
+        self.damage.clear();
+        self.forced.clear();
+        work
+    }
+}
