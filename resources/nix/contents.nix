@@ -9,8 +9,8 @@ let
 
   ofType = wanted: filter ({ type, ... }: type == wanted) interfaces;
 
-  # Descriptors from 3 on, one for each queue.
-  macvtapQueues = if runner.tapMultiQueue then microvmConfig.vcpu else 1;
+  # Descriptors from 3 on, one for each pair of queues.
+  macvtapQueues = if runner.tapMultiQueue then lib.min microvmConfig.vcpu 64 else 1;
   macvtapFds = builtins.listToAttrs (lib.imap0 (index: { id, ... }: {
     name = id;
     value = builtins.genList (queue: 3 + index * macvtapQueues + queue) macvtapQueues;

@@ -30,7 +30,8 @@ let
   switch = on: if on then "on" else "off";
 
   tapMultiQueue = vcpu > 1;
-  queues = optional tapMultiQueue "queues=${toString vcpu}";
+  # A pair for each processor, as many as drago-vmm has interrupt vectors for.
+  queues = optional tapMultiQueue "queues=${toString (lib.min vcpu 64)}";
 
   # Triple fault for a reboot and reboot at once after a panic: both end the process.
   kernelCommandLine = concatStringsSep " " (
@@ -45,13 +46,17 @@ let
   # Ports of the host can be had once, so they lead to the first interface that can have them.
   firstUserId = (lib.findFirst ({ type, ... }: type == "user") { id = null; } interfaces).id;
 
-  net = { type, id, mac, tap ? { }, ... }: {
-    tap = device ([ "tap=${id}" "mac=${mac}" ] ++ queues
-      ++ optional (tap.vhost or false) "vhost=on");
-    macvtap = device [ "fd=${concatMapStringsSep ":" toString macvtapFds.${id}}" "mac=${mac}" ];
-    user = device ([ "user" "mac=${mac}" ]
-      ++ optionals (id == firstUserId) (map hostForward forwardPorts));
-  }.${type};
+  net = { type, id, mac, tap ? { }, ... }:
+    let
+      vhost = optional (tap.vhost or false) "vhost=on";
+    in
+    device ({
+      tap = [ "tap=${id}" "mac=${mac}" ] ++ queues ++ vhost;
+      macvtap =
+        [ "fd=${concatMapStringsSep ":" toString macvtapFds.${id}}" "mac=${mac}" ] ++ vhost;
+      user = [ "user" "mac=${mac}" ]
+        ++ optionals (id == firstUserId) (map hostForward forwardPorts);
+    }.${type});
 
   spiceAddress =
     let inherit (cfg.spice) address port; in

@@ -141,12 +141,14 @@ in
       interfaces = [ (tap // { tap.vhost = true; }) ];
       registerWithMachined = true;
     };
+    tap-many = { vcpu = 100; interfaces = [ tap ]; };
     macvtap = {
       vcpu = 2;
       interfaces = [
         (interface {
           type = "macvtap";
           id = "vm-a";
+          tap.vhost = true;
           mac = "02:00:00:00:00:03";
           macvtap = { link = "eno1"; mode = "bridge"; };
         })

@@ -9,6 +9,7 @@ let
   lib = rec {
     inherit concatLists concatMap concatStringsSep filter replaceStrings;
 
+    min = a: b: if a < b then a else b;
     optional = on: value: if on then [ value ] else [ ];
     optionals = on: values: if on then values else [ ];
     optionalString = on: text: if on then text else "";
