@@ -24,7 +24,8 @@ TEXT = 1  # VD_AGENT_CLIPBOARD_UTF8_TEXT
 loop = GLib.MainLoop()
 channels = {}
 primary = {}
-state = {"agent": False, "mouse": 0, "marked": False, "invalidated": 0, "clipboard": None, "grabbed": False}
+state = {"agent": False, "mouse": 0, "marked": False, "invalidated": 0, "clipboard": None, "grabbed": False,
+         "requested": False}
 offered = ""
 
 
@@ -92,6 +93,7 @@ def clipboard(channel, selection, kind, data, size):
 
 
 def clipboard_request(channel, selection, kind):
+    state["requested"] = True
     say(ev="request", selection=selection)
     channel.clipboard_selection_notify(selection, kind, offered.encode())
     return True
@@ -159,6 +161,7 @@ def command(name, args):
             inputs.button_release(args["button"], 0)
     elif name == "copy":
         offered = args["text"]
+        state["requested"] = False
         main.clipboard_selection_grab(0, [TEXT])
     elif name == "resize":
         main.update_display_enabled(0, True, False)

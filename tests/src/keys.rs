@@ -5,6 +5,9 @@ use anyhow::{Result, bail};
 /// The left shift key.
 const SHIFT: u32 = 0x2a;
 
+/// The left control key.
+const CONTROL: u32 = 0x1d;
+
 /// The super ("Windows") key: E0 5B, as SPICE clients write it.
 pub const SUPER: u32 = 0x15b;
 
@@ -37,6 +40,17 @@ pub fn strokes(text: &str) -> Result<Vec<(u32, bool)>> {
     Ok(strokes)
 }
 
+/// Presses and releases of keys while the control key is down.
+///
+/// # Errors
+/// If a character is not on the keyboard.
+pub fn with_control(keys: &str) -> Result<Vec<(u32, bool)>> {
+    let mut all = vec![(CONTROL, true)];
+    all.extend(strokes(keys)?);
+    all.push((CONTROL, false));
+    Ok(all)
+}
+
 fn key(character: char) -> Result<(u32, bool)> {
     match character {
         '\n' => return Ok((0x1c, false)),
@@ -64,6 +78,10 @@ mod tests {
         assert_eq!(
             strokes("Z").unwrap(),
             [(0x2a, true), (0x2c, true), (0x2c, false), (0x2a, false)]
+        );
+        assert_eq!(
+            with_control("v").unwrap(),
+            [(0x1d, true), (0x2f, true), (0x2f, false), (0x1d, false)]
         );
         assert_eq!(key('/').unwrap(), (0x35, false));
         assert_eq!(key('|').unwrap(), (0x2b, true));

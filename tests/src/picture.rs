@@ -102,6 +102,7 @@ pub fn reads(found: &str, wanted: &str) -> bool {
                 '1' | 'i' | 'l' | '|' => 'l',
                 '5' | 's' => 's',
                 '8' | 'b' => 'b',
+                '–' | '—' => '-',
                 other => other,
             })
             .collect()
@@ -134,5 +135,6 @@ mod tests {
         let text = picture.text(None).unwrap();
         assert!(reads(&text, "echo works"), "{text}");
         assert!(!reads(&text, "echo fails"), "{text}");
+        assert!(reads("uname —m", "uname -m"));
     }
 }

@@ -15,7 +15,7 @@ use crate::guest::Guest;
 use crate::paths;
 use crate::picture::{Picture, reads};
 use crate::progress::step;
-use crate::testbed::{Options, RemoteChild, RemoteOutput, Stream, Testbed};
+use crate::testbed::{Options, RemoteChild, RemoteCommand, RemoteOutput, Stream, Testbed};
 
 /// How long anything may take. Nested on a busy machine everything is some 50 times slower than life, so
 /// this only ends what hangs.
@@ -49,6 +49,15 @@ pub struct Vm {
     results: PathBuf,
     name: String,
     shots: u32,
+}
+
+/// A console that ends with the program that writes to it.
+struct Sink(Console);
+
+impl Drop for Sink {
+    fn drop(&mut self) {
+        self.0.end();
+    }
 }
 
 impl Host {
@@ -109,17 +118,30 @@ impl Host {
         if !options.contains(&"--memory") {
             command = command.args(["--memory", &guest.memory_mib.to_string()]);
         }
-        let command = command.args(options.iter().copied());
+        self.spawn(name, command.args(options.iter().copied()))
+    }
+
+    /// A program to run in the test host with [`Host::spawn`].
+    pub fn command(&self, program: impl Into<String>) -> RemoteCommand {
+        self.testbed.command(program)
+    }
+
+    /// Starts a program that runs a guest, with the guest's serial port as its standard output; or one
+    /// that helps to.
+    ///
+    /// # Errors
+    /// If the test host is gone.
+    pub fn spawn(&self, name: &str, command: RemoteCommand) -> Result<Vm> {
         let (serial, log) = (Console::default(), Console::default());
-        let (to_serial, to_log) = (serial.clone(), log.clone());
+        let (to_serial, to_log) = (Sink(serial.clone()), Sink(log.clone()));
         let mut files = [
             std::fs::File::create(self.results.join(format!("{name}-serial.log")))?,
             std::fs::File::create(self.results.join(format!("{name}-vmm.log")))?,
         ];
         let child = command.spawn(move |stream, bytes| {
             let (console, file) = match stream {
-                Stream::Out => (&to_serial, &mut files[0]),
-                Stream::Err => (&to_log, &mut files[1]),
+                Stream::Out => (&to_serial.0, &mut files[0]),
+                Stream::Err => (&to_log.0, &mut files[1]),
             };
             console.push(bytes);
             let _ = file.write_all(bytes);

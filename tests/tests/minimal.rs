@@ -95,6 +95,49 @@ fn every_processor_and_all_memory_is_there() {
     assert!((880_000..1_048_576).contains(&total), "{total} KiB of 1 GiB");
 }
 
+/// The image may be a block device of the host: its size comes from the device, and what the guest
+/// writes is there when the guest is off.
+#[test]
+#[ignore = "nested"]
+fn a_disk_may_be_a_block_device() {
+    let host = host();
+    let made = host.0.run(
+        "set -e; truncate -s 33M /tmp/image; printf 'from the host' | dd of=/tmp/image conv=notrunc \
+         2>/dev/null; losetup --find --show /tmp/image",
+    );
+    let made = made.unwrap();
+    assert_eq!(made.code, 0, "{}", String::from_utf8_lossy(&made.stderr));
+    let device = String::from_utf8(made.stdout).unwrap();
+    let disk = format!("path={}", device.trim());
+    let mut vm = booted(&host, "block-device", &["--disk", &disk]);
+    assert_eq!(vm.serial_command("cat /sys/block/vda/size").unwrap(), (33 * 2048).to_string());
+    assert_eq!(vm.serial_command("head -c 13 /dev/vda").unwrap(), "from the host");
+    // At the far end, which a wrong size would cut off.
+    vm.serial_command("printf 'from the guest' | dd of=/dev/vda bs=512 seek=67583 conv=fsync")
+        .unwrap();
+    vm.type_serial("poweroff").unwrap();
+    assert_eq!(vm.wait().unwrap(), 0, "{}", vm.state());
+
+    let read = format!(
+        "dd if={0} bs=512 skip=67583 2>/dev/null | head -c 14; losetup -d {0}",
+        device.trim()
+    );
+    let read = host.0.run(&read).unwrap();
+    assert_eq!(String::from_utf8_lossy(&read.stdout), "from the guest");
+}
+
+/// The test host's shared folders hold no sockets: the message says what to do.
+#[test]
+#[ignore = "nested"]
+fn a_control_socket_where_none_can_be_is_refused_with_a_hint() {
+    let host = host();
+    let path = host.0.results.join("control.sock").display().to_string();
+    let mut vm = host.0.start("no-socket", &host.1, &["--control", &path]).unwrap();
+    assert_ne!(vm.wait().unwrap(), 0, "{}", vm.state());
+    let said = vm.log.since(0);
+    assert!(said.contains("--control") && said.contains("/run"), "{said}");
+}
+
 #[test]
 #[ignore = "nested"]
 fn the_screen_shows_the_console_and_takes_keys() {

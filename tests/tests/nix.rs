@@ -29,11 +29,7 @@ const PACKAGE: &str = "/nix/store/drago-vmm";
 
 /// Complaints of the parser about options that are on their way. None that is listed here is ever a
 /// reason to change the parser: take it off the list when its option is there.
-const PENDING: &[&str] = &[
-    "unexpected argument '--sandbox'",
-    "several queues are not supported yet",
-    "unknown key 'queues'",
-];
+const PENDING: &[&str] = &["unexpected argument '--sandbox'"];
 
 /// What `resources/nix/tests/default.nix` evaluates to.
 #[derive(Deserialize)]

@@ -52,6 +52,7 @@ fn a_desktop_is_seen_and_driven_by_real_clients() {
     world.step("the desktop is shown", World::desktop_is_shown);
     world.step("keys arrive in the terminal", World::keys_arrive);
     world.step("ssh through hostfwd", World::ssh_works);
+    world.step("drago-gpu is killed", World::gpu_process_dies);
     world.step("the pointer lands where it is put", World::pointer_lands);
     world.step("clipboard from client to guest", World::clipboard_to_guest);
     world.step("clipboard from guest to client", World::clipboard_to_client);
@@ -74,10 +75,14 @@ impl World {
     }
 
     fn desktop_is_shown(&mut self) -> anyhow::Result<()> {
-        let picture =
-            self.vm.wait_picture_within(&mut self.client, "the desktop", BOOT, |picture| {
-                is_shown("weston", picture)
-            })?;
+        self.vm.wait_picture_within(&mut self.client, "the desktop", BOOT, |picture| {
+            is_shown("weston", picture)
+        })?;
+        self.desktop_has_a_clock()
+    }
+
+    fn desktop_has_a_clock(&mut self) -> anyhow::Result<()> {
+        let picture = self.vm.picture(&mut self.client)?;
         // The panel's clock, at the right end of the top line: a date and a time of day.
         let clock = picture.text(Some((picture.width - 260, 0, 260, 32)))?;
         anyhow::ensure!(clock.contains(':'), "no clock in the panel: {clock:?}");
@@ -92,6 +97,28 @@ impl World {
     fn ssh_works(&mut self) -> anyhow::Result<()> {
         let typed = self.host.ssh(&self.guest, "demo", "id -un; cat /tmp/typed")?;
         anyhow::ensure!(typed == "demo\nTyped: 42 OK\n", "{typed:?}");
+        Ok(())
+    }
+
+    /// The machine outlives its GPU process: the desktop comes back by itself, and goes on.
+    fn gpu_process_dies(&mut self) -> anyhow::Result<()> {
+        for round in 1..=3 {
+            let mark = self.vm.log.mark();
+            let killed = self.host.run("kill -9 $(pgrep -x drago-gpu)")?;
+            anyhow::ensure!(killed.code == 0, "no drago-gpu to kill");
+            self.vm.log.wait_for(mark, "another drago-gpu has taken over", PATIENCE)?;
+            // Nothing on the screen is drawn anew but what the keys change.
+            let text = format!("Round {round}: {} OK", round * 111);
+            self.client
+                .type_text(&format!("echo \"Round {round}: $(({round}*111)) OK\"\n"), PATIENCE)?;
+            self.vm.wait_text(&mut self.client, &text)?;
+            self.vm.wait_picture(&mut self.client, "the desktop", |picture| {
+                is_shown("weston", picture)
+            })?;
+            self.desktop_has_a_clock()?;
+        }
+        let errors = self.host.ssh(&self.guest, "root", "dmesg | grep -F '*ERROR*'; true")?;
+        anyhow::ensure!(errors.is_empty(), "the guest's driver noticed: {errors}");
         Ok(())
     }
 

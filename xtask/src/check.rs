@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         fast()?;
     }
     if args.suite.includes(Suite::Nested) {
-        nested(&["minimal", "weston"])?;
+        nested(&["minimal", "peers", "weston"])?;
     }
     if args.suite.includes(Suite::Fuzz) {
         fuzz()?;

@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// Longer than any guest takes to come up, even nested on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(1200);
+const PATIENCE: Duration = Duration::from_secs(2400);
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {

@@ -26,6 +26,7 @@ const MODULES: &[&str] = &[
     "vmw_vsock_virtio_transport_common",
     "vhost_vsock",
     "virtio_blk",
+    "loop",
     "ext4",
 ];
 
