@@ -145,7 +145,18 @@ pub fn run(
     let _ = device.shutdown(Shutdown::Both);
     let replies =
         replies.join().unwrap_or_else(|_| Err(io::Error::other("the relay's thread panicked")));
-    result.and(replies)
+    // A front end that closes its socket before it has read everything has hung up, too.
+    match result.and(replies) {
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+            ) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
 }
 
 fn pass_requests(

@@ -377,3 +377,180 @@ impl Ring {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use gpu_protocol::virtio::CONTROL_QUEUE;
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    const SIZE: u16 = 8;
+    const TABLE: u64 = 0;
+    const AVAIL: u64 = 0x1000;
+    const USED: u64 = 0x2000;
+    const COMMANDS: u64 = 0x4000;
+    const ANSWERS: u64 = 0x5000;
+
+    /// A queue in which every head is a command of 24 bytes with as much room for the answer.
+    struct Guest {
+        memory: Memory,
+        next: u16,
+    }
+
+    impl Guest {
+        fn new() -> Self {
+            let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+            let mut guest = Self { memory: Memory::new(memory), next: 0 };
+            for head in 0..SIZE / 2 {
+                let at = u64::from(head) * 0x100;
+                guest.descriptor(head * 2, COMMANDS + at, 1, head * 2 + 1);
+                guest.descriptor(head * 2 + 1, ANSWERS + at, 2, 0);
+            }
+            guest
+        }
+
+        fn put(&self, at: u64, bytes: &[u8]) {
+            self.memory.memory().write_slice(bytes, GuestAddress(at)).unwrap();
+        }
+
+        fn descriptor(&mut self, index: u16, address: u64, flags: u16, next: u16) {
+            let at = TABLE + u64::from(index) * 16;
+            self.put(at, &address.to_le_bytes());
+            self.put(at + 8, &24_u32.to_le_bytes());
+            self.put(at + 12, &flags.to_le_bytes());
+            self.put(at + 14, &next.to_le_bytes());
+        }
+
+        fn offer(&mut self, slot: u16, kind: u32) {
+            self.put(COMMANDS + u64::from(slot) * 0x100, CtrlHdr::new(kind).as_bytes());
+            self.offer_head(slot * 2);
+        }
+
+        fn offer_head(&mut self, head: u16) {
+            self.put(AVAIL + 4 + u64::from(self.next % SIZE) * 2, &head.to_le_bytes());
+            self.next += 1;
+            self.put(AVAIL + 2, &self.next.to_le_bytes());
+        }
+
+        fn used(&self) -> u16 {
+            self.memory.memory().read_obj(GuestAddress(USED + 2)).unwrap()
+        }
+
+        fn answer(&self, slot: u16) -> u32 {
+            let at = GuestAddress(ANSWERS + u64::from(slot) * 0x100);
+            self.memory.memory().read_obj(at).unwrap()
+        }
+
+        /// A process that starts to serve the queue, as the vhost-user library sets it up.
+        fn serve(&self, journal: Option<Journal>) -> (Ring, Arc<RingState>) {
+            let vring = Vring::new(self.memory.clone(), SIZE).unwrap();
+            vring.set_queue_size(SIZE);
+            vring.set_queue_info(TABLE, AVAIL, USED).unwrap();
+            vring.set_queue_next_avail(self.used());
+            vring.set_queue_next_used(self.used());
+            vring.set_queue_ready(true);
+            vring.set_enabled(true);
+            let state = RingState::new(CONTROL_QUEUE);
+            state.set_journal(journal.map(Arc::new));
+            (Ring::new(&vring, &state, &self.memory), state)
+        }
+
+        fn taken(&self, ring: &Ring) -> (Request, bool) {
+            match ring.next(&self.memory) {
+                Next::Request(request) => (request, false),
+                Next::Refused(request) => (request, true),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_successor_repeats_what_does_no_harm_and_that_once() {
+        let mut guest = Guest::new();
+        let (journal, fd) = Journal::create(SIZE).unwrap();
+        let length = journal.size();
+        let inherit = || Journal::inherit(fd.try_clone().unwrap(), length, SIZE).unwrap();
+        let kinds = [kind::GET_EDID, kind::SUBMIT_3D, kind::RESOURCE_UNREF, kind::RESOURCE_FLUSH];
+        for (slot, kind) in (0..).zip(kinds) {
+            guest.offer(slot, kind);
+        }
+        let (first, _) = guest.serve(Some(journal));
+        let requests: Vec<Request> = (0..3).map(|_| guest.taken(&first).0).collect();
+        assert!(requests.iter().all(|request| !request.again));
+        // The oldest is the only one that is answered; the last was never taken.
+        requests[0].answer(&first, &guest.memory.memory(), &[1; 24]);
+        drop(first);
+
+        let (second, _) = guest.serve(Some(inherit()));
+        let (request, refused) = guest.taken(&second);
+        assert_eq!((request.head, refused), (2, true), "3D dies with its context");
+        second.refuse(&request, &guest.memory.memory());
+        assert_eq!((guest.used(), guest.answer(1)), (2, kind::ERR_UNSPEC));
+        let (request, refused) = guest.taken(&second);
+        assert_eq!((request.head, request.again, refused), (4, true, false));
+        // It dies of that one.
+        drop(second);
+
+        let (third, _) = guest.serve(Some(inherit()));
+        let (request, refused) = guest.taken(&third);
+        assert_eq!((request.head, refused), (4, true), "not a third time");
+        third.refuse(&request, &guest.memory.memory());
+        let (request, refused) = guest.taken(&third);
+        assert_eq!((request.head, request.again, refused), (6, false, false));
+        request.answer(&third, &guest.memory.memory(), &[2; 24]);
+        assert!(matches!(third.next(&guest.memory), Next::Empty));
+        assert_eq!(guest.used(), 4);
+    }
+
+    #[test]
+    fn what_was_done_before_is_no_error() {
+        let mut guest = Guest::new();
+        guest.offer(0, kind::RESOURCE_UNREF);
+        let (journal, fd) = Journal::create(SIZE).unwrap();
+        let length = journal.size();
+        let (first, _) = guest.serve(Some(journal));
+        let error = || CtrlHdr::default().answer(kind::ERR_INVALID_RESOURCE_ID);
+        let (request, _) = guest.taken(&first);
+        let answer = first.settle(&request, &CtrlHdr::default(), error().as_bytes().to_vec());
+        assert!(is_error(&answer));
+        let (second, _) = guest.serve(Some(Journal::inherit(fd, length, SIZE).unwrap()));
+        let (request, _) = guest.taken(&second);
+        let answer = second.settle(&request, &CtrlHdr::default(), error().as_bytes().to_vec());
+        assert_eq!(answer[..4], kind::OK_NODATA.to_le_bytes());
+    }
+
+    #[test]
+    fn violations_are_told_once_and_end_the_service() {
+        let violations: [fn(&mut Guest); 5] = [
+            |guest| guest.offer_head(SIZE),
+            |guest| guest.descriptor(0, COMMANDS, 1, SIZE),
+            |guest| guest.descriptor(1, ANSWERS, 3, 0),
+            |guest| guest.descriptor(0, 0xffff, 1, 1),
+            |guest| guest.next = SIZE * 2,
+        ];
+        for violate in violations {
+            let mut guest = Guest::new();
+            let (mut seen, told) = std::os::unix::net::UnixStream::pair().unwrap();
+            let (ring, state) = guest.serve(None);
+            state.set_error(Some(told.into()));
+            violate(&mut guest);
+            guest.offer(0, kind::RESOURCE_FLUSH);
+            for _ in 0..3 {
+                assert!(matches!(ring.next(&guest.memory), Next::Stopped));
+            }
+            let mut bytes = [0; 16];
+            assert_eq!(seen.read(&mut bytes).unwrap(), 8);
+            assert_eq!(bytes[..8], 1_u64.to_ne_bytes());
+            assert_eq!(guest.used(), 0);
+            // After a reset it is served again.
+            state.stopped();
+            let mut guest = Guest::new();
+            guest.offer(0, kind::RESOURCE_FLUSH);
+            let (ring, _) = guest.serve(None);
+            assert!(matches!(ring.next(&guest.memory), Next::Request(_)));
+        }
+    }
+}

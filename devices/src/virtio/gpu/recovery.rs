@@ -200,11 +200,15 @@ impl BackEnd {
             (None, Some(launcher)) => launcher.start().map(|(s, process)| (s, Some(process)))?,
             (None, None) => return Err(failed("there is no program to start".to_owned())),
         };
+        let mut process = process;
         let negotiated = self.negotiate(socket);
         if negotiated.is_err() {
-            // The process waits for the end of its connections.
             self.watch.hang_up();
             self.display.hang_up();
+            if let Some(process) = &mut process {
+                // It may be busy with its start, for longer than anybody wants to wait.
+                process.kill();
+            }
         }
         let vhost = negotiated.map_err(failed)?;
         let connected = Connected { features: vhost.features(), capsets: vhost.capsets() };
