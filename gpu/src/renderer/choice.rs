@@ -1,6 +1,10 @@
 //! Which renderer a machine gets, and why not a better one.
 
-use std::{path::PathBuf, str::FromStr, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::Arc,
+};
 
 use super::{
     FenceSink, Renderer, Soft2d,
@@ -40,7 +44,15 @@ impl FromStr for Choice {
     }
 }
 
-/// The first render node that can be opened; the error says why there is none.
+/// The driver of the device behind a render node, if it is the kind of device that has one. What
+/// kernels offer for tests (vgem, vkms) has none, or one that stands for nothing.
+fn gpu_driver(node: &Path) -> Option<String> {
+    let link = Path::new("/sys/class/drm").join(node.file_name()?).join("device/driver");
+    let driver = std::fs::read_link(link).ok()?.file_name()?.to_string_lossy().into_owned();
+    (!matches!(driver.as_str(), "faux_driver" | "vgem" | "vkms")).then_some(driver)
+}
+
+/// The first render node of a GPU that can be opened; the error says why there is none.
 fn find_node() -> Result<PathBuf, String> {
     let mut nodes: Vec<PathBuf> = std::fs::read_dir(NODES)
         .into_iter()
@@ -54,6 +66,10 @@ fn find_node() -> Result<PathBuf, String> {
     nodes.sort();
     let mut reason = format!("there is no {NODES}/renderD*");
     for node in nodes {
+        if gpu_driver(&node).is_none() {
+            reason = format!("{} is not a GPU's", node.display());
+            continue;
+        }
         match std::fs::File::options().read(true).write(true).open(&node) {
             Ok(_) => return Ok(node),
             Err(error) => reason = format!("{}: {error}", node.display()),
@@ -96,6 +112,11 @@ pub fn start(
             Box::new(Virgl::start(sink, None)?)
         }
         (Choice::Auto, Ok(node)) => match Virgl::start(sink, Some(&node)) {
+            Ok(virgl) if virgl.is_software() => {
+                tracing::info!("no 3D for the guest: {} draws without a GPU", virgl.describe());
+                drop(virgl);
+                Box::new(Soft2d::new())
+            }
             Ok(virgl) => Box::new(virgl),
             Err(error) => {
                 tracing::warn!("no 3D for the guest: {}", with_causes(&error));

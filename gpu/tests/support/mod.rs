@@ -58,7 +58,11 @@ pub const DATA_END: u64 = GUEST_BASE + GUEST_SIZE as u64;
 /// Where [`FrontEnd::screen`] has its pixels.
 pub const PIXELS: u64 = DATA;
 
+const EVENT_IDX: u64 = 1 << 29;
 const QUEUE_SIZE: u16 = 64;
+/// Where the two sides say when they want to be notified: behind the rings.
+const AVAIL_EVENT: u64 = 0x5004 + QUEUE_SIZE as u64 * 8;
+const USED_EVENT: u64 = 0x4004 + QUEUE_SIZE as u64 * 2;
 /// Commands on their way at most: each takes two descriptors.
 const SLOTS: u16 = QUEUE_SIZE / 2;
 const QUEUE_STRIDE: u64 = 1 << 20;
@@ -76,6 +80,8 @@ pub struct Queue {
     pub next: u16,
     seen: u16,
     busy: [bool; SLOTS as usize],
+    /// Which command a slot holds or held.
+    serials: [u64; SLOTS as usize],
     last: u16,
     kick: EventFd,
     /// The device's interrupt.
@@ -91,6 +97,17 @@ pub struct FrontEnd {
     pub queues: [Queue; 2],
     pub features: u64,
     pub capsets: u32,
+    /// Notifications are suppressed as Linux does; set before [`FrontEnd::start`].
+    pub event_idx: bool,
+    /// Commands that were answered with an error.
+    pub refused: u64,
+}
+
+/// A command on its way.
+#[derive(Debug, Clone, Copy)]
+pub struct Ticket {
+    slot: u16,
+    serial: u64,
 }
 
 impl Drop for FrontEnd {
@@ -103,8 +120,9 @@ impl Drop for FrontEnd {
 impl FrontEnd {
     /// A 2D device; `extra_features` are acknowledged although nobody offers them.
     pub fn new(extra_features: u64) -> Self {
-        let program = Path::new(env!("CARGO_BIN_EXE_drago-gpu"));
-        Self::spawn(program, &["--renderer", "2d"], extra_features)
+        // Examples have no such variable, and do not call this.
+        let Some(program) = option_env!("CARGO_BIN_EXE_drago-gpu") else { panic!("no test") };
+        Self::spawn(Path::new(program), &["--renderer", "2d"], extra_features)
     }
 
     /// Starts the program.
@@ -149,19 +167,39 @@ impl FrontEnd {
             next: 0,
             seen: 0,
             busy: [false; SLOTS as usize],
+            serials: [0; SLOTS as usize],
             last: 0,
             kick: fd(),
             call: fd(),
         });
-        let mut front = Self { child, vhost, gpu, memory, queues, features, capsets };
+        let mut front = Self {
+            child,
+            vhost,
+            gpu,
+            memory,
+            queues,
+            features,
+            capsets,
+            event_idx: false,
+            refused: 0,
+        };
         front.start(features | extra_features);
         front
     }
 
+    /// Takes the queues back.
+    pub fn vhost_stop(&mut self) {
+        for queue in 0..2 {
+            self.vhost.set_vring_enable(queue, false).unwrap();
+            self.vhost.get_vring_base(queue).unwrap();
+        }
+    }
+
     /// Hands memory and queues over.
     pub fn start(&mut self, features: u64) {
-        // Without EVENT_IDX, so that every answer interrupts.
-        self.vhost.set_features(features & !(1 << 29)).unwrap();
+        // Without EVENT_IDX every answer interrupts.
+        let suppress = if self.event_idx { 0 } else { EVENT_IDX };
+        self.vhost.set_features(features & !suppress).unwrap();
         let region = self.memory.iter().next().unwrap();
         assert!(region.start_addr().0 != 0);
         let info = VhostUserMemoryRegionInfo::from_guest_region(region).unwrap();
@@ -208,11 +246,13 @@ impl FrontEnd {
     pub fn submit_parts(&mut self, queue: usize, parts: &[&[u8]]) -> u16 {
         let slot = loop {
             self.collect(queue);
-            let busy = &self.queues[queue].busy;
-            if let Some(slot) = busy.iter().position(|busy| !busy) {
-                break slot as u16;
+            // As late as possible after its last use, so that answers can still be looked at.
+            let Queue { busy, last, .. } = &self.queues[queue];
+            let mut slots = (1..=SLOTS).map(|next| (last + next) % SLOTS);
+            if let Some(slot) = slots.find(|slot| !busy[usize::from(*slot)]) {
+                break slot;
             }
-            self.queues[queue].call.read().unwrap();
+            self.sleep(queue);
         };
         let base = self.queues[queue].base;
         let length: usize = parts.iter().map(|part| part.len()).sum();
@@ -242,12 +282,49 @@ impl FrontEnd {
         fence(Ordering::SeqCst);
         self.put(base + 0x4002, &next.wrapping_add(1).to_le_bytes());
         fence(Ordering::SeqCst);
+        let event: u16 = self.memory.read_obj(GuestAddress(base + AVAIL_EVENT)).unwrap();
         let queue = &mut self.queues[queue];
         queue.next = next.wrapping_add(1);
         queue.busy[usize::from(slot)] = true;
+        queue.serials[usize::from(slot)] += 1;
         queue.last = slot;
-        queue.kick.write(1).unwrap();
+        if !self.event_idx || event == next {
+            queue.kick.write(1).unwrap();
+        }
         slot
+    }
+
+    /// What was submitted last.
+    pub fn ticket(&self, queue: usize) -> Ticket {
+        let slot = self.queues[queue].last;
+        Ticket { slot, serial: self.queues[queue].serials[usize::from(slot)] }
+    }
+
+    /// Whether a command was answered.
+    pub fn is_over(&mut self, queue: usize, ticket: Ticket) -> bool {
+        self.collect(queue);
+        let slot = usize::from(ticket.slot);
+        self.queues[queue].serials[slot] != ticket.serial || !self.queues[queue].busy[slot]
+    }
+
+    /// Waits until a command is answered.
+    pub fn finish(&mut self, queue: usize, ticket: Ticket) {
+        while !self.is_over(queue, ticket) {
+            self.sleep(queue);
+        }
+    }
+
+    /// Waits for the next interrupt.
+    fn sleep(&mut self, queue: usize) {
+        let seen = self.queues[queue].seen;
+        if self.event_idx {
+            self.put(self.queues[queue].base + USED_EVENT, &seen.to_le_bytes());
+            fence(Ordering::SeqCst);
+            if self.used(queue) != seen {
+                return;
+            }
+        }
+        self.queues[queue].call.read().unwrap();
     }
 
     /// How many answers there are.
@@ -263,7 +340,11 @@ impl FrontEnd {
         while *seen != used {
             let at = *base + 0x5004 + u64::from(*seen % QUEUE_SIZE) * 8;
             let head: u32 = self.memory.read_obj(GuestAddress(at)).unwrap();
-            busy[head as usize / 2] = false;
+            let slot = head / 2;
+            let answer = *base + 0x1_0000 + u64::from(slot) * SLOT + SMALL as u64;
+            let answer: u32 = self.memory.read_obj(GuestAddress(answer)).unwrap();
+            self.refused += u64::from(answer >= kind::ERR_UNSPEC);
+            busy[slot as usize] = false;
             *seen = seen.wrapping_add(1);
         }
     }
@@ -283,8 +364,7 @@ impl FrontEnd {
     /// Waits for the answer in a slot.
     pub fn wait_for_bytes(&mut self, queue: usize, slot: u16, length: usize) -> Vec<u8> {
         while !self.is_done(queue, slot) {
-            // The device interrupts after each answer.
-            self.queues[queue].call.read().unwrap();
+            self.sleep(queue);
         }
         let mut bytes = vec![0; length];
         let at = self.queues[queue].base + 0x1_0000 + u64::from(slot) * SLOT + SMALL as u64;

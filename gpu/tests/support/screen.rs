@@ -25,6 +25,7 @@ pub struct Screen {
     decoder: Decoder,
     layouts: Vec<Option<(ShmScanout, MmapRegion)>>,
     generation: u32,
+    wanted: [bool; 16],
     pub max_fps: u32,
     pub frames: u64,
     /// What [`Screen::pump`] met and nobody took.
@@ -39,7 +40,8 @@ impl Screen {
         let features = ProtocolFeatures::SHM_FRAMES | ProtocolFeatures::EDID;
         front.send(&FromFrontEnd::ProtocolFeatures(features.bits()), &[]);
         let layouts = (0..16).map(|_| None).collect();
-        Self { decoder, layouts, generation: 0, max_fps, frames: 0, cursors: Vec::new() }
+        let wanted = [false; 16];
+        Self { decoder, layouts, generation: 0, wanted, max_fps, frames: 0, cursors: Vec::new() }
     }
 
     /// Makes memory for a scanout.
@@ -55,7 +57,10 @@ impl Screen {
         let memory = MmapRegion::from_file(FileOffset::new(file, 0), length as usize).unwrap();
         front.send(&FromFrontEnd::ShmScanout(layout), &[fd]);
         self.layouts[scanout as usize] = Some((layout, memory));
-        self.want(front, scanout, self.max_fps);
+        if !self.wanted[scanout as usize] {
+            self.wanted[scanout as usize] = true;
+            self.want(front, scanout, self.max_fps);
+        }
     }
 
     /// Wants frames, or none.

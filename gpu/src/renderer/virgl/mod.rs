@@ -82,6 +82,12 @@ impl Virgl {
         Ok(Self { instance, capsets, resources: HashMap::new(), commands: Vec::new(), node })
     }
 
+    /// Whether the CPUs draw.
+    pub fn is_software(&self) -> bool {
+        let driver = self.driver().to_lowercase();
+        ["llvmpipe", "softpipe", "swrast"].iter().any(|name| driver.contains(name))
+    }
+
     fn driver(&self) -> String {
         let set = self.capsets.iter().find(|set| set.id == capset::VIRGL2);
         let Some(set) = set else { return "unknown driver".to_owned() };
