@@ -11,9 +11,9 @@ use std::{
 use gpu_protocol::{
     format::PixelFormat,
     virtio::{
-        AttachBacking, CtrlHdr, CursorPos, Features, GetEdid, MemEntry, ResourceCommand,
-        ResourceCreate2d, ResourceFlush, RespDisplayInfo, RespEdid, SetScanout, TransferToHost2d,
-        UpdateCursor, kind,
+        AttachBacking, ContextCreate, CtrlHdr, CursorPos, Features, GetEdid, MemEntry,
+        ResourceCommand, ResourceCreate2d, ResourceFlush, RespDisplayInfo, RespEdid, SetScanout,
+        Submit3d, TransferToHost2d, UpdateCursor, kind,
     },
 };
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
@@ -1026,6 +1026,65 @@ fn broken_chains_make_the_device_need_a_reset() {
         rig.paint(&screen, screen.whole(), noise(1));
         rig.expect_picture(&screen, screen.whole(), "a picture after the reset");
     }
+}
+
+#[test]
+fn contexts_die_and_pictures_do_not() {
+    drago_gpu();
+    let config = GpuConfig { renderer: Renderer::Virgl, restart: AT_ONCE, ..GpuConfig::default() };
+    let built = super::device::build(&config);
+    if let Err(error) = &built {
+        println!("SKIPPED: no 3D here: {error}");
+        return;
+    }
+    drop(built);
+    let mut rig = Rig::with(BackEnd::Shared, config).unwrap();
+    assert!(rig.config(12) > 0, "capability sets");
+    let context = |kind, id: u32| CtrlHdr { ctx_id: id.into(), ..CtrlHdr::new(kind) };
+    let create = |id| {
+        let debug_name = [0; 64];
+        let hdr = context(kind::CTX_CREATE, id);
+        ContextCreate { hdr, name_length: 0.into(), context_init: 0.into(), debug_name }
+    };
+    // A command stream with nothing in it but VIRGL_CCMD_NOP.
+    let submit = |id| {
+        let hdr = CtrlHdr {
+            flags: gpu_protocol::virtio::FLAG_FENCE.into(),
+            fence_id: 77.into(),
+            ..context(kind::SUBMIT_3D, id)
+        };
+        let command = Submit3d { hdr, size: 4.into(), padding: 0.into() };
+        [command.as_bytes(), &[0; 4]].concat()
+    };
+    let screen = Resource::new(1, 300, 200);
+    rig.create(&screen);
+    rig.show(1, screen.whole());
+    rig.paint(&screen, screen.whole(), noise(1));
+    rig.expect_picture(&screen, screen.whole(), "a picture");
+    rig.ok(&create(5));
+    rig.ok_raw(&submit(5));
+    let mut pauses = Vec::new();
+    for round in 1..=5 {
+        rig.draw(&screen, screen.whole(), noise(round + 1));
+        let mut batch = Batch::new(&mut rig);
+        for _ in 0..20 {
+            batch.send(0, &submit(4 + round));
+        }
+        kill(batch.rig);
+        let killed = Instant::now();
+        for kind in batch.finish() {
+            // Done, lost on the way, or sent to a context that is no more.
+            let expected = [kind::OK_NODATA, kind::ERR_UNSPEC, kind::ERR_INVALID_CONTEXT_ID];
+            assert!(expected.contains(&kind), "{kind:x}");
+        }
+        rig.expect_picture(&screen, screen.whole(), "the picture after a kill");
+        pauses.push(killed.elapsed());
+        let answer = rig.command_raw(&submit(4 + round), 24);
+        assert_eq!(answer[..4], kind::ERR_INVALID_CONTEXT_ID.to_le_bytes());
+        rig.ok(&create(5 + round));
+        rig.ok_raw(&submit(5 + round));
+    }
+    println!("from kill to picture with virgl: {pauses:?}");
 }
 
 #[test]
