@@ -9,8 +9,13 @@ use devices::{
 };
 
 use crate::{
-    boot::BootConfig, config::VmConfig, control::client::Action, credentials::CredentialConfig,
-    display::SpiceConfig, smbios, terminal::SerialConfig,
+    boot::BootConfig,
+    config::VmConfig,
+    control::client::Action,
+    credentials::CredentialConfig,
+    display::{SpiceConfig, VncConfig},
+    smbios,
+    terminal::SerialConfig,
 };
 
 /// What to do.
@@ -98,6 +103,9 @@ struct MachineArgs {
     /// Serve the screen to SPICE clients
     #[arg(long, value_name = "ADDRESS:PORT[,password-file=FILE][,clients=POLICY]")]
     spice: Option<String>,
+    /// Serve the screen to VNC clients
+    #[arg(long, value_name = "ADDRESS:PORT[,password-file=FILE]")]
+    vnc: Option<String>,
     /// End with this status when the guest's kernel panics
     #[arg(long, value_name = "STATUS")]
     panic_exit_code: Option<u8>,
@@ -176,6 +184,10 @@ fn machine(args: MachineArgs, matches: &ArgMatches) -> Result<VmConfig, CliError
         Some(text) => Some(SpiceConfig::parse(Spec::parse("spice", text)?)?),
         None => None,
     };
+    let vnc = match &args.vnc {
+        Some(text) => Some(VncConfig::parse(Spec::parse("vnc", text)?)?),
+        None => None,
+    };
     Ok(VmConfig {
         name: args.name,
         boot: BootConfig {
@@ -191,15 +203,16 @@ fn machine(args: MachineArgs, matches: &ArgMatches) -> Result<VmConfig, CliError
         uuid: args.uuid,
         credentials: args.credential,
         panic_exit_code: args.panic_exit_code,
-        devices: devices(matches, spice.is_some())?,
+        devices: devices(matches, spice.is_some() || vnc.is_some())?,
         spice,
+        vnc,
     })
 }
 
 type Devices = Vec<(&'static str, Box<dyn DeviceConfig>)>;
 
 /// The devices in registry order, those of one option in command line order.
-fn devices(matches: &ArgMatches, spice: bool) -> Result<Devices, CliError> {
+fn devices(matches: &ArgMatches, viewers: bool) -> Result<Devices, CliError> {
     let mut devices = Devices::new();
     for module in MODULES {
         let mut values: Vec<&str> = matches
@@ -211,7 +224,7 @@ fn devices(matches: &ArgMatches, spice: bool) -> Result<Devices, CliError> {
             values = values.split_off(values.len().saturating_sub(1));
         }
         if values.is_empty() {
-            let wanted = |with_spice: bool| spice || !with_spice;
+            let wanted = |with_viewers: bool| viewers || !with_viewers;
             values.extend(
                 DEFAULTS
                     .iter()

@@ -5,7 +5,11 @@ use std::path::PathBuf;
 use devices::virtio::registry::DeviceConfig;
 
 use crate::{
-    acpi, boot::BootConfig, credentials::CredentialConfig, display::SpiceConfig, memory,
+    acpi,
+    boot::BootConfig,
+    credentials::CredentialConfig,
+    display::{SpiceConfig, VncConfig},
+    memory,
     terminal::SerialConfig,
 };
 
@@ -32,6 +36,8 @@ pub struct VmConfig {
     pub credentials: Vec<CredentialConfig>,
     /// SPICE server.
     pub spice: Option<SpiceConfig>,
+    /// VNC server.
+    pub vnc: Option<VncConfig>,
     /// Exit status after a guest panic; without it a panic is only logged.
     pub panic_exit_code: Option<u8>,
     /// Virtio devices in the order of their places on the PCI bus, with their option's name.

@@ -192,7 +192,8 @@ impl Machine {
         }
         smbios::write(&memory, config.uuid, &strings).map_err(Error::Tables)?;
         let identity = Identity { name: config.name.clone(), uuid: config.uuid };
-        let display = display::start(config.spice.as_ref(), identity, &handles)?;
+        let (spice, vnc) = (config.spice.as_ref(), config.vnc.as_ref());
+        let display = display::start(spice, vnc, identity, &handles)?;
 
         let balloon: Option<BalloonHandle> =
             handles.by_option.iter().find_map(|(_, handle)| handle.downcast_ref().cloned());
@@ -416,7 +417,9 @@ struct Target {
 impl Target {
     fn display(&self) -> Result<&dyn DisplayControl, ControlError> {
         self.display.as_deref().ok_or_else(|| {
-            ControlError("this machine has no display; start it with --spice or --gpu".to_owned())
+            ControlError(
+                "this machine has no display; start it with --spice, --vnc or --gpu".to_owned(),
+            )
         })
     }
 }
@@ -431,6 +434,8 @@ impl ControlTarget for Target {
             memory_mib: self.memory_mib,
             spice: self.display.as_ref().and_then(|display| display.address()),
             spice_clients: self.display.as_ref().map_or_else(Vec::new, |d| d.clients()),
+            vnc: self.display.as_ref().and_then(|display| display.vnc_address()),
+            vnc_clients: self.display.as_ref().map_or_else(Vec::new, |d| d.vnc_clients()),
         }
     }
 

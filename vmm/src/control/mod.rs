@@ -112,6 +112,12 @@ pub struct Status {
     /// Connected SPICE clients.
     #[serde(default)]
     pub spice_clients: Vec<String>,
+    /// `host:port` of the VNC server, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vnc: Option<String>,
+    /// Connected VNC clients.
+    #[serde(default)]
+    pub vnc_clients: Vec<String>,
 }
 
 /// A request that could not be carried out; the text goes to the client as it is.
@@ -183,9 +189,12 @@ impl fmt::Display for Status {
         writeln!(f, "uptime   {} s", self.uptime_seconds)?;
         writeln!(f, "cpus     {}", self.cpus)?;
         write!(f, "memory   {} MiB", self.memory_mib)?;
-        if let Some(spice) = &self.spice {
-            write!(f, "\nspice    {spice}")?;
-            for client in &self.spice_clients {
+        let servers =
+            [("spice", &self.spice, &self.spice_clients), ("vnc", &self.vnc, &self.vnc_clients)];
+        for (name, address, clients) in servers {
+            let Some(address) = address else { continue };
+            write!(f, "\n{name:<8} {address}")?;
+            for client in clients {
                 write!(f, "\nviewer   {client}")?;
             }
         }

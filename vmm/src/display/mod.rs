@@ -1,17 +1,19 @@
 //! The display: connects the run-time handles of the GPU, input and console devices with the SPICE
-//! server and the control socket.
+//! and VNC servers and the control socket.
 //!
 //! | module | direction |
 //! |---|---|
 //! | [`screen`] | frames and pointer images: virtio-gpu → viewers, screenshots |
 //! | [`input`] | keys and pointer: viewers → virtio-input |
 //! | [`agent`] | clipboard and files: spice-vdagent in the guest ↔ viewers |
-//! | [`options`] | `--spice` |
+//! | [`vnc`] | the same for VNC viewers, which see display 0 |
+//! | [`options`] | `--spice`, `--vnc` |
 
 mod agent;
 mod input;
 mod options;
 mod screen;
+mod vnc;
 
 use std::{
     any::Any,
@@ -27,12 +29,13 @@ use devices::virtio::{
     input::InputHandle,
 };
 use spice_server::{DisplayEvents, Leds, MonitorConfig, SpiceServer};
+use vnc_server::VncServer;
 
 use crate::control::ControlError;
 use agent::Port;
 use input::Inputs;
-pub use options::SpiceConfig;
-use screen::Screen;
+pub use options::{SpiceConfig, VncConfig};
+use screen::{Screen, Through};
 
 /// The run-time handles of the devices that have one.
 #[derive(Default)]
@@ -54,8 +57,12 @@ pub struct Identity {
 pub trait DisplayControl: Send + Sync {
     /// `address:port` of the SPICE server.
     fn address(&self) -> Option<String>;
-    /// Connected viewers.
+    /// `address:port` of the VNC server.
+    fn vnc_address(&self) -> Option<String>;
+    /// Connected SPICE viewers.
     fn clients(&self) -> Vec<String>;
+    /// Connected VNC viewers.
+    fn vnc_clients(&self) -> Vec<String>;
     /// A display's picture as a PNG file.
     fn screenshot(&self, display: u32) -> Result<Vec<u8>, ControlError>;
     /// Gives a display another size.
@@ -68,8 +75,10 @@ pub trait DisplayControl: Send + Sync {
 #[derive(Debug, thiserror::Error)]
 pub enum DisplayError {
     /// The address is not one.
-    #[error("--spice {text}: not an address; expected ADDRESS:PORT, such as 127.0.0.1:5900")]
+    #[error("--{option} {text}: not an address; expected ADDRESS:PORT, such as 127.0.0.1:5900")]
     Address {
+        /// `spice` or `vnc`.
+        option: &'static str,
         /// As given.
         text: String,
         /// Why it was not understood.
@@ -85,17 +94,36 @@ pub enum DisplayError {
         #[source]
         source: spice_server::Error,
     },
+    /// The password cannot be used.
+    #[error("--vnc password-file={}: no password can be had from there", path.display())]
+    VncPassword {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The server did not start.
+    #[error("--vnc {address}: cannot listen there")]
+    Vnc {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The server did not start.
     #[error("--spice: the server cannot be started")]
     Server(#[from] spice_server::Error),
-    /// SPICE without anything to show.
-    #[error("--spice: there is no display to serve; do not switch --gpu off")]
-    NoGpu,
+    /// A server without anything to show.
+    #[error("--{0}: there is no display to serve; do not switch --gpu off")]
+    NoGpu(&'static str),
 }
 
 /// Connects what `config` asks for. `None` if the machine has no display.
 pub fn start(
     config: Option<&SpiceConfig>,
+    vnc: Option<&VncConfig>,
     identity: Identity,
     handles: &Handles,
 ) -> Result<Option<Arc<dyn DisplayControl>>, DisplayError> {
@@ -112,7 +140,11 @@ pub fn start(
         }
     }
     let Some(gpu) = gpu else {
-        return if config.is_some() { Err(DisplayError::NoGpu) } else { Ok(None) };
+        return match (config, vnc) {
+            (Some(_), _) => Err(DisplayError::NoGpu("spice")),
+            (None, Some(_)) => Err(DisplayError::NoGpu("vnc")),
+            (None, None) => Ok(None),
+        };
     };
     let inputs = Arc::new(inputs);
     let screens: Vec<Arc<Screen>> = (0..gpu.scanouts()).map(|id| Screen::new(id, &gpu)).collect();
@@ -121,7 +153,7 @@ pub fn start(
         Some(config) => {
             let events = Arc::new(Viewers { screens: screens.clone() });
             let mut builder = SpiceServer::builder()
-                .name(identity.name)
+                .name(identity.name.clone())
                 .listen(config.address()?)
                 .password(config.password()?)
                 .client_policy(config.clients)
@@ -151,8 +183,12 @@ pub fn start(
             tracing::info!(%address, "SPICE server listens");
         }
     }
+    let vnc = match (vnc, screens.first()) {
+        (Some(config), Some(screen)) => Some(vnc::start(config, identity.name, screen, &inputs)?),
+        _ => None,
+    };
     gpu.set_sink(Arc::new(screen::Sink::new(screens.clone(), server.as_ref())));
-    Ok(Some(Arc::new(Display { server, screens, inputs })))
+    Ok(Some(Arc::new(Display { server, vnc, screens, inputs })))
 }
 
 fn show_leds(keyboard: &InputHandle, server: Weak<SpiceServer>) {
@@ -175,7 +211,7 @@ struct Viewers {
 impl DisplayEvents for Viewers {
     fn viewers_changed(&self, any: bool) {
         for screen in &self.screens {
-            screen.set_watched(any);
+            screen.set_watched(Through::Spice, any);
         }
     }
 
@@ -192,6 +228,7 @@ impl DisplayEvents for Viewers {
 /// Everything that makes a running display.
 struct Display {
     server: Option<Arc<SpiceServer>>,
+    vnc: Option<VncServer>,
     screens: Vec<Arc<Screen>>,
     inputs: Arc<Inputs>,
 }
@@ -214,6 +251,16 @@ impl DisplayControl for Display {
     fn clients(&self) -> Vec<String> {
         let Some(server) = &self.server else { return Vec::new() };
         server.status().clients.iter().map(|client| client.peer.to_string()).collect()
+    }
+
+    fn vnc_address(&self) -> Option<String> {
+        let address = self.vnc.as_ref()?.local_addr().ok()?;
+        Some(address.to_string())
+    }
+
+    fn vnc_clients(&self) -> Vec<String> {
+        let viewers = self.vnc.as_ref().map(VncServer::viewers).unwrap_or_default();
+        viewers.iter().map(SocketAddr::to_string).collect()
     }
 
     fn screenshot(&self, display: u32) -> Result<Vec<u8>, ControlError> {

@@ -11,6 +11,7 @@ use spice_server::{
     SurfaceInfo,
 };
 
+use super::vnc;
 use crate::control::ControlError;
 
 /// Frames per second a viewer gets at most.
@@ -24,6 +25,7 @@ pub(super) struct Screen {
     id: u32,
     gpu: GpuHandle,
     viewer: OnceLock<DisplayHandle>,
+    vnc: OnceLock<vnc_server::Screen>,
     /// Held while demand changes and the GPU is told, so that the last change is told last. Never
     /// taken on the GPU's thread.
     demand: Mutex<()>,
@@ -35,8 +37,8 @@ pub(super) struct Screen {
 struct State {
     /// Size of the guest's picture; `None` while the guest shows nothing.
     size: Option<(u32, u32)>,
-    /// Somebody is connected to the SPICE server.
-    watched: bool,
+    /// Somebody is connected to the server of that kind.
+    watched: [bool; 2],
     /// Screenshots that wait for a frame.
     screenshots: u32,
     /// The newest frame, as long as somebody wants frames: it occupies one of the GPU's slots.
@@ -45,9 +47,16 @@ struct State {
     hot_spot: (u32, u32),
 }
 
+/// The servers through which a screen is watched.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Through {
+    Spice,
+    Vnc,
+}
+
 impl State {
     fn frames_wanted(&self) -> bool {
-        self.watched || self.screenshots > 0
+        self.watched.contains(&true) || self.screenshots > 0
     }
 }
 
@@ -57,6 +66,7 @@ impl Screen {
             id,
             gpu: gpu.clone(),
             viewer: OnceLock::new(),
+            vnc: OnceLock::new(),
             demand: Mutex::default(),
             state: Mutex::default(),
             arrived: Condvar::new(),
@@ -75,13 +85,18 @@ impl Screen {
         }
     }
 
+    /// As [`set_viewer`](Self::set_viewer), for VNC.
+    pub(super) fn set_vnc(&self, screen: vnc_server::Screen) {
+        let _ = self.vnc.set(screen);
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The first viewer came or the last one went: without any the GPU need not copy pixels.
-    pub(super) fn set_watched(&self, watched: bool) {
-        self.change_demand(|state| state.watched = watched);
+    pub(super) fn set_watched(&self, through: Through, watched: bool) {
+        self.change_demand(|state| state.watched[through as usize] = watched);
     }
 
     /// Applies `change` and tells the GPU if frames are wanted now and were not before, or the
@@ -100,6 +115,9 @@ impl Screen {
             if let Some(viewer) = self.viewer.get().filter(|_| !after) {
                 // The next viewer must not see what was on the screen when the last one left.
                 viewer.release_frame();
+            }
+            if let Some(vnc) = self.vnc.get().filter(|_| !after) {
+                vnc.release_frame();
             }
             self.gpu.want_frames(self.id, if after { MAX_FPS } else { 0 });
         }
@@ -154,6 +172,9 @@ impl Screen {
         if let Some(viewer) = self.viewer.get() {
             viewer.set_surface(size.map(|(width, height)| SurfaceInfo { width, height }));
         }
+        if let Some(vnc) = self.vnc.get() {
+            vnc.set_size(size);
+        }
     }
 
     fn frame(&self, frame: gpu::Frame, damage: &[gpu::Rect]) {
@@ -162,6 +183,9 @@ impl Screen {
         drop(state);
         drop(stale);
         self.arrived.notify_all();
+        if let Some(vnc) = self.vnc.get() {
+            vnc::present(vnc, frame.clone(), damage);
+        }
         if let Some(viewer) = self.viewer.get() {
             let damage: Vec<Rect> =
                 damage.iter().map(|r| Rect::new(r.x, r.y, r.width, r.height)).collect();
@@ -210,6 +234,14 @@ impl DisplaySink for Sink {
         let hot_x = image.hot_x.min(image.width.saturating_sub(1));
         let hot_y = image.hot_y.min(image.height.saturating_sub(1));
         screen.state().hot_spot = (hot_x, hot_y);
+        if let Some(vnc) = screen.vnc.get() {
+            vnc.set_cursor(Some(vnc_server::Cursor {
+                width: image.width,
+                height: image.height,
+                hot: (hot_x, hot_y),
+                pixels: image.pixels.to_vec(),
+            }));
+        }
         if let Some(viewer) = screen.viewer.get() {
             viewer.set_cursor(CursorImage {
                 width: image.width,
@@ -234,6 +266,9 @@ impl DisplaySink for Sink {
     fn cursor_hide(&self, id: u32) {
         if let Some(viewer) = self.viewer(id) {
             viewer.hide_cursor();
+        }
+        if let Some(vnc) = self.screen(id).and_then(|screen| screen.vnc.get()) {
+            vnc.set_cursor(None);
         }
     }
 

@@ -9,7 +9,6 @@
 use std::{
     env, fs,
     io::{self, BufRead},
-    net::TcpListener,
     sync::{Arc, Mutex},
     thread,
     time::Duration,
@@ -132,8 +131,9 @@ fn main() -> io::Result<()> {
         }
     }
     let config = Config { name: "test picture".to_owned(), password };
+    let address = listen.parse().map_err(io::Error::other)?;
     let events = Arc::new(Printer(Mutex::new(None)));
-    let server = VncServer::start(TcpListener::bind(&listen)?, config, events.clone())?;
+    let server = VncServer::start(vnc_server::listen(address)?, config, events.clone())?;
     let screen = server.screen();
     if let Ok(mut target) = events.0.lock() {
         *target = Some(screen.clone());

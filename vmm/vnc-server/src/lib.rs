@@ -35,4 +35,4 @@ mod viewer;
 pub use geometry::Rect;
 pub use keysym::Scancode;
 pub use screen::{Cursor, Frame, Screen};
-pub use server::{Button, Config, Events, VncServer};
+pub use server::{Button, Config, Events, VncServer, listen};

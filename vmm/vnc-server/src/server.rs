@@ -12,6 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
+
 use crate::{
     gate::Gate,
     keysym::Scancode,
@@ -35,6 +37,12 @@ const HANDSHAKE: Duration = Duration::from_secs(30);
 
 /// A client that takes nothing for so long is gone.
 const STALLED: Duration = Duration::from_secs(30);
+
+/// Silence after which the system asks whether a client is still there.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 64;
 
 /// Between a wrong password and its answer.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -180,6 +188,36 @@ impl Drop for VncServer {
     }
 }
 
+/// Listens on an address, even one the machine does not have yet (`IP_FREEBIND`): that of a tunnel
+/// comes up when it likes.
+///
+/// # Errors
+///
+/// If the address is in use or may not be used.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+        sockopt::set_ipv6_freebind(&socket, true)?;
+    } else {
+        sockopt::set_ip_freebind(&socket, true)?;
+    }
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Finds out when a peer vanished without a word.
+fn keep_alive(socket: &TcpStream) -> io::Result<()> {
+    sockopt::set_tcp_user_timeout(socket, STALLED.as_millis() as u32)?;
+    sockopt::set_socket_keepalive(socket, true)?;
+    sockopt::set_tcp_keepidle(socket, IDLE)?;
+    sockopt::set_tcp_keepintvl(socket, STALLED / 3)?;
+    Ok(())
+}
+
 fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
     loop {
         let (socket, peer) = match listener.accept() {
@@ -240,6 +278,7 @@ impl Shared {
         };
         socket.set_nodelay(true)?;
         socket.set_write_timeout(Some(STALLED))?;
+        keep_alive(&socket)?;
         let mut input = Vec::new();
         let exclusive = !self.handshake(&mut socket, peer, &mut input)?;
         drop(stranger);
