@@ -48,6 +48,14 @@ pub enum CliError {
     /// Syntax, or a request for help.
     #[error(transparent)]
     Clap(#[from] clap::Error),
+    /// Something that other programs do and this one does not.
+    #[error("{option}: {hint}")]
+    Refused {
+        /// The option.
+        option: &'static str,
+        /// What to do instead.
+        hint: &'static str,
+    },
     /// A device option.
     #[error(transparent)]
     Device(#[from] SpecError),
@@ -132,6 +140,62 @@ enum Task {
     },
 }
 
+/// What people look for because other programs have it.
+const REFUSED: &[(&[&str], &str)] = &[
+    (
+        &["--9p", "--virtfs", "--shared-dir", "--share"],
+        "there is no 9p; run virtiofsd and connect to it with --fs tag=TAG,socket=PATH \
+         (microvm.nix: proto = \"virtiofs\")",
+    ),
+    (
+        &["--virtio-mem", "--memory-hotplug", "--hotplug-memory", "--hotplug"],
+        "memory cannot be added at run time; give the machine the most it may ever need with \
+         --memory, and --balloon, which gives what the guest does not use back to the host",
+    ),
+    (
+        &["--bridge"],
+        "no bridge is joined; make a tap interface, put it into the bridge, and use --net tap=IFNAME",
+    ),
+    (
+        &["--usb", "--usb-host", "--usbredir", "--device", "--vfio", "--host-device"],
+        "devices of the host cannot be passed through",
+    ),
+    (
+        &["--user", "--run-with", "--uid", "--gid"],
+        "the user is not changed; start drago-vmm as the user it is to be, a member of the group kvm",
+    ),
+    (
+        &["--cpu", "--accel", "--machine"],
+        "guests run on KVM with the host's processor, nothing else",
+    ),
+    (
+        &["--drive", "--hda", "--cdrom", "--pmem"],
+        "a disk is a raw image or a block device: --disk path=FILE[,ro=on]",
+    ),
+    (
+        &["--virtiofs", "--vhost-user-fs"],
+        "run virtiofsd and connect to it with --fs tag=TAG,socket=PATH",
+    ),
+    (&["--display"], "the screen is served by --spice ADDRESS:PORT"),
+    (&["--api-socket", "--qmp", "--monitor"], "the socket for 'drago-vmm ctl' is --control PATH"),
+];
+
+/// Says what to do instead of an option that does not exist.
+fn refusal(error: clap::Error) -> CliError {
+    use clap::error::{ContextKind, ContextValue, ErrorKind};
+    if error.kind() == ErrorKind::UnknownArgument
+        && let Some(ContextValue::String(argument)) = error.get(ContextKind::InvalidArg)
+    {
+        let name = argument.split('=').next().unwrap_or_default();
+        for (options, hint) in REFUSED {
+            if let Some(option) = options.iter().find(|option| **option == name) {
+                return CliError::Refused { option, hint };
+            }
+        }
+    }
+    error.into()
+}
+
 /// Devices every machine gets unless the option is given: option, value, whether only with
 /// `--spice`.
 const DEFAULTS: [(&str, &str, bool); 6] = [
@@ -166,7 +230,7 @@ fn command() -> clap::Command {
 
 /// Parses the command line; the first argument is the program's name, whatever it is.
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation, CliError> {
-    let matches = command().try_get_matches_from(arguments)?;
+    let matches = command().try_get_matches_from(arguments).map_err(refusal)?;
     let cli = Cli::from_arg_matches(&matches)?;
     match cli.task {
         Some(Task::Ctl { control, action }) => Ok(Invocation::Ctl { control, action }),
@@ -293,6 +357,26 @@ mod tests {
         assert!(text("--kernel a --rng nope=1").starts_with("--rng:"));
         assert!(text("--kernel a --serial x").contains("--serial"));
         assert!(text("--kernel a --spice password-file=x").starts_with("--spice:"));
+    }
+
+    #[test]
+    fn what_is_refused_comes_with_a_hint() {
+        let text = |arguments| run(arguments).unwrap_err().to_string();
+        assert!(text("--kernel a --9p tag=x,path=y").contains("virtiofsd"));
+        assert!(text("--kernel a --virtio-mem size=1").contains("--balloon"));
+        assert!(text("--kernel a --usb 1:2").starts_with("--usb: devices of the host"));
+        assert!(text("--kernel a --bridge=br0").contains("tap"));
+        assert!(text("--kernel a --net bridge=br0").contains("tap=IFNAME"));
+        assert!(text("--kernel a --user nobody").contains("group kvm"));
+        assert!(text("--kernel a --cpu kvm64").contains("KVM"));
+        assert!(text("--kernel a --disk path=d,format=qcow2").contains("qemu-img convert -O raw"));
+        assert!(run("--kernel a --disk path=d,format=raw").is_ok());
+        // No option of ours is among them, and unknown ones are said to be unknown.
+        for option in REFUSED.iter().flat_map(|(options, _)| *options) {
+            let error = run(&format!("--kernel a {option} x")).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{option}: ")), "{error}");
+        }
+        assert!(text("--kernel a --nonsense").contains("unexpected argument"));
     }
 
     #[test]

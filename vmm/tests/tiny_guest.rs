@@ -334,6 +334,71 @@ fn signals_and_quit_end_an_idle_guest() {
     assert!(gone.success(), "shutting down what is gone already is a success");
 }
 
+/// As `microvm@.service` of microvm.nix does: hardly any environment, another name, no input.
+#[test]
+fn a_service_manager_is_told_and_finds_nothing_left_behind() {
+    if no_kvm("a_service_manager_is_told_and_finds_nothing_left_behind") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let code = [code::print("up\n"), code::HALT.to_vec()].concat();
+    std::fs::write(at("guest.elf"), elf(&code, false)).unwrap();
+    std::fs::write(at("secret"), "hunter2").unwrap();
+    // A machine that was killed left its socket.
+    drop(std::os::unix::net::UnixListener::bind(at("control")).unwrap());
+    let manager = std::os::unix::net::UnixDatagram::bind(at("notify")).unwrap();
+    manager.set_read_timeout(Some(LIMIT)).unwrap();
+    let told = || {
+        let mut buffer = [0; 4096];
+        let length = manager.recv(&mut buffer).unwrap();
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    };
+    let mut child = Command::new(env!("CARGO_BIN_EXE_drago-vmm"));
+    std::os::unix::process::CommandExt::arg0(&mut child, "microvm@guest");
+    let child = child
+        .current_dir(folder.path())
+        .env_clear()
+        .env("NOTIFY_SOCKET", at("notify"))
+        .args(["--log", "trace", "--kernel", "guest.elf", "--memory", "1", "--control", "control"])
+        .args(["--credential", "a=/nonexistent", "--serial", "off"])
+        // What a runner appends overrides.
+        .args(["--credential", "a=secret", "--serial", "stdio", "--memory", "64"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut guest = Guest { folder, child };
+    guest.wait_for("up\n");
+    let ready = told();
+    assert!(ready.starts_with("READY=1\n"), "{ready}");
+    guest.signal(rustix::process::Signal::TERM);
+    assert_eq!(told(), "STOPPING=1");
+    let (status, _, errors) = guest.end();
+    assert!(status.success(), "{errors}");
+    for shown in ["hunter2", "aHVudGVyMg"] {
+        assert!(!errors.contains(shown), "a secret in the log: {errors}");
+    }
+}
+
+#[test]
+fn a_signal_ends_the_wait_for_virtiofsd() {
+    if no_kvm("a_signal_ends_the_wait_for_virtiofsd") {
+        return;
+    }
+    let image = elf(&code::HALT, false);
+    let mut guest = Guest::start(&image, &["--fs", "tag=t,socket=nobody"]);
+    let mut errors = std::io::BufReader::new(guest.child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("waiting for virtiofsd") {
+        line.clear();
+        assert!(std::io::BufRead::read_line(&mut errors, &mut line).unwrap() > 0, "it ended");
+    }
+    guest.signal(rustix::process::Signal::TERM);
+    assert!(guest.child.wait().unwrap().success());
+}
+
 #[test]
 fn errors_come_before_the_guest_and_name_the_option() {
     let run = |arguments: &[&str]| {

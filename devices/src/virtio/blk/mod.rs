@@ -22,7 +22,11 @@ mod sys;
 #[cfg(test)]
 mod tests;
 
-use std::{fs::File, path::PathBuf};
+use std::{
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+};
 
 use self::{
     device::Disk,
@@ -66,6 +70,15 @@ fn parse(mut spec: Spec) -> Result<Box<dyn DeviceConfig>, SpecError> {
     };
     let read_only = spec.take_switch("ro")?.unwrap_or(false);
     let direct = spec.take_switch("direct")?.unwrap_or(false);
+    for key in ["format", "image_type"] {
+        if let Some(format) = spec.take(key)?
+            && format != "raw"
+        {
+            let reason = "only raw images and block devices are possible; convert it with \
+                          'qemu-img convert -O raw'";
+            return Err(spec.invalid(key, &format, reason));
+        }
+    }
     let id = spec.take("id")?;
     let serial = spec.take("serial")?;
     if let Some(serial) = &serial
@@ -86,7 +99,28 @@ fn parse(mut spec: Spec) -> Result<Box<dyn DeviceConfig>, SpecError> {
 impl DeviceConfig for DiskConfig {
     fn build(self: Box<Self>) -> Result<BuiltDevice, BuildError> {
         let image = Image::open(&self.path, &self.options)?;
+        if let Some(format) = looks_like(&self.path) {
+            // Not an error: the content of a disk is the guest's, and never decides how it is read.
+            tracing::warn!(
+                path = %self.path.display(),
+                "this looks like a {format} image; the guest gets it as it is, byte for byte (convert \
+                 it with 'qemu-img convert -O raw')"
+            );
+        }
         Ok(BuiltDevice { device: Box::new(Disk::new(image, &self.serial)), handle: None })
+    }
+}
+
+/// The format of a file that is probably not meant to be a raw image.
+fn looks_like(path: &Path) -> Option<&'static str> {
+    let mut start = [0; 8];
+    File::open(path).ok()?.read_exact(&mut start).ok()?;
+    match &start {
+        [b'Q', b'F', b'I', 0xfb, ..] => Some("qcow2"),
+        b"vhdxfile" => Some("VHDX"),
+        b"conectix" => Some("VHD"),
+        [b'K', b'D', b'M', b'V', ..] => Some("VMDK"),
+        _ => None,
     }
 }
 

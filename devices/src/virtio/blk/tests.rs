@@ -493,3 +493,16 @@ fn a_reset_in_the_middle_leaves_nothing_behind() {
     assert_eq!(ask(&mut driver, IN, 0, &[], 512).0, OK);
     device.shutdown();
 }
+
+#[test]
+fn no_format_is_read_into_a_disk() {
+    let mut content = pattern(MIB, 21);
+    content[..4].copy_from_slice(b"QFI\xfb");
+    let file = image(&content);
+    assert_eq!(super::looks_like(file.path()), Some("qcow2"));
+    let mut device = build(file.path(), "");
+    let mut driver = Driver::start(device.as_mut());
+    let (status, data) = ask(&mut driver, IN, 0, &[], 512);
+    assert_eq!((status, &data[..]), (OK, &content[..512]));
+    assert_eq!(super::looks_like(image(&pattern(MIB, 22)).path()), None);
+}

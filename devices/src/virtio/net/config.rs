@@ -45,7 +45,7 @@ pub struct NetConfig {
 }
 
 impl NetConfig {
-    /// Parses `user[,hostfwd=RULE…][,host-access=on|off][,ipv6=on|off]`,
+    /// Parses `user[,hostfwd=RULE…][,host-access=on|off][,ipv6=on|off][,passt=FILE]`,
     /// `tap=IFNAME[,queues=N][,vhost=on|off]` or `fd=N[:N…][,vhost=on|off]`, each with
     /// `[,mac=MAC][,mtu=N]`.
     pub fn parse(mut spec: Spec) -> Result<Box<dyn DeviceConfig>, SpecError> {
@@ -167,7 +167,8 @@ fn user(spec: &mut Spec, mtu: Option<u16>) -> Result<PasstConfig, SpecError> {
     }
     let host_access = spec.take_switch("host-access")?.unwrap_or(true);
     let ipv6 = spec.take_switch("ipv6")?.unwrap_or(true);
-    Ok(PasstConfig { forwards, host_access, mtu, ipv6 })
+    let program = spec.take_path("passt")?;
+    Ok(PasstConfig { forwards, host_access, mtu, ipv6, program })
 }
 
 fn descriptors(spec: &Spec, text: &str) -> Result<Vec<RawFd>, SpecError> {

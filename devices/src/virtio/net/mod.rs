@@ -36,7 +36,7 @@ use crate::virtio::registry::{Count, DeviceModule};
 /// Network cards in the registry.
 pub static MODULE: DeviceModule = DeviceModule {
     option: "net",
-    value_name: "user[,hostfwd=tcp:[ADDR]:PORT-:PORT…][,host-access=off]|tap=IFNAME[,queues=N][,vhost=on]|fd=N[:N…][,vhost=on][,mac=MAC][,mtu=N]",
+    value_name: "user[,hostfwd=tcp:[ADDR]:PORT-:PORT…][,host-access=off][,passt=FILE]|tap=IFNAME[,queues=N][,vhost=on]|fd=N[:N…][,vhost=on][,mac=MAC][,mtu=N]",
     help: "virtio network card: user networking through passt, or a tap or macvtap interface",
     count: Count::Many,
     parse: NetConfig::parse,

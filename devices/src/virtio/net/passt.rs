@@ -6,12 +6,14 @@
 
 use std::{
     collections::VecDeque,
+    env,
     io::{self, BufRead, BufReader, ErrorKind, Read, Write},
     net::Ipv4Addr,
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::{net::UnixStream, process::CommandExt},
     },
+    path::{Path, PathBuf},
     process::{Child, ChildStderr, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError, mpsc},
     thread::{self, JoinHandle},
@@ -49,9 +51,29 @@ pub(super) struct PasstConfig {
     pub(super) host_access: bool,
     pub(super) mtu: Option<u16>,
     pub(super) ipv6: bool,
+    /// The program, where it is to be no other one.
+    pub(super) program: Option<PathBuf>,
 }
 
 impl PasstConfig {
+    /// The program: services often have no `PATH`.
+    fn program(&self) -> Result<PathBuf, StartError> {
+        if let Some(program) = &self.program {
+            let there = program.is_file().then(|| program.clone());
+            return there.ok_or_else(|| StartError::NotThere(program.clone()));
+        }
+        let own = env::current_exe().ok();
+        let beside = own.as_deref().and_then(Path::parent).map(Path::to_owned);
+        let path = env::var_os("PATH").unwrap_or_default();
+        beside
+            .into_iter()
+            .chain(env::split_paths(&path).filter(|folder| folder.is_absolute()))
+            .chain([PathBuf::from("/usr/bin")])
+            .map(|folder| folder.join("passt"))
+            .find(|program| program.is_file())
+            .ok_or(StartError::Missing)
+    }
+
     /// The command line, apart from the socket.
     fn arguments(&self, host: HostRoutes) -> Vec<String> {
         let mut arguments: Vec<String> = Vec::new();
@@ -115,9 +137,12 @@ struct Running {
 #[derive(Debug, thiserror::Error)]
 enum StartError {
     #[error(
-        "the program 'passt' is not installed (package 'passt' on Debian, Fedora, Arch, NixOS)"
+        "the program 'passt' is neither beside drago-vmm nor in PATH nor in /usr/bin; install it \
+         (package 'passt' on Debian, Fedora, Arch, NixOS) or name it with passt=FILE"
     )]
     Missing,
+    #[error("passt={}: there is no such program", .0.display())]
+    NotThere(PathBuf),
     #[error("passt cannot be started")]
     Spawn(#[source] io::Error),
     #[error("passt ended at its start ({status}): {said}")]
@@ -240,7 +265,7 @@ fn finish(child: Option<Child>) -> Option<ExitStatus> {
 fn launch(config: &PasstConfig, mac: MacAddress) -> Result<Running, StartError> {
     let (ours, theirs) = UnixStream::pair().map_err(StartError::Spawn)?;
     let theirs = OwnedFd::from(theirs);
-    let mut command = Command::new("passt");
+    let mut command = Command::new(config.program()?);
     command
         .args(config.arguments(HostRoutes::look()))
         .args(["--fd", &theirs.as_raw_fd().to_string()])
@@ -363,6 +388,7 @@ mod tests {
             host_access: false,
             mtu: Some(9000),
             ipv6: false,
+            program: None,
         };
         let line = config.arguments(HostRoutes::None).join(" ");
         assert_eq!(
@@ -371,5 +397,20 @@ mod tests {
              --gateway 10.0.2.2 --mtu 9000 --interface lo --ipv4-only --no-map-gw \
              --tcp-ports 127.0.0.1/2223:22 --udp-ports 5:6"
         );
+    }
+
+    #[test]
+    fn the_program_may_be_named() {
+        let mut config = PasstConfig {
+            forwards: Vec::new(),
+            host_access: true,
+            mtu: None,
+            ipv6: true,
+            program: Some("/bin/sh".into()),
+        };
+        assert_eq!(config.program().unwrap(), Path::new("/bin/sh"));
+        config.program = Some("/nonexistent/passt".into());
+        let error = config.program().unwrap_err().to_string();
+        assert!(error.contains("passt=/nonexistent/passt"), "{error}");
     }
 }

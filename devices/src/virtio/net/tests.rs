@@ -289,6 +289,7 @@ fn passt_config(forward: &str) -> PasstConfig {
         host_access: true,
         mtu: None,
         ipv6: false,
+        program: None,
     }
 }
 
