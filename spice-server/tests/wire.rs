@@ -37,13 +37,19 @@ impl Plain {
         Self(stream)
     }
 
+    /// The next message that is no PING, which this client never answers.
     fn message(&mut self) -> (u16, Vec<u8>) {
-        let mut header = [0; 18];
-        self.0.read_exact(&mut header).unwrap();
-        let size = u32::from_le_bytes(header[10..14].try_into().unwrap());
-        let mut body = vec![0; size as usize];
-        self.0.read_exact(&mut body).unwrap();
-        (u16::from_le_bytes(header[8..10].try_into().unwrap()), body)
+        loop {
+            let mut header = [0; 18];
+            self.0.read_exact(&mut header).unwrap();
+            let size = u32::from_le_bytes(header[10..14].try_into().unwrap());
+            let mut body = vec![0; size as usize];
+            self.0.read_exact(&mut body).unwrap();
+            let kind = u16::from_le_bytes(header[8..10].try_into().unwrap());
+            if kind != 4 {
+                return (kind, body);
+            }
+        }
     }
 
     fn send(&mut self, kind: u16, body: &[u8]) {
@@ -84,8 +90,6 @@ fn an_old_client_gets_raw_pictures_on_its_one_surface() {
         let (kind, body) = display.message();
         match kind {
             102 => break,
-            // PING; this client never answers.
-            4 => continue,
             _ => assert_eq!(kind, 304),
         }
         assert_eq!(word(&body, 0), 0);

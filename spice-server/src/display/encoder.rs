@@ -29,7 +29,7 @@ use crate::proto::{
 /// Quality of lossy parts, 1 to 100.
 const JPEG_QUALITY: u8 = 80;
 /// Smallest part, in bytes of pixels, that may be lossy.
-const MIN_LOSSY: usize = 64 * 64 * 4;
+const MIN_LOSSY: usize = 1024 * 4;
 /// Smallest image, in encoded bytes, that clients are asked to keep.
 const MIN_KEPT: usize = 600;
 /// Most streams at a time.
@@ -50,6 +50,8 @@ pub(crate) struct Abilities {
     pub(crate) modern: bool,
     pub(crate) mjpeg: bool,
     pub(crate) reports: bool,
+    /// It scales stream frames.
+    pub(crate) sized: bool,
     /// It runs on this machine: bytes cost next to nothing.
     pub(crate) local: bool,
 }
@@ -278,7 +280,8 @@ impl Encoder {
             return self.out.len() != before;
         };
         self.draw(rect, line, now, false);
-        if !self.tiles.has_todo() {
+        // A picture that never rests is whole once every part has been drawn.
+        if self.tiles.is_known() {
             self.finish(now);
         }
         true
@@ -468,16 +471,20 @@ impl Encoder {
         let before = self.out.len();
         let size = (stream.rect.width, stream.rect.height);
         self.tiles.pixels(stream.rect, &mut self.pixels);
-        let (pixels, quality) = (&self.pixels, stream.quality());
+        let sent_size = stream.frame_size();
+        if sent_size != size {
+            halve(&mut self.pixels, size);
+        }
         let mut jpeg = Vec::new();
-        put_jpeg(&mut jpeg, size, pixels, quality);
+        put_jpeg(&mut jpeg, sent_size, &self.pixels, stream.quality());
         let spent = start.elapsed();
         let clock = line.clock.wrapping_add(spent.as_millis() as u32);
         let time = stream.time(clock, transfer(jpeg.len()));
-        put_stream_data(&mut self.framer, &mut self.out, stream.id, time, |out| {
+        let sized = (sent_size != size).then_some((sent_size, stream.rect));
+        put_stream_data(&mut self.framer, &mut self.out, stream.id, time, sized, |out| {
             out.extend_from_slice(&jpeg);
         });
-        stream.encoded(jpeg.len(), line.rate);
+        stream.encoded(jpeg.len(), line.rate, self.abilities.sized);
         let rect = stream.rect;
         self.tiles.streamed(rect, now);
         self.lossy = true;
@@ -499,6 +506,26 @@ impl Encoder {
             self.tiles.release(rect, now);
         }
     }
+}
+
+/// Halves a picture in both directions, in place; odd ends are left out.
+fn halve(pixels: &mut Vec<u8>, (width, height): (u32, u32)) {
+    let stride = width as usize * 4;
+    let (columns, rows) = (width as usize / 2, height as usize / 2);
+    let mut half = Vec::with_capacity(columns * rows * 4);
+    for pair in pixels.chunks_exact(stride * 2).take(rows) {
+        let (top, bottom) = pair.split_at(stride);
+        let (top, bottom) = (top.as_chunks::<8>().0, bottom.as_chunks::<8>().0);
+        for (a, b) in top.iter().zip(bottom) {
+            let sum = |at: usize| {
+                let of =
+                    |eight: &[u8; 8], at: usize| u16::from(eight.get(at).copied().unwrap_or(0));
+                ((of(a, at) + of(a, at + 4) + of(b, at) + of(b, at + 4)) / 4) as u8
+            };
+            half.extend_from_slice(&[sum(0), sum(1), sum(2), 0]);
+        }
+    }
+    *pixels = half;
 }
 
 fn touch(a: Rect, b: Rect) -> bool {

@@ -12,9 +12,11 @@ use crate::proto::display::StreamReport;
 /// A film that stands still for so long is over.
 const STILL: Duration = Duration::from_millis(400);
 /// Bounds of the margin in milliseconds.
-const MARGIN: (f64, f64) = (8.0, 60.0);
+const MARGIN: (f64, f64) = (8.0, 120.0);
 /// Bounds of the JPEG quality.
-const QUALITY: (u8, u8) = (15, 85);
+const QUALITY: (u8, u8) = (20, 85);
+/// Smallest side of a stream whose frames may be halved.
+const MIN_HALVED: u32 = 256;
 /// Share of the line a stream may fill.
 const SHARE: f64 = 0.85;
 /// Frames and milliseconds between two reports.
@@ -35,6 +37,8 @@ pub(crate) struct Stream {
     margin: f64,
     /// Frames per second of the source.
     rate: f64,
+    /// Frames are sent in half their size.
+    half: bool,
 }
 
 impl Stream {
@@ -49,6 +53,7 @@ impl Stream {
             quality: 70,
             margin: 15.0,
             rate: rate.clamp(5.0, 60.0),
+            half: false,
         }
     }
 
@@ -67,8 +72,15 @@ impl Stream {
         self.quality
     }
 
+    /// Size of the frames sent.
+    pub(crate) fn frame_size(&self) -> (u32, u32) {
+        let Rect { width, height, .. } = self.rect;
+        if self.half { (width / 2, height / 2) } else { (width, height) }
+    }
+
     /// A frame of so many bytes was encoded; the line carries `line` bytes per second, if known.
-    pub(crate) fn encoded(&mut self, bytes: usize, line: Option<f64>) {
+    /// Where quality alone does not help, and the client can scale, half the size does.
+    pub(crate) fn encoded(&mut self, bytes: usize, line: Option<f64>, can_scale: bool) {
         self.dirty = false;
         let wanted = line.map_or(f64::INFINITY, |line| line * SHARE / self.rate);
         let ratio = bytes as f64 / wanted;
@@ -80,6 +92,12 @@ impl Stream {
             _ => self.quality + 1,
         };
         self.quality = quality.clamp(QUALITY.0, QUALITY.1);
+        let large = self.rect.width.min(self.rect.height) >= MIN_HALVED;
+        if quality < QUALITY.0 && !self.half && can_scale && large {
+            (self.half, self.quality) = (true, 60);
+        } else if quality > QUALITY.1 && self.half && ratio < 0.5 {
+            (self.half, self.quality) = (false, 40);
+        }
     }
 
     /// The time to show a frame at: `clock` milliseconds now, and the line needs `transfer` seconds
@@ -100,7 +118,8 @@ impl Stream {
             return false;
         }
         if report.drops > 0 || report.last_delay < 0 {
-            self.margin = (self.margin + 8.0).min(MARGIN.1);
+            let late = f64::from(report.last_delay.min(0)).abs();
+            self.margin = (self.margin + 8.0 + late).min(MARGIN.1);
         } else if f64::from(report.last_delay) > self.margin / 2.0 {
             self.margin = (self.margin - 1.0).max(MARGIN.0);
         }
@@ -124,16 +143,29 @@ mod tests {
     fn quality_follows_the_line() {
         let mut stream = stream();
         for _ in 0..50 {
-            stream.encoded(100_000, Some(1e6));
+            stream.encoded(100_000, Some(1e6), false);
         }
         assert_eq!(stream.quality(), QUALITY.0);
         for _ in 0..100 {
-            stream.encoded(100_000, Some(1e8));
+            stream.encoded(100_000, Some(1e8), false);
         }
         assert_eq!(stream.quality(), QUALITY.1);
         let before = stream.quality();
-        stream.encoded(27_000, Some(1e6));
+        stream.encoded(27_000, Some(1e6), false);
         assert_eq!(stream.quality(), before, "fits");
+    }
+
+    #[test]
+    fn thin_lines_get_smaller_frames() {
+        let mut stream = stream();
+        for _ in 0..10 {
+            stream.encoded(100_000, Some(1e6), true);
+        }
+        assert_eq!(stream.frame_size(), (320, 240));
+        for _ in 0..100 {
+            stream.encoded(10_000, Some(1e6), true);
+        }
+        assert_eq!(stream.frame_size(), (640, 480));
     }
 
     #[test]
@@ -142,7 +174,7 @@ mod tests {
         assert_eq!(stream.time(1000, 0.1), 1115);
         assert_eq!(stream.time(1010, 0.0), 1115);
         assert!(stream.report(report(3, -5)));
-        assert_eq!(stream.time(2000, 0.0), 2023);
+        assert_eq!(stream.time(2000, 0.0), 2028);
         for _ in 0..100 {
             assert!(stream.report(report(0, 20)));
         }

@@ -97,6 +97,8 @@ pub(crate) struct Tiles {
     todo: usize,
     /// Tiles with lossy pixels.
     lossy: usize,
+    /// Tiles that have never been sent.
+    unknown: usize,
     /// Where the next search begins, so that a slow viewer gets all parts of a busy picture.
     next: usize,
     /// Pictures that are not searched for moves, and how many that were after the last failure.
@@ -121,6 +123,7 @@ impl Tiles {
             scratch: Vec::new(),
             todo: 0,
             lossy: 0,
+            unknown: count,
             next: 0,
             patience: 0,
             next_patience: 1,
@@ -137,7 +140,12 @@ impl Tiles {
     pub(crate) fn blackened(&mut self) {
         self.shown.fill(0);
         self.tiles.fill(Tile { known: true, ..Tile::default() });
-        (self.todo, self.lossy) = (0, 0);
+        (self.todo, self.lossy, self.unknown) = (0, 0, 0);
+    }
+
+    /// Whether every tile has been sent once.
+    pub(crate) fn is_known(&self) -> bool {
+        self.unknown == 0
     }
 
     /// Gives memory back that is needed only while something changes.
@@ -154,7 +162,7 @@ impl Tiles {
     }
 
     /// Compares the tiles that `rects` touch with what the client shows.
-    /// Returns the numbers of those that differ.
+    /// Returns the numbers of those that differ and have changed.
     pub(crate) fn take_in(&mut self, frame: &dyn Frame, rects: &[Rect]) -> Vec<usize> {
         let mut dirty = Vec::new();
         if self.fresh.is_empty() {
@@ -200,6 +208,14 @@ impl Tiles {
             let left = (tile.x - run.x) as usize * PIXEL;
             let source = pixels.get(left..).unwrap_or_default();
             let Some(state) = self.tiles.get(index).copied() else { continue };
+            if !state.todo.is_empty() || state.held() {
+                // What waits to be sent is no news.
+                let from = self.offset(tile.x, tile.y);
+                let fresh = self.fresh.get(from..).unwrap_or_default();
+                if same(source, stride, fresh, self.stride(), tile) {
+                    continue;
+                }
+            }
             let span = if state.known {
                 difference(source, stride, self.shown_at(tile), self.stride(), tile)
             } else {
@@ -426,8 +442,9 @@ impl Tiles {
             } else if covered && !state.held() {
                 self.set_lossy(index, None);
             }
-            if let Some(state) = self.tiles.get_mut(index) {
+            if let Some(state) = self.tiles.get_mut(index).filter(|state| !state.known) {
                 state.known = true;
+                self.unknown -= 1;
             }
         }
     }
@@ -593,6 +610,13 @@ fn copy(from: &[u8], from_stride: usize, to: &mut [u8], to_stride: usize, rect: 
             to.copy_from_slice(from);
         }
     }
+}
+
+/// Whether two pictures are the same in a rectangle.
+fn same(a: &[u8], a_stride: usize, b: &[u8], b_stride: usize, rect: Rect) -> bool {
+    let bytes = rect.width as usize * PIXEL;
+    let mut rows = a.chunks(a_stride).zip(b.chunks(b_stride)).take(rect.height as usize);
+    rows.all(|(a, b)| a.get(..bytes) == b.get(..bytes))
 }
 
 /// The part of a tile in which two pictures differ.

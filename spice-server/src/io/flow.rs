@@ -17,7 +17,11 @@ const PING_EVERY: u64 = 64 * 1024;
 /// Bytes that may always be under way.
 const MIN_WINDOW: f64 = 32.0 * 1024.0;
 /// Bytes that may be under way before anything is known.
-const FIRST_WINDOW: f64 = 512.0 * 1024.0;
+const FIRST_WINDOW: f64 = 128.0 * 1024.0;
+/// How much more than the line has delivered is sent until it delivers no more.
+const GROWTH: f64 = 2.5;
+/// Rounds without growth that mean that the line is full.
+const FULL_ROUNDS: u32 = 3;
 /// Most unanswered pings.
 const MAX_PINGS: usize = 4096;
 /// Below this many bytes per second (50 Mbit/s) lossy pictures are worth their artefacts.
@@ -75,6 +79,10 @@ pub(crate) struct Flow {
     /// The rate of exact pictures alone.
     exact_rate: Option<(Instant, f64)>,
     lossy: bool,
+    /// The line's rate is still being found out.
+    growing: bool,
+    /// The first ping of the round after this one, the rate before it, and rounds without growth.
+    round: (u32, f64, u32),
 }
 
 impl Flow {
@@ -95,6 +103,8 @@ impl Flow {
             rate: None,
             exact_rate: None,
             lossy: false,
+            growing: true,
+            round: (0, 0.0, 0),
         }
     }
 
@@ -107,7 +117,11 @@ impl Flow {
     /// The number of a ping to be sent now, if one is due: always at a picture's end.
     pub(crate) fn ping(&mut self, at_end: bool, now: Instant) -> Option<u32> {
         let waiting = self.queued - self.pinged;
-        if waiting == 0 || (!at_end && waiting < PING_EVERY) || self.pings.len() >= MAX_PINGS {
+        // The very first one goes ahead of all pictures: it meets an empty line.
+        if (waiting == 0 && self.next_id != 1)
+            || (!at_end && waiting < PING_EVERY)
+            || self.pings.len() >= MAX_PINGS
+        {
             return None;
         }
         let id = self.next_id;
@@ -174,6 +188,7 @@ impl Flow {
         }
         self.rates.push_back((now, rate));
         self.rate = self.rates.front().map(|(_, rate)| *rate);
+        self.end_round(id);
         // Who had to wait for the line knows its rate; who was not let go by us does not.
         let waited = self.round_trip.is_some_and(|shortest| trip > shortest + WAITED);
         if ping.exact && (waited || self.exact_rate.is_some_and(|(_, old)| rate > old)) {
@@ -188,6 +203,18 @@ impl Flow {
         {
             (*at, *old) = (now, rate);
         }
+    }
+
+    /// Looks once per round trip whether more sent was more delivered.
+    fn end_round(&mut self, id: u32) {
+        let (end, before, rounds) = self.round;
+        if !self.growing || id < end {
+            return;
+        }
+        let rate = self.rate.unwrap_or(0.0);
+        let rounds = if rate > before * 1.25 { 0 } else { rounds + 1 };
+        self.growing = rounds < FULL_ROUNDS;
+        self.round = (self.next_id, rate.max(before), rounds);
     }
 
     /// Bytes under way.
@@ -209,6 +236,9 @@ impl Flow {
 
     fn window(&self) -> f64 {
         match (self.rate, self.round_trip) {
+            (Some(rate), Some(trip)) if self.growing => {
+                (rate * (trip * GROWTH + QUEUE)).max(FIRST_WINDOW)
+            }
             (Some(rate), Some(trip)) => (rate * (trip * 1.25 + QUEUE)).max(MIN_WINDOW),
             _ => FIRST_WINDOW,
         }
@@ -216,7 +246,7 @@ impl Flow {
 
     /// Bytes per second the line carries, if that is known.
     pub(crate) fn rate(&self) -> Option<f64> {
-        self.rate
+        self.rate.filter(|_| !self.growing)
     }
 
     /// Shortest recent time from sending a picture to hearing that it was drawn, in seconds.

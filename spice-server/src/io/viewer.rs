@@ -31,8 +31,8 @@ use crate::{
     proto::{
         channel::{BaseMessage, Caps, put_ping},
         display::{
-            CAP_CODEC_MJPEG, CAP_LZ4, CAP_MULTI_CODEC, CAP_STREAM_REPORT, ClientMessage,
-            Compression, decode, limit,
+            CAP_CODEC_MJPEG, CAP_LZ4, CAP_MULTI_CODEC, CAP_SIZED_STREAM, CAP_STREAM_REPORT,
+            ClientMessage, Compression, decode, limit,
         },
         framing::{Deframer, Framer, HeaderKind},
     },
@@ -106,6 +106,7 @@ fn run(new: NewViewer, handle: ViewerHandle) {
         modern: has(CAP_LZ4),
         mjpeg: has(CAP_MULTI_CODEC) && has(CAP_CODEC_MJPEG),
         reports: has(CAP_STREAM_REPORT),
+        sized: has(CAP_SIZED_STREAM),
         local: new.session.peer.ip().is_loopback(),
     };
     let mut encoder = Encoder::new(Framer::new(new.header), abilities, stats.clone());
@@ -192,6 +193,7 @@ struct Viewer {
 impl Viewer {
     fn serve(&mut self) -> io::Result<()> {
         self.read_messages()?;
+        self.ping(true, Instant::now());
         while !self.handle.closed.load(Ordering::Acquire) {
             if self.encoder.out.len() - self.sent >= WRITE_SIZE && !self.write()? {
                 self.flow.blocked();

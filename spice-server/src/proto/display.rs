@@ -8,6 +8,8 @@ use super::{
 };
 use crate::Rect;
 
+/// Client capability: stream frames of another size than the stream.
+pub(crate) const CAP_SIZED_STREAM: u32 = 0;
 /// Server capability, and what `MONITORS_CONFIG` needs.
 pub(crate) const CAP_MONITORS_CONFIG: u32 = 1;
 /// Both sides: reports about streams are understood.
@@ -245,18 +247,25 @@ pub(crate) fn put_stream_create(
     });
 }
 
-/// `STREAM_DATA`: a frame to be shown at `mm_time`; `data` appends it.
+/// `STREAM_DATA`: a frame to be shown at `mm_time`; `data` appends it. `STREAM_DATA_SIZED` if it has
+/// another size than the stream, to be scaled to a rectangle.
 pub(crate) fn put_stream_data(
     framer: &mut Framer,
     out: &mut Vec<u8>,
     id: u32,
     mm_time: u32,
+    sized: Option<((u32, u32), Rect)>,
     data: impl FnOnce(&mut Vec<u8>),
 ) {
-    framer.message(out, 123, |out| {
+    framer.message(out, if sized.is_some() { 316 } else { 123 }, |out| {
         out.put_u32(id);
         // 0 is no time.
         out.put_u32(mm_time.max(1));
+        if let Some(((width, height), to)) = sized {
+            out.put_u32(width);
+            out.put_u32(height);
+            put_rect(out, to);
+        }
         let size_at = out.len();
         out.put_u32(0);
         data(out);

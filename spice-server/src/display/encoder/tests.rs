@@ -66,6 +66,10 @@ impl Model {
                 assert_eq!(u32_at(body, 8) as usize, body.len() - 12);
                 assert_eq!(body[12..14], [0xff, 0xd8]);
             }
+            316 => {
+                assert_eq!(rect_at(body, 16), self.streams[&u32_at(body, 0)]);
+                assert_eq!(body[36..38], [0xff, 0xd8]);
+            }
             125 => assert!(self.streams.remove(&u32_at(body, 0)).is_some()),
             302 => {
                 let rect = rect_at(body, 4);
@@ -156,7 +160,8 @@ struct Bench {
 impl Bench {
     fn new(size: (u32, u32), seed: u32) -> Self {
         let stats = Arc::<Counters>::default();
-        let abilities = Abilities { modern: true, mjpeg: true, reports: true, local: false };
+        let abilities =
+            Abilities { modern: true, mjpeg: true, reports: true, sized: true, local: false };
         let framer = Framer::new(HeaderKind::Mini);
         let mut bench = Self {
             size,
@@ -381,6 +386,34 @@ fn scrolling_and_dragging_are_moves() {
         assert!(moved >= 5, "{dx},{dy}: {moved} moves");
         bench.settle("the window");
     }
+}
+
+#[test]
+fn pictures_that_never_rest_are_shown() {
+    let mut bench = Bench::new((640, 480), 11);
+    let all = Rect::new(0, 0, 640, 480);
+    for _ in 0..40 {
+        bench.noise(all);
+        bench.show(&[all]);
+        bench.steps(1);
+    }
+    assert!(bench.model.marked && bench.model.surfaces.contains_key(&0));
+}
+
+#[test]
+fn what_waits_to_be_sent_is_no_film() {
+    let mut bench = Bench::new((640, 480), 13);
+    bench.settle("black");
+    bench.line = Line { slow: false, rate: Some(1e6), ..bench.line };
+    let all = Rect::new(0, 0, 640, 480);
+    bench.noise(all);
+    for _ in 0..40 {
+        bench.show(&[all]);
+        bench.steps(1);
+        bench.pass(16);
+    }
+    assert_eq!(bench.stats.stats(0).streams, 0);
+    bench.settle("the picture");
 }
 
 #[test]
