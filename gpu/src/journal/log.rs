@@ -1,8 +1,9 @@
 //! The commands that made what exists now, as a log in one of two halves of the memory.
 //!
 //! A record is added behind the last one and counts when the half's length says so. Where a record
-//! takes back an earlier one, both stay until the half is full; then the records that still count
-//! are copied into the other half, which counts when the number of the half says so.
+//! takes back an earlier one, both stay until the half is four times as long as it had to be; then
+//! the records that still count are copied into the other half, which counts when the number of the
+//! half says so.
 
 use std::collections::BTreeMap;
 
@@ -14,6 +15,8 @@ use super::Memory;
 /// Bytes of a half: twice what the default limit on resources takes in pages of 4 KiB.
 const HALF: usize = 8 << 20;
 const HEAD: usize = 4096;
+/// A half that is shorter than that is not rewritten: memory is taken page by page.
+const EARLY: usize = 64 << 10;
 
 /// Bytes of the log in the buffer.
 pub(super) const SIZE: usize = HEAD + 2 * HALF;
@@ -74,6 +77,8 @@ pub(super) struct Log {
     start: usize,
     active: usize,
     length: usize,
+    /// The length after the last rewriting.
+    compacted: usize,
     /// Where the records that count are, in the active half.
     live: BTreeMap<Key, Place>,
     full: bool,
@@ -90,7 +95,7 @@ fn padded(length: usize) -> usize {
 
 impl Log {
     pub(super) fn new(start: usize) -> Self {
-        Self { start, active: 0, length: 0, live: BTreeMap::new(), full: false }
+        Self { start, active: 0, length: 0, compacted: 0, live: BTreeMap::new(), full: false }
     }
 
     /// What a predecessor wrote. `None` if that is no log of this version.
@@ -272,7 +277,7 @@ impl Log {
     /// Adds a record; `false` if there is no room for it.
     fn append(&mut self, memory: &Memory, operation: u32, key: Key, command: &[u8]) -> bool {
         let size = padded(command.len());
-        if self.length + size > HALF {
+        if self.length + size > self.compacted.saturating_mul(4).clamp(EARLY, HALF) {
             self.compact(memory);
         }
         if self.length + size > HALF {
@@ -307,6 +312,7 @@ impl Log {
         memory.put(self.start + AT_ACTIVE, other as u64);
         self.active = other;
         self.length = length;
+        self.compacted = length;
     }
 }
 
