@@ -4,9 +4,9 @@
 //! ```text
 //!  front end ──vhost-user── [daemon: relay] ── vhost_user_backend ──┐
 //!      │                                                            ▼
-//!      │                          control queue thread ──▶ [device] [control] ──▶ [renderer]
-//!      │                          cursor queue thread ───▶ [device]     │ [scanout]
-//!      └──────GPU socket────────── socket thread ◀──────▶ [link] ◀──────┘
+//!      │                         control, cursor queue ──▶ [device] ──▶ [control] ──▶ [renderer]
+//!      │                                                 its thread        │ [scanout]
+//!      └──────GPU socket────────── socket thread ◀──────▶ [link] ◀─────────┘
 //! ```
 //!
 //! | module | what it does |
@@ -22,7 +22,7 @@
 //! | [`sandbox`] | what this process may still do once commands arrive |
 //! | [`link`] | the GPU socket: never blocks a queue, never grows without bound |
 //!
-//! Locks are taken in this order: control state, then ring, then link.
+//! Locks are taken in this order: fences, then ring, then link.
 
 pub mod backing;
 pub mod control;

@@ -2,6 +2,7 @@
 //!
 //! * boot: exec → the guest's init, KVM exits until then, memory without the guest's own, all in the
 //!   nested-KVM test host with the same kernel, initrd and memory for every side;
+//! * gpu: [`bench_gpu`];
 //! * spice: `spice-server/bench/spice_bench.py` on this machine.
 
 use std::{
@@ -22,7 +23,7 @@ use drago_tests::{
 use serde_json::{Value, json};
 
 use crate::{
-    build,
+    bench_gpu, build,
     packages::{self, For},
 };
 
@@ -43,6 +44,9 @@ pub(crate) struct Args {
     /// Only the part in the test host
     #[arg(long)]
     boot_only: bool,
+    /// Only OpenGL, on this machine
+    #[arg(long, conflicts_with = "boot_only")]
+    gpu_only: bool,
     /// Kernel whose boot is measured
     #[arg(long, value_enum, default_value_t = Kernel::Cloud)]
     kernel: Kernel,
@@ -84,8 +88,16 @@ struct Run {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    packages::install(For::Tests)?;
+    packages::install(For::Bench)?;
     let folder = paths::cache("bench")?;
+    if !args.boot_only {
+        let gpu = bench_gpu::run(args.rounds.clamp(1, 3))?;
+        fs::write(folder.join("gpu.json"), serde_json::to_string_pretty(&gpu)?)?;
+        note(format_args!("written to {}", folder.join("gpu.json").display()));
+    }
+    if args.gpu_only {
+        return Ok(ExitCode::SUCCESS);
+    }
     let boot = boot(args.rounds.max(1), args.kernel)?;
     fs::write(folder.join("boot.json"), serde_json::to_string_pretty(&boot)?)?;
     note(format_args!("written to {}", folder.join("boot.json").display()));

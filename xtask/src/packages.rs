@@ -60,6 +60,12 @@ const TESTS: &[Need] = &[
     ("shellcheck", "checks the scripts that resources/nix makes"),
 ];
 
+/// What only `cargo xtask bench` needs.
+const BENCH: &[Need] = &[
+    ("virgl-server", "virglrenderer's own server, to compare our device with"),
+    ("glmark2-es2-x11", "draws through both"),
+];
+
 /// What is about to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum For {
@@ -69,6 +75,8 @@ pub(crate) enum For {
     Screenshot,
     /// `cargo xtask test`.
     Tests,
+    /// `cargo xtask bench`.
+    Bench,
 }
 
 /// Installs what is missing, after saying what and why.
@@ -77,6 +85,7 @@ pub(crate) fn install(purpose: For) -> Result<()> {
         For::Demo => &[BASE],
         For::Screenshot => &[BASE, CLIENT],
         For::Tests => &[BASE, CLIENT, TESTS],
+        For::Bench => &[BASE, CLIENT, TESTS, BENCH],
     };
     let mut missing = Vec::new();
     for need in lists.iter().copied().flatten() {
