@@ -126,18 +126,6 @@ fn a_disk_may_be_a_block_device() {
     assert_eq!(String::from_utf8_lossy(&read.stdout), "from the guest");
 }
 
-/// The test host's shared folders hold no sockets: the message says what to do.
-#[test]
-#[ignore = "nested"]
-fn a_control_socket_where_none_can_be_is_refused_with_a_hint() {
-    let host = host();
-    let path = host.0.results.join("control.sock").display().to_string();
-    let mut vm = host.0.start("no-socket", &host.1, &["--control", &path]).unwrap();
-    assert_ne!(vm.wait().unwrap(), 0, "{}", vm.state());
-    let said = vm.log.since(0);
-    assert!(said.contains("--control") && said.contains("/run"), "{said}");
-}
-
 #[test]
 #[ignore = "nested"]
 fn the_screen_shows_the_console_and_takes_keys() {
