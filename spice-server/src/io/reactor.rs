@@ -621,10 +621,7 @@ impl Reactor {
         let commands = std::mem::take(&mut *lock(&self.shared.commands));
         for command in commands {
             match command {
-                Command::Key(KeyEvent::Ready) => {
-                    self.keys.key_is_ready();
-                    self.serve_key_waiters();
-                }
+                Command::Key(KeyEvent::Ready) => self.serve_key_waiters(),
                 Command::Key(KeyEvent::Verified { token, ok }) => self.ticket_verified(token, ok),
                 Command::ViewerGone { session, display } => {
                     self.viewer_threads.retain(|thread| !thread.is_finished());
