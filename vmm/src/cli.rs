@@ -14,7 +14,7 @@ use crate::{
     control::client::Action,
     credentials::CredentialConfig,
     display::{SpiceConfig, VncConfig},
-    smbios,
+    seccomp, smbios,
     terminal::SerialConfig,
 };
 
@@ -117,6 +117,10 @@ struct MachineArgs {
     /// End with this status when the guest's kernel panics
     #[arg(long, value_name = "STATUS")]
     panic_exit_code: Option<u8>,
+    /// Limit what this program and drago-gpu can do to what they need: on, off, or log (what
+    /// would be refused is logged by the kernel)
+    #[arg(long, value_name = "MODE", default_value = "on")]
+    sandbox: seccomp::Mode,
     /// Log filter, such as debug or info,devices=trace
     #[arg(long, value_name = "FILTER", default_value = "info")]
     log: String,
@@ -267,6 +271,7 @@ fn machine(args: MachineArgs, matches: &ArgMatches) -> Result<VmConfig, CliError
         uuid: args.uuid,
         credentials: args.credential,
         panic_exit_code: args.panic_exit_code,
+        sandbox: args.sandbox,
         devices: devices(matches, spice.is_some() || vnc.is_some())?,
         spice,
         vnc,

@@ -9,7 +9,7 @@ use crate::{
     boot::BootConfig,
     credentials::CredentialConfig,
     display::{SpiceConfig, VncConfig},
-    memory,
+    memory, seccomp,
     terminal::SerialConfig,
 };
 
@@ -40,6 +40,8 @@ pub struct VmConfig {
     pub vnc: Option<VncConfig>,
     /// Exit status after a guest panic; without it a panic is only logged.
     pub panic_exit_code: Option<u8>,
+    /// Filters of system calls, here and in drago-gpu.
+    pub sandbox: seccomp::Mode,
     /// Virtio devices in the order of their places on the PCI bus, with their option's name.
     pub devices: Vec<(&'static str, Box<dyn DeviceConfig>)>,
 }

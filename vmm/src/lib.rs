@@ -23,6 +23,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod notify;
+pub mod seccomp;
 pub mod smbios;
 pub mod sys;
 pub mod terminal;

@@ -37,7 +37,7 @@ use crate::{
     layout::{self, MIB},
     memory,
     notify::Readiness,
-    smbios, sys,
+    seccomp, smbios, sys,
     terminal::{self, SerialConfig},
 };
 
@@ -176,11 +176,12 @@ impl Machine {
 
         let windows = PciWindows { mmio32: layout::PCI_MMIO32, mmio64 };
         let pci = PciRoot::new(windows, mmio.clone());
-        ports.insert(0xcf8, 8, pci.config_ports())?;
+        ports.insert(0xcf8, 8, pci.config_ports(events.clone()))?;
         mmio.insert(layout::ECAM.start, layout::ECAM.end - layout::ECAM.start, pci.ecam())?;
         let shared: Arc<dyn VmServices> = Arc::new(services);
         let mut handles = Handles::default();
-        for (option, device) in config.devices {
+        for (option, mut device) in config.devices {
+            device.set_sandbox(config.sandbox.name());
             let built = device.build()?;
             let address = pci.add_virtio(built.device, shared.clone(), memory.clone())?;
             tracing::debug!(option, %address, "device added");
@@ -225,8 +226,10 @@ impl Machine {
             }
             _ => None,
         };
+        // All files are open and all programs run: from here on less will do.
+        let filter = seccomp::close(config.sandbox);
         let processors =
-            VcpuThreads::start(processors, &ports, &mmio, &counts, &processor_stops(exit))
+            VcpuThreads::start(processors, &ports, &mmio, &counts, &processor_stops(exit), filter)
                 .map_err(host("a processor's thread cannot be started"))?;
         tracing::debug!(elapsed = ?started.elapsed(), "the guest runs");
         readiness.running().map_err(host("the guest's state cannot be relayed"))?;

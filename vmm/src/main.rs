@@ -5,7 +5,7 @@ use std::{error::Error, io, process::ExitCode};
 use drago_vmm::{
     cli::{self, CliError, Invocation},
     control::client,
-    doctor, machine,
+    doctor, machine, seccomp,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -26,7 +26,12 @@ fn main() -> ExitCode {
             if let Err(error) = start_log(&log) {
                 return fail(error.as_ref());
             }
-            match machine::run(*config) {
+            if let Err(error) = seccomp::prepare(config.sandbox) {
+                tracing::warn!(%error, "programs that end cannot be started again");
+            }
+            let result = machine::run(*config);
+            seccomp::finish();
+            match result {
                 Ok(outcome) => ExitCode::from(outcome.0),
                 Err(error) => fail(&error),
             }

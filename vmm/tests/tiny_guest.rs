@@ -200,9 +200,12 @@ fn every_way_to_reset_ends_the_process_with_success() {
     if no_kvm("every_way_to_reset_ends_the_process_with_success") {
         return;
     }
-    for (code, way) in
-        [(code::out(0x602, 1), "reset register"), (code::out(0x64, 0xfe), "keyboard controller")]
-    {
+    for (code, way) in [
+        (code::out(0x602, 1), "reset register"),
+        (code::out(0x64, 0xfe), "keyboard controller"),
+        (code::out(0xcf9, 0x06), "port 0xcf9"),
+        (code::out(0xcf9, 0x0e), "port 0xcf9"),
+    ] {
         let (status, _, errors) = run(&[code, code::HALT.to_vec()].concat(), &[]);
         assert!(status.success(), "{way}: {errors}");
         assert!(errors.contains(way), "{way}: {errors}");
@@ -397,6 +400,102 @@ fn a_signal_ends_the_wait_for_virtiofsd() {
     }
     guest.signal(rustix::process::Signal::TERM);
     assert!(guest.child.wait().unwrap().success());
+}
+
+/// Name, number of filters of each thread of a process.
+fn filters(pid: u32) -> Vec<(String, u32)> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let status = threads.map(|thread| {
+        let text = std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        let field = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name));
+            line.map(str::trim).unwrap_or_default().to_owned()
+        };
+        (field("Name:"), field("Seccomp_filters:").parse().unwrap())
+    });
+    status.collect()
+}
+
+/// Processes below `pid` called `name`.
+fn descendants(pid: u32, name: &str) -> Vec<u32> {
+    let mut found = Vec::new();
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let list = std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+        for child in list.split_whitespace().filter_map(|pid| pid.parse().ok()) {
+            let comm = std::fs::read_to_string(format!("/proc/{child}/comm"));
+            if comm.is_ok_and(|comm| comm.starts_with(name)) {
+                found.push(child);
+            }
+            found.extend(descendants(child, name));
+        }
+    }
+    found
+}
+
+#[test]
+fn every_thread_is_filtered_and_processors_more_than_others() {
+    if no_kvm("every_thread_is_filtered_and_processors_more_than_others") {
+        return;
+    }
+    let image = elf(&[code::print("up\n"), code::HALT.to_vec()].concat(), false);
+    for (options, filtered) in [(&["--cpus", "2"][..], true), (&["--sandbox", "off"], false)] {
+        let mut guest = Guest::start(&image, options);
+        guest.wait_for("up\n");
+        let pid = guest.child.id();
+        // Processors of the guest that have not run yet install theirs any moment.
+        let complete = |threads: &[(String, u32)]| {
+            let main = threads.iter().find(|(name, _)| name == "drago-vmm").unwrap().1;
+            threads.iter().all(|(name, count)| {
+                if name.starts_with("vcpu") { *count > main } else { *count >= main }
+            }) && main > 0
+        };
+        let mut threads = filters(pid);
+        let deadline = Instant::now() + LIMIT;
+        while filtered && !complete(&threads) {
+            assert!(Instant::now() < deadline, "{threads:?}");
+            thread::sleep(Duration::from_millis(5));
+            threads = filters(pid);
+        }
+        assert!(filtered || threads.iter().all(|(_, count)| *count == 0), "{threads:?}");
+        let launchers = descendants(pid, "drago-launcher");
+        assert_eq!(launchers.len(), usize::from(filtered));
+        guest.signal(rustix::process::Signal::TERM);
+        let (status, _, errors) = guest.end();
+        assert!(status.success(), "{errors}");
+        for launcher in launchers {
+            assert!(!Path::new(&format!("/proc/{launcher}")).exists(), "it is collected");
+        }
+    }
+}
+
+/// What is started again cannot be a child of a process that may not start any.
+#[test]
+fn passt_comes_back_although_the_sandbox_is_closed() {
+    let test = "passt_comes_back_although_the_sandbox_is_closed";
+    if no_kvm(test) {
+        return;
+    }
+    if Command::new("passt").arg("--version").output().is_err() {
+        println!("{test} skipped: passt is not installed");
+        return;
+    }
+    let image = elf(&[code::print("up\n"), code::HALT.to_vec()].concat(), false);
+    let mut guest = Guest::start(&image, &["--net", "user"]);
+    guest.wait_for("up\n");
+    let pid = guest.child.id();
+    let first = descendants(pid, "passt");
+    assert_eq!(first.len(), 1);
+    let victim = rustix::process::Pid::from_raw(first[0] as i32).unwrap();
+    rustix::process::kill_process(victim, rustix::process::Signal::KILL).unwrap();
+    let deadline = Instant::now() + LIMIT;
+    while !descendants(pid, "passt").iter().any(|pid| !first.contains(pid)) {
+        assert!(Instant::now() < deadline, "passt was not started again");
+        thread::sleep(Duration::from_millis(20));
+    }
+    guest.signal(rustix::process::Signal::TERM);
+    let (status, _, errors) = guest.end();
+    assert!(status.success(), "{errors}");
+    assert!(errors.contains("passt ended"), "{errors}");
 }
 
 #[test]

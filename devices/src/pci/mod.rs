@@ -17,7 +17,7 @@ use std::{
     fmt, io,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU8, AtomicU32, Ordering},
     },
 };
 
@@ -29,6 +29,7 @@ use self::{
 use crate::{
     GuestMemory,
     bus::{Bus, BusDevice},
+    legacy::{SystemEvent, SystemEventSink},
     services::VmServices,
     virtio::{device::VirtioDevice, pci::VirtioPci},
 };
@@ -165,9 +166,15 @@ impl PciRoot {
     }
 
     /// The configuration ports: 8 bytes at port `0xcf8`. Only double words reach the address
-    /// register, so port `0xcf9` (reset control on real chipsets) has no meaning here.
-    pub fn config_ports(&self) -> Arc<dyn BusDevice> {
-        Arc::new(ConfigPorts { slots: self.slots.clone(), address: AtomicU32::new(0) })
+    /// register; a byte at `0xcf9` is the reset control register of Intel's chipsets, and `events`
+    /// hears of resets.
+    pub fn config_ports(&self, events: SystemEventSink) -> Arc<dyn BusDevice> {
+        Arc::new(ConfigPorts {
+            slots: self.slots.clone(),
+            address: AtomicU32::new(0),
+            reset: AtomicU8::new(0),
+            events,
+        })
     }
 
     /// Lets every device flush what the guest believes to be stable.
@@ -254,9 +261,20 @@ impl BusDevice for Ecam {
     }
 }
 
+/// Offset of the reset control register `RST_CNT` (Intel ICH9 datasheet §13.7.5).
+const RESET_CONTROL: u64 = 1;
+/// Reset of the whole system, not only of the processor.
+const SYS_RST: u8 = 1 << 1;
+/// The change from 0 to 1 resets.
+const RST_CPU: u8 = 1 << 2;
+/// Power goes off for a moment.
+const FULL_RST: u8 = 1 << 3;
+
 struct ConfigPorts {
     slots: Arc<Slots>,
     address: AtomicU32,
+    reset: AtomicU8,
+    events: SystemEventSink,
 }
 
 impl ConfigPorts {
@@ -280,6 +298,8 @@ impl BusDevice for ConfigPorts {
             }
         } else if offset == 0 && data.len() == 4 {
             data.copy_from_slice(&self.address.load(Ordering::Acquire).to_le_bytes());
+        } else if let (RESET_CONTROL, [value]) = (offset, data) {
+            *value = self.reset.load(Ordering::Acquire);
         }
     }
 
@@ -291,6 +311,13 @@ impl BusDevice for ConfigPorts {
         } else if let (0, Ok(bytes)) = (offset, <[u8; 4]>::try_from(data)) {
             // Bits 1:0 and 30:24 are reserved and read as zero.
             self.address.store(u32::from_le_bytes(bytes) & 0x80ff_fffc, Ordering::Release);
+        } else if let (RESET_CONTROL, [value]) = (offset, data) {
+            let now = value & (SYS_RST | RST_CPU | FULL_RST);
+            let before = self.reset.swap(now, Ordering::AcqRel);
+            // Whether it is the processor only makes no difference here: the machine ends.
+            if now & !before & RST_CPU != 0 {
+                (self.events)(SystemEvent::Reset("port 0xcf9"));
+            }
         }
     }
 }
@@ -336,6 +363,10 @@ mod tests {
         PciRoot::new(windows, Arc::new(Bus::new()))
     }
 
+    fn nobody() -> SystemEventSink {
+        Arc::new(|_| {})
+    }
+
     fn port_read(ports: &dyn BusDevice, register: u32, size: usize) -> Vec<u8> {
         ports.write(0, &(1 << 31 | register & !3).to_le_bytes());
         let mut data = vec![0xff; size];
@@ -349,7 +380,7 @@ mod tests {
         let mut data = [0xff; 4];
         root.ecam().read(0, &mut data);
         assert_eq!(data, [0x36, 0x1b, 0x08, 0x00]);
-        let ports = root.config_ports();
+        let ports = root.config_ports(nobody());
         assert_eq!(port_read(ports.as_ref(), 0, 4), [0x36, 0x1b, 0x08, 0x00]);
         assert_eq!(port_read(ports.as_ref(), 0x0a, 2), [0x00, 0x06], "host bridge class");
         assert_eq!(port_read(ports.as_ref(), 0x0e, 1), [0x00], "header type, single function");
@@ -365,7 +396,7 @@ mod tests {
             ecam.read(address, &mut data);
             assert_eq!(data, [0xff; 4], "at {address:#x}");
         }
-        let ports = root.config_ports();
+        let ports = root.config_ports(nobody());
         assert_eq!(port_read(ports.as_ref(), 1 << 16, 4), [0xff; 4], "bus 1");
         assert_eq!(port_read(ports.as_ref(), 3 << 11, 2), [0xff; 2], "slot 3");
     }
@@ -374,7 +405,7 @@ mod tests {
     /// (`arch/x86/pci/direct.c`): a byte at 0xcfb must not disturb the address register.
     #[test]
     fn mechanism_1_probe_succeeds() {
-        let ports = root().config_ports();
+        let ports = root().config_ports(nobody());
         ports.write(3, &[1]);
         ports.write(0, &0x8000_0000_u32.to_le_bytes());
         let mut data = [0xff; 4];
@@ -389,6 +420,34 @@ mod tests {
         assert_eq!(data, [0xff; 4], "configuration access is disabled");
     }
 
+    /// Linux' `reboot=pci` (`native_machine_emergency_restart`): the kind of reset first, then the
+    /// reset.
+    #[test]
+    fn reset_control_resets_when_its_bit_rises() {
+        for kind in [0x02, 0x0a] {
+            let resets = Arc::new(AtomicU32::new(0));
+            let count = resets.clone();
+            let ports = root().config_ports(Arc::new(move |event| {
+                assert_eq!(event, SystemEvent::Reset("port 0xcf9"));
+                count.fetch_add(1, Ordering::SeqCst);
+            }));
+            let mut value = [0xff];
+            ports.read(RESET_CONTROL, &mut value);
+            assert_eq!(value, [0]);
+            ports.write(RESET_CONTROL, &[kind]);
+            ports.read(RESET_CONTROL, &mut value);
+            assert_eq!((value[0], resets.load(Ordering::SeqCst)), (kind, 0));
+            ports.write(RESET_CONTROL, &[kind | RST_CPU]);
+            assert_eq!(resets.load(Ordering::SeqCst), 1);
+            ports.write(RESET_CONTROL, &[kind | RST_CPU]);
+            assert_eq!(resets.load(Ordering::SeqCst), 1, "it was up already");
+            // Wider accesses belong to configuration space.
+            ports.write(0, &0x8000_0600_u32.to_le_bytes());
+            ports.write(RESET_CONTROL, &[0, 6]);
+            assert_eq!(resets.load(Ordering::SeqCst), 1);
+        }
+    }
+
     #[test]
     fn accesses_past_the_end_are_harmless() {
         let root = root();
@@ -398,7 +457,7 @@ mod tests {
         assert_eq!(data, [0; 8], "extended space is empty");
         ecam.read(0xfc, &mut data);
         ecam.write(0xffd, &[1; 8]);
-        let ports = root.config_ports();
+        let ports = root.config_ports(nobody());
         ports.write(0, &0x8000_00fc_u32.to_le_bytes());
         let mut data = [0xff; 4];
         ports.read(7, &mut data);

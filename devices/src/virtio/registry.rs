@@ -45,6 +45,9 @@ pub enum Count {
 pub trait DeviceConfig: fmt::Debug + Send {
     /// Opens host resources and makes the device.
     fn build(self: Box<Self>) -> Result<BuiltDevice, BuildError>;
+
+    /// Sets the sandbox (`on`, `off`, `log`) of a program of ours that the device starts.
+    fn set_sandbox(&mut self, _mode: &'static str) {}
 }
 
 /// A device and, where the VMM talks to it at run time, the handle to do so.

@@ -54,9 +54,8 @@ impl<S: MutEventSubscriber + Send + 'static> Worker<S> {
     pub fn spawn(name: &str, subscriber: S) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let signal = stop.try_clone()?;
-        let thread = thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || run(Box::new(subscriber), signal))?;
+        // Not as a child of this thread, which may be a vCPU's.
+        let thread = host::threads::spawn(name, move || run(Box::new(subscriber), signal))?;
         Ok(Self { stop, thread: Some(thread), name: name.to_owned() })
     }
 

@@ -56,6 +56,8 @@ static LAUNCHER: OnceLock<Launcher> = OnceLock::new();
 #[derive(Debug)]
 pub(super) struct Launcher {
     socket: OwnedFd,
+    /// None in tests.
+    pid: Option<Pid>,
 }
 
 /// Forks the launcher off. To be called before any thread is started; programs are started by it
@@ -69,8 +71,8 @@ pub fn fork() -> io::Result<()> {
     let (ours, theirs) =
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
     match sys::fork()? {
-        sys::Fork::Parent => {
-            let _ = LAUNCHER.set(Launcher { socket: ours });
+        sys::Fork::Parent(pid) => {
+            let _ = LAUNCHER.set(Launcher { socket: ours, pid: Pid::from_raw(pid) });
             Ok(())
         }
         sys::Fork::Child => {
@@ -95,6 +97,18 @@ pub fn seal() -> io::Result<()> {
     match LAUNCHER.get() {
         Some(launcher) => launcher.send(&[SEAL], &[]),
         None => Ok(()),
+    }
+}
+
+/// Ends the launcher and collects it, so that nothing is left when this process is gone. Programs
+/// cannot be started after that; those that run are left alone.
+pub fn end() {
+    let Some(launcher) = LAUNCHER.get() else { return };
+    let _ = rustix::net::shutdown(&launcher.socket, rustix::net::Shutdown::Both);
+    if let Some(pid) = launcher.pid {
+        while let Err(Errno::INTR) =
+            rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty())
+        {}
     }
 }
 
@@ -311,7 +325,7 @@ mod tests {
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
                 .unwrap();
         thread::spawn(move || serve(&theirs));
-        Launcher { socket }
+        Launcher { socket, pid: None }
     }
 
     fn shell(script: &str) -> Program {

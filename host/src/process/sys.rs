@@ -33,7 +33,7 @@ pub(super) fn give<'a>(
 
 /// Which side of a fork this is.
 pub(super) enum Fork {
-    Parent,
+    Parent(libc::pid_t),
     Child,
 }
 
@@ -48,7 +48,7 @@ pub(super) fn fork() -> io::Result<Fork> {
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(Fork::Child),
-        _ => Ok(Fork::Parent),
+        pid => Ok(Fork::Parent(pid)),
     }
 }
 

@@ -16,7 +16,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::signal::Killable;
 
 use super::{Error, call, cpuid::Template, msr};
-use crate::{boot::Registers, sys};
+use crate::{boot::Registers, seccomp::VcpuFilter, sys};
 
 /// Why a processor stopped running for good.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -127,7 +127,9 @@ impl VcpuThreads {
         mmio: &Arc<Bus>,
         counts: &Arc<ExitCounts>,
         sink: &StopSink,
+        filter: VcpuFilter,
     ) -> io::Result<Self> {
+        let filter = Arc::new(filter);
         sys::install_kick_handler()?;
         let control = Arc::new(Control::default());
         *control.running.lock().unwrap_or_else(PoisonError::into_inner) = vcpus.len();
@@ -141,7 +143,9 @@ impl VcpuThreads {
                 control: control.clone(),
             };
             let (sink, control) = (sink.clone(), control.clone());
+            let filter = filter.clone();
             let thread = thread::Builder::new().name(format!("vcpu{id}")).spawn(move || {
+                filter.install();
                 let reason = vcpu.run();
                 *control.running.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
                 control.changed.notify_all();

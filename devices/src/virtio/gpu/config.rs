@@ -61,6 +61,8 @@ pub struct GpuConfig {
     pub shared_frames: bool,
     /// How often a back end that dies is started again.
     pub restart: RestartPolicy,
+    /// The sandbox of a `drago-gpu` that we start: on, off or log.
+    pub sandbox: &'static str,
 }
 
 impl Default for GpuConfig {
@@ -73,6 +75,7 @@ impl Default for GpuConfig {
             mode: DisplayMode::new(1280, 800),
             shared_frames: true,
             restart: RestartPolicy::default(),
+            sandbox: "on",
         }
     }
 }
@@ -127,6 +130,10 @@ pub(super) fn parse(mut spec: Spec) -> Result<Box<dyn DeviceConfig>, SpecError> 
 }
 
 impl DeviceConfig for GpuConfig {
+    fn set_sandbox(&mut self, mode: &'static str) {
+        self.sandbox = mode;
+    }
+
     fn build(self: Box<Self>) -> Result<BuiltDevice, BuildError> {
         let (device, handle) = device::build(&self)?;
         Ok(BuiltDevice { device: Box::new(device), handle: Some(Box::new(handle)) })

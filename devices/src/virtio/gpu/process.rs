@@ -51,6 +51,7 @@ impl Launcher {
         if let Some(node) = &config.render_node {
             arguments.extend([OsString::from("--render-node"), node.into()]);
         }
+        arguments.extend(["--sandbox", config.sandbox].map(OsString::from));
         Ok(Self { program, arguments })
     }
 

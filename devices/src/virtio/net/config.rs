@@ -125,7 +125,7 @@ impl NetConfig {
                 let number = CARDS.fetch_add(1, Ordering::Relaxed);
                 let default = || MacAddress::from_seed(&format!("user {number}"));
                 let mac = self.mac.unwrap_or_else(default);
-                let passt = Passt::start(config, mac, link.clone())?;
+                let passt = Passt::start(&config, mac, link.clone())?;
                 return Ok(Net::stream(Some(passt), link, mac, self.mtu));
             }
         };

@@ -7,25 +7,23 @@
 use std::{
     collections::VecDeque,
     env,
-    io::{self, BufRead, BufReader, ErrorKind, Read, Write},
+    io::{self, BufRead, BufReader, ErrorKind, PipeReader, Read, Write},
     net::Ipv4Addr,
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::{net::UnixStream, process::CommandExt},
-    },
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    process::{Child, ChildStderr, Command, ExitStatus, Stdio},
+    process::ExitStatus,
     sync::{Arc, Mutex, PoisonError, mpsc},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
+
+use host::process::{CHILD_SOCKET, Process, Program};
 
 use super::{
     backend::Link,
     hostfwd::{GUEST_ADDRESS, HostForward, Protocol},
     mac::MacAddress,
     stream::FrameDecoder,
-    sys,
 };
 use crate::virtio::registry::BuildError;
 
@@ -126,11 +124,17 @@ impl HostRoutes {
     }
 }
 
+/// What to start, found out once.
+struct Recipe {
+    program: PathBuf,
+    arguments: Vec<String>,
+}
+
 /// A started process that has answered once.
 struct Running {
-    child: Child,
+    child: Process,
     socket: UnixStream,
-    errors: BufReader<ChildStderr>,
+    errors: BufReader<PipeReader>,
 }
 
 /// Why passt did not start.
@@ -154,20 +158,26 @@ enum StartError {
 /// A passt process that is kept alive.
 pub(super) struct Passt {
     stop: mpsc::Sender<()>,
-    child: Arc<Mutex<Option<Child>>>,
+    child: Arc<Mutex<Option<Process>>>,
     thread: JoinHandle<()>,
 }
 
 impl Passt {
     /// Starts passt for a guest with the address `mac`, and waits until it works.
     pub(super) fn start(
-        config: PasstConfig,
+        config: &PasstConfig,
         mac: MacAddress,
         link: Arc<Link>,
     ) -> Result<Self, BuildError> {
         let host =
             |what: &str, source| BuildError::Host { option: "net", what: what.to_owned(), source };
-        let running = launch(&config, mac).map_err(|error| match error {
+        // Looked at once: started again, it is to be exactly the same program (see
+        // `host::process::launcher`).
+        let recipe = config
+            .program()
+            .map(|program| Recipe { program, arguments: config.arguments(HostRoutes::look()) });
+        let started = recipe.and_then(|recipe| Ok((launch(&recipe, mac)?, recipe)));
+        let (running, recipe) = started.map_err(|error| match error {
             StartError::Spawn(source) => host("passt cannot be started", source),
             other => BuildError::Unusable { option: "net", reason: other.to_string() },
         })?;
@@ -178,7 +188,7 @@ impl Passt {
         link.connect(socket);
         let thread = thread::Builder::new()
             .name("passt".to_owned())
-            .spawn(move || supervise(&config, mac, &link, &slot, &stopped, errors))
+            .spawn(move || supervise(&recipe, mac, &link, &slot, &stopped, errors))
             .map_err(|source| host("passt cannot be supervised", source))?;
         Ok(Self { stop, child, thread })
     }
@@ -186,7 +196,7 @@ impl Passt {
     /// The process, while there is one.
     #[cfg(test)]
     pub(super) fn id(&self) -> Option<u32> {
-        self.child.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Child::id)
+        self.child.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Process::id)
     }
 
     /// Ends passt.
@@ -203,12 +213,12 @@ impl Passt {
 }
 
 fn supervise(
-    config: &PasstConfig,
+    recipe: &Recipe,
     mac: MacAddress,
     link: &Link,
-    slot: &Mutex<Option<Child>>,
+    slot: &Mutex<Option<Process>>,
     stopped: &mpsc::Receiver<()>,
-    first: BufReader<ChildStderr>,
+    first: BufReader<PipeReader>,
 ) {
     let slot = || slot.lock().unwrap_or_else(PoisonError::into_inner);
     let mut next = Some(first);
@@ -237,7 +247,7 @@ fn supervise(
             Ok(()) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
         }
         delay = (2 * delay).min(LAST_DELAY);
-        match launch(config, mac) {
+        match launch(recipe, mac) {
             Ok(Running { mut child, socket, errors }) => {
                 let mut slot = slot();
                 // Under the lock, so that `stop` either is seen here or finds the child.
@@ -256,36 +266,27 @@ fn supervise(
 }
 
 /// Collects a process whose standard error is closed, which means that it has ended or is about to.
-fn finish(child: Option<Child>) -> Option<ExitStatus> {
+fn finish(child: Option<Process>) -> Option<ExitStatus> {
     let mut child = child?;
     let _ = child.kill();
     child.wait().ok()
 }
 
-fn launch(config: &PasstConfig, mac: MacAddress) -> Result<Running, StartError> {
+fn launch(recipe: &Recipe, mac: MacAddress) -> Result<Running, StartError> {
     let (ours, theirs) = UnixStream::pair().map_err(StartError::Spawn)?;
-    let theirs = OwnedFd::from(theirs);
-    let mut command = Command::new(config.program()?);
-    command
-        .args(config.arguments(HostRoutes::look()))
-        .args(["--fd", &theirs.as_raw_fd().to_string()])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
+    let (errors, their_errors) = io::pipe().map_err(StartError::Spawn)?;
+    let mut child = Program::new(&recipe.program)
+        .arguments(&recipe.arguments)
+        .arguments(["--fd", &CHILD_SOCKET.to_string()])
         // Ctrl-C in a terminal is for the VMM, which still needs the network to shut down.
-        .process_group(0);
-    sys::inherit(&mut command, theirs);
-    let spawned = command.spawn();
-    // With the command goes our copy of passt's end, so that its death is seen as an end of file.
-    drop(command);
-    let mut child = spawned.map_err(|error| match error.kind() {
-        ErrorKind::NotFound => StartError::Missing,
-        _ => StartError::Spawn(error),
-    })?;
-    let Some(errors) = child.stderr.take() else {
-        finish(Some(child));
-        return Err(StartError::Spawn(io::Error::other("no standard error")));
-    };
+        .own_group()
+        .fd(CHILD_SOCKET, theirs.into())
+        .fd(2, their_errors.into())
+        .start()
+        .map_err(|error| match error.kind() {
+            ErrorKind::NotFound => StartError::Missing,
+            _ => StartError::Spawn(error),
+        })?;
     let mut errors = BufReader::new(errors);
     match probe(ours, mac) {
         Ok(socket) => Ok(Running { child, socket, errors }),
@@ -363,7 +364,7 @@ fn arp_request(mac: MacAddress) -> Vec<u8> {
 }
 
 /// The next line, cut to a sane length; `None` at the end.
-fn read_line(input: &mut BufReader<ChildStderr>) -> Option<String> {
+fn read_line(input: &mut BufReader<PipeReader>) -> Option<String> {
     let mut line = Vec::new();
     input.by_ref().take(LINE_LIMIT).read_until(b'\n', &mut line).ok()?;
     (!line.is_empty()).then(|| String::from_utf8_lossy(&line).trim_end().to_owned())

@@ -1,14 +1,10 @@
 #![allow(unsafe_code, reason = "tap interfaces are driven by ioctls that no safe crate wraps")]
-//! System calls of tap interfaces and of starting a process with an open descriptor.
+//! System calls of tap interfaces and of inherited descriptors.
 
 use std::{
     ffi::c_ulong,
     io,
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
-        unix::process::CommandExt,
-    },
-    process::Command,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
 /// What a tap descriptor is connected to.
@@ -97,14 +93,4 @@ pub(super) fn duplicate_inherited(number: RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel has just made this descriptor for us, so nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
-}
-
-/// Lets `command`'s process keep `fd` open under its number.
-pub(super) fn inherit(command: &mut Command, fd: OwnedFd) {
-    let clear = move || {
-        rustix::io::fcntl_setfd(fd.as_fd(), rustix::io::FdFlags::empty()).map_err(io::Error::from)
-    };
-    // SAFETY: the closure runs between fork and exec; it makes one system call, which is
-    // async-signal-safe, and allocates nothing.
-    unsafe { command.pre_exec(clear) };
 }

@@ -313,7 +313,7 @@ fn the_guest_gets_an_address_and_a_forwarded_port_from_passt() {
     let port = free_port();
     let link = Link::new(false).unwrap();
     let config = passt_config(&format!("tcp:127.0.0.1:{port}-:22"));
-    let passt = Passt::start(config, MAC, link.clone()).unwrap();
+    let passt = Passt::start(&config, MAC, link.clone()).unwrap();
     let mut net = Net::stream(Some(passt), link.clone(), MAC, None);
     let driver = Driver::start(&mut net);
     let mut guest = Guest { driver };
@@ -338,7 +338,7 @@ fn the_guest_gets_an_address_and_a_forwarded_port_from_passt() {
 
     // A second machine cannot have the same port, and is told so at once.
     let config = passt_config(&format!("tcp:127.0.0.1:{port}-:22"));
-    let Err(error) = Passt::start(config, MAC, Link::new(false).unwrap()) else {
+    let Err(error) = Passt::start(&config, MAC, Link::new(false).unwrap()) else {
         panic!("the port was forwarded twice");
     };
     assert!(error.to_string().contains("passt ended at its start"), "{error}");
@@ -351,7 +351,7 @@ fn passt_is_started_again_when_it_dies() {
     }
     let link = Link::new(false).unwrap();
     let config = passt_config(&format!("tcp:127.0.0.1:{}-:22", free_port()));
-    let passt = Passt::start(config, MAC, link.clone()).unwrap();
+    let passt = Passt::start(&config, MAC, link.clone()).unwrap();
     let first = passt.id();
     let mut net = Net::stream(Some(passt), link, MAC, None);
     let driver = Driver::start(&mut net);
