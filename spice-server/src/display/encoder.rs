@@ -13,7 +13,7 @@ use super::{
     cache::ImageCache,
     heat::HeatMap,
     stats::{Codec, Counters, count, set},
-    stream::{REPORT_WINDOW, Stream},
+    stream::{REPORT_WINDOW, SourceRate, Stream},
     tiles::{REFINE_AFTER, Tiles},
 };
 use crate::proto::{
@@ -89,6 +89,7 @@ pub(crate) struct Encoder {
     streams: Vec<Stream>,
     next_stream: u32,
     look_at: Option<Instant>,
+    source: SourceRate,
     pixels: Vec<u8>,
     stats: Arc<Counters>,
 }
@@ -110,6 +111,7 @@ impl Encoder {
             streams: Vec::new(),
             next_stream: 0,
             look_at: None,
+            source: SourceRate::new(),
             pixels: Vec::new(),
             stats,
         }
@@ -233,9 +235,18 @@ impl Encoder {
 
     // ---- pictures ----
 
-    /// Looks at parts of the newest frame, which may have changed.
-    pub(crate) fn take_in(&mut self, frame: &dyn Frame, rects: &[Rect], line: &Line, now: Instant) {
+    /// Looks at parts of the newest frame, which may have changed; it is so many frames newer than the
+    /// one before.
+    pub(crate) fn take_in(
+        &mut self,
+        frame: &dyn Frame,
+        rects: &[Rect],
+        frames: u64,
+        line: &Line,
+        now: Instant,
+    ) {
         let dirty = self.tiles.take_in(frame, rects);
+        self.source.frames(frames, now);
         count(&self.stats.frames, 1);
         if dirty.is_empty() {
             count(&self.stats.unchanged, 1);
@@ -285,6 +296,11 @@ impl Encoder {
             self.finish(now);
         }
         true
+    }
+
+    /// Whether a video stream runs.
+    pub(crate) fn is_streaming(&self) -> bool {
+        !self.streams.is_empty()
     }
 
     /// Whether [`step`](Self::step) has something to do.
@@ -441,7 +457,10 @@ impl Encoder {
         };
         for film in self.heat.films(now) {
             let rect = film.rect;
-            let exact = f64::from(rect.width) * f64::from(rect.height) * 3.0 * film.rate;
+            let exact = f64::from(rect.width)
+                * f64::from(rect.height)
+                * 3.0
+                * film.rate.max(self.source.rate());
             if exact < limit || self.streams.len() >= MAX_STREAMS || !self.tiles.hold(rect, now) {
                 continue;
             }
@@ -454,7 +473,7 @@ impl Encoder {
             if self.abilities.reports {
                 put_stream_report_wanted(framer, out, id, unique, REPORT_WINDOW);
             }
-            self.streams.push(Stream::new(id, unique, rect, film.rate, now));
+            self.streams.push(Stream::new(id, unique, rect, now));
             count(&self.stats.streams, 1);
         }
     }
@@ -466,6 +485,7 @@ impl Encoder {
         transfer: impl Fn(usize) -> f64,
         now: Instant,
     ) {
+        let fps = self.source.rate();
         let Some(stream) = self.streams.get_mut(at) else { return };
         let start = Instant::now();
         let before = self.out.len();
@@ -484,7 +504,7 @@ impl Encoder {
         put_stream_data(&mut self.framer, &mut self.out, stream.id, time, sized, |out| {
             out.extend_from_slice(&jpeg);
         });
-        stream.encoded(jpeg.len(), line.rate, self.abilities.sized);
+        stream.encoded(jpeg.len(), line.rate.map(|rate| rate / fps), self.abilities.sized);
         let rect = stream.rect;
         self.tiles.streamed(rect, now);
         self.lossy = true;

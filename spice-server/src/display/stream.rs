@@ -35,14 +35,12 @@ pub(crate) struct Stream {
     last_time: u32,
     quality: u8,
     margin: f64,
-    /// Frames per second of the source.
-    rate: f64,
     /// Frames are sent in half their size.
     half: bool,
 }
 
 impl Stream {
-    pub(crate) fn new(id: u32, unique: u32, rect: Rect, rate: f64, now: Instant) -> Self {
+    pub(crate) fn new(id: u32, unique: u32, rect: Rect, now: Instant) -> Self {
         Self {
             id,
             unique,
@@ -52,7 +50,6 @@ impl Stream {
             last_time: 0,
             quality: 70,
             margin: 15.0,
-            rate: rate.clamp(5.0, 60.0),
             half: false,
         }
     }
@@ -78,11 +75,11 @@ impl Stream {
         if self.half { (width / 2, height / 2) } else { (width, height) }
     }
 
-    /// A frame of so many bytes was encoded; the line carries `line` bytes per second, if known.
+    /// A frame of so many bytes was encoded; the line carries `line` bytes per frame, if known.
     /// Where quality alone does not help, and the client can scale, half the size does.
     pub(crate) fn encoded(&mut self, bytes: usize, line: Option<f64>, can_scale: bool) {
         self.dirty = false;
-        let wanted = line.map_or(f64::INFINITY, |line| line * SHARE / self.rate);
+        let wanted = line.map_or(f64::INFINITY, |line| line * SHARE);
         let ratio = bytes as f64 / wanted;
         let quality = match ratio {
             2.0.. => self.quality.saturating_sub(15),
@@ -120,10 +117,46 @@ impl Stream {
         if report.drops > 0 || report.last_delay < 0 {
             let late = f64::from(report.last_delay.min(0)).abs();
             self.margin = (self.margin + 8.0 + late).min(MARGIN.1);
-        } else if f64::from(report.last_delay) > self.margin / 2.0 {
-            self.margin = (self.margin - 1.0).max(MARGIN.0);
+        } else {
+            // What was too early by so much may be later by a quarter of it.
+            let spare = (f64::from(report.last_delay) - MARGIN.0).max(0.0);
+            self.margin = (self.margin - spare / 4.0).max(MARGIN.0);
         }
         true
+    }
+}
+
+/// How many frames per second the program shows, those included that a viewer never looks at.
+#[derive(Debug)]
+pub(crate) struct SourceRate {
+    since: Option<Instant>,
+    frames: u64,
+    rate: f64,
+}
+
+impl SourceRate {
+    pub(crate) fn new() -> Self {
+        Self { since: None, frames: 0, rate: 30.0 }
+    }
+
+    /// So many frames came since the last call.
+    pub(crate) fn frames(&mut self, count: u64, now: Instant) {
+        const WINDOW: Duration = Duration::from_millis(500);
+        let Some(since) = self.since else {
+            self.since = Some(now);
+            return;
+        };
+        self.frames += count;
+        let time = now.saturating_duration_since(since);
+        if time >= WINDOW {
+            self.rate = self.frames as f64 / time.as_secs_f64();
+            (self.since, self.frames) = (Some(now), 0);
+        }
+    }
+
+    /// Frames per second, 5 to 60.
+    pub(crate) fn rate(&self) -> f64 {
+        self.rate.clamp(5.0, 60.0)
     }
 }
 
@@ -132,7 +165,7 @@ mod tests {
     use super::*;
 
     fn stream() -> Stream {
-        Stream::new(1, 7, Rect::new(0, 0, 640, 480), 30.0, Instant::now())
+        Stream::new(1, 7, Rect::new(0, 0, 640, 480), Instant::now())
     }
 
     fn report(drops: u32, last_delay: i32) -> StreamReport {
@@ -143,15 +176,15 @@ mod tests {
     fn quality_follows_the_line() {
         let mut stream = stream();
         for _ in 0..50 {
-            stream.encoded(100_000, Some(1e6), false);
+            stream.encoded(100_000, Some(3.3e4), false);
         }
         assert_eq!(stream.quality(), QUALITY.0);
         for _ in 0..100 {
-            stream.encoded(100_000, Some(1e8), false);
+            stream.encoded(100_000, Some(3.3e6), false);
         }
         assert_eq!(stream.quality(), QUALITY.1);
         let before = stream.quality();
-        stream.encoded(27_000, Some(1e6), false);
+        stream.encoded(27_000, Some(3.3e4), false);
         assert_eq!(stream.quality(), before, "fits");
     }
 
@@ -159,11 +192,11 @@ mod tests {
     fn thin_lines_get_smaller_frames() {
         let mut stream = stream();
         for _ in 0..10 {
-            stream.encoded(100_000, Some(1e6), true);
+            stream.encoded(100_000, Some(3.3e4), true);
         }
         assert_eq!(stream.frame_size(), (320, 240));
         for _ in 0..100 {
-            stream.encoded(10_000, Some(1e6), true);
+            stream.encoded(10_000, Some(3.3e4), true);
         }
         assert_eq!(stream.frame_size(), (640, 480));
     }

@@ -33,6 +33,8 @@ const REMEMBER: Duration = Duration::from_secs(3);
 const MEASURE_AGAIN: Duration = Duration::from_secs(10);
 /// After this long without an exact picture a line is tried anew.
 const RETRY: Duration = Duration::from_secs(6);
+/// How long before the line is free a film's next frame may follow.
+const AHEAD: Duration = Duration::from_millis(8);
 /// Seconds of waiting on the line that mean something.
 const WAITED: f64 = 0.01;
 
@@ -70,7 +72,7 @@ pub(crate) struct Flow {
     measured_at: Instant,
     /// Nothing is sent until everything is delivered, to measure the round trip anew.
     draining: bool,
-    /// The next trip is the new round trip, longer or not.
+    /// A ping goes alone over the empty line; its trip is the new round trip, longer or not.
     measuring: bool,
     /// Rates seen lately while there was more to send, in bytes per second.
     rates: VecDeque<(Instant, f64)>,
@@ -81,6 +83,8 @@ pub(crate) struct Flow {
     lossy: bool,
     /// The line's rate is still being found out.
     growing: bool,
+    /// When the line will have taken everything, if its rate is right.
+    busy_until: Instant,
     /// The first ping of the round after this one, the rate before it, and rounds without growth.
     round: (u32, f64, u32),
 }
@@ -98,30 +102,40 @@ impl Flow {
             round_trip: None,
             measured_at: now,
             draining: false,
-            measuring: false,
+            measuring: true,
             rates: VecDeque::new(),
             rate: None,
             exact_rate: None,
             lossy: false,
             growing: true,
+            busy_until: now,
             round: (0, 0.0, 0),
         }
     }
 
     /// So many bytes were encoded; `lossy` if some of them are a lossy picture.
-    pub(crate) fn queued(&mut self, bytes: usize, lossy: bool) {
+    pub(crate) fn queued(&mut self, bytes: usize, lossy: bool, now: Instant) {
         self.queued += bytes as u64;
         self.lossy |= lossy;
+        if let Some(rate) = self.rate {
+            let time = Duration::from_secs_f64((bytes as f64 / rate).min(10.0));
+            self.busy_until = self.busy_until.max(now) + time;
+        }
+    }
+
+    /// When a film's next frame may follow: when the line will have taken nearly all before it. Its
+    /// answers would say so a round trip too late.
+    pub(crate) fn next_frame_at(&self) -> Instant {
+        self.busy_until.checked_sub(AHEAD).unwrap_or(self.busy_until)
     }
 
     /// The number of a ping to be sent now, if one is due: always at a picture's end.
     pub(crate) fn ping(&mut self, at_end: bool, now: Instant) -> Option<u32> {
         let waiting = self.queued - self.pinged;
-        // The very first one goes ahead of all pictures: it meets an empty line.
-        if (waiting == 0 && self.next_id != 1)
-            || (!at_end && waiting < PING_EVERY)
-            || self.pings.len() >= MAX_PINGS
-        {
+        // One that measures the line's length goes ahead of pictures and meets an empty line.
+        let alone = self.measuring && self.pings.is_empty();
+        let due = alone || (waiting > 0 && (at_end || waiting >= PING_EVERY));
+        if !due || self.pings.len() >= MAX_PINGS {
             return None;
         }
         let id = self.next_id;
@@ -156,14 +170,15 @@ impl Flow {
         let Some(ping) = self.pings.drain(..=position).next_back() else { return };
         self.answered = true;
         let trip = now.saturating_duration_since(ping.sent).as_secs_f64();
-        let first = std::mem::take(&mut self.measuring);
-        if first || self.round_trip.is_none_or(|shortest| trip <= shortest) {
+        // The first one may have waited for the client to begin.
+        let measured = std::mem::take(&mut self.measuring) && self.round_trip.is_some();
+        if measured || self.round_trip.is_none_or(|shortest| trip <= shortest) {
             self.round_trip = Some(trip.max(1e-5));
             self.measured_at = now;
         } else if now.saturating_duration_since(self.measured_at) > MEASURE_AGAIN {
             self.draining = true;
         }
-        if self.draining && self.pings.is_empty() {
+        if self.draining && self.pings.is_empty() && self.queued == self.pinged {
             // The line is empty: the next trip tells its length.
             self.draining = false;
             self.measuring = true;
@@ -228,7 +243,7 @@ impl Flow {
             let first = self.pings.front();
             first.is_some_and(|ping| now.saturating_duration_since(ping.sent) >= MUTE)
         };
-        if self.draining && !self.pings.is_empty() {
+        if self.draining || (self.measuring && self.answered) {
             return false;
         }
         (self.in_flight() as f64) < self.window() || (!self.answered && mute())
@@ -255,14 +270,9 @@ impl Flow {
     }
 
     /// Seconds until so many more bytes would be delivered, beyond the way itself.
-    pub(crate) fn transfer(&self, bytes: usize) -> f64 {
-        self.rate.map_or(0.0, |rate| (self.waiting() + bytes as f64) / rate)
-    }
-
-    /// Bytes that wait somewhere, as opposed to being on the way.
-    fn waiting(&self) -> f64 {
-        let moving = self.rate.unwrap_or(0.0) * self.round_trip.unwrap_or(0.0);
-        (self.in_flight() as f64 - moving).max(0.0)
+    pub(crate) fn transfer(&self, bytes: usize, now: Instant) -> f64 {
+        let before = self.busy_until.saturating_duration_since(now).as_secs_f64();
+        self.rate.map_or(0.0, |rate| before + bytes as f64 / rate)
     }
 
     /// Whether pixels should be saved at the cost of exactness.
@@ -284,7 +294,7 @@ mod tests {
         let mut answers: VecDeque<(f64, u32)> = VecDeque::new();
         while now < seconds {
             while flow.has_room(at(now)) {
-                flow.queued(16_384, lossy);
+                flow.queued(16_384, lossy, at(now));
                 free = free.max(now) + 16_384.0 / rate;
                 if now > seconds / 2.0 {
                     worst = worst.max(free - now);
@@ -329,13 +339,13 @@ mod tests {
         let mut flow = Flow::new(Instant::now());
         let start = Instant::now();
         while flow.has_room(start) {
-            flow.queued(100_000, false);
+            flow.queued(100_000, false, start);
             flow.ping(true, start);
         }
         flow.pong(u32::MAX, start);
         assert!(!flow.has_room(start), "an answer to nothing counts for nothing");
         for _ in 0..10_000 {
-            flow.queued(100_000, false);
+            flow.queued(100_000, false, start);
             flow.ping(true, start);
         }
         assert!(flow.has_room(start + MUTE) && flow.pings.len() <= MAX_PINGS);

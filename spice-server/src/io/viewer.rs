@@ -202,7 +202,8 @@ impl Viewer {
             }
             let now = Instant::now();
             let due = self.next_work_at();
-            let room = self.flow.has_room(now);
+            let paced = self.paced_until(now);
+            let room = paced.is_none() && self.flow.has_room(now);
             if room && due.is_some_and(|due| now >= due) {
                 self.take_in(now);
                 continue;
@@ -211,7 +212,7 @@ impl Viewer {
                 self.step(now);
                 continue;
             }
-            if !room && (self.encoder.has_work() || due.is_some()) {
+            if !room && paced.is_none() && (self.encoder.has_work() || due.is_some()) {
                 self.flow.blocked();
             }
             self.ping(true, now);
@@ -219,7 +220,12 @@ impl Viewer {
                 self.wait(true, None)?;
                 continue;
             }
-            self.idle(room, due, now)?;
+            match paced {
+                Some(until) => {
+                    self.wait(false, Some(until.saturating_duration_since(now)))?;
+                }
+                None => self.idle(room, due, now)?,
+            }
         }
         Ok(())
     }
@@ -247,6 +253,12 @@ impl Viewer {
             self.encoder.out = Vec::new();
         }
         Ok(())
+    }
+
+    /// Until when a film's next frame has to wait for the line.
+    fn paced_until(&self, now: Instant) -> Option<Instant> {
+        let at = self.encoder.is_streaming().then(|| self.flow.next_frame_at());
+        at.filter(|at| *at > now)
     }
 
     fn line(&self, now: Instant) -> Line {
@@ -285,7 +297,7 @@ impl Viewer {
                 Work::Draw(frame, rects, frames) => {
                     count(&self.stats.skipped, frames.saturating_sub(1));
                     let line = self.line(now);
-                    self.encoder.take_in(&*frame, &rects, &line, now);
+                    self.encoder.take_in(&*frame, &rects, frames, &line, now);
                     break;
                 }
                 Work::Done => break,
@@ -299,7 +311,7 @@ impl Viewer {
     fn step(&mut self, now: Instant) {
         let line = self.line(now);
         let flow = &self.flow;
-        self.encoder.step(&line, |bytes| flow.transfer(bytes), now);
+        self.encoder.step(&line, |bytes| flow.transfer(bytes, now), now);
         self.account(now);
     }
 
@@ -308,7 +320,7 @@ impl Viewer {
         let bytes = self.encoder.out.len() - self.accounted;
         self.accounted += bytes;
         if bytes > 0 {
-            self.flow.queued(bytes, std::mem::take(&mut self.encoder.lossy));
+            self.flow.queued(bytes, std::mem::take(&mut self.encoder.lossy), now);
             self.ping(false, now);
         }
     }

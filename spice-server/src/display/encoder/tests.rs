@@ -193,7 +193,7 @@ impl Bench {
     /// Shows the picture with this damage, and lets the encoder do so many steps.
     fn show(&mut self, damage: &[Rect]) {
         let frame = MemoryFrame::new(self.size.0, self.size.1, self.pixels.clone()).unwrap();
-        self.encoder.take_in(&frame, damage, &self.line, self.now);
+        self.encoder.take_in(&frame, damage, 1, &self.line, self.now);
         self.deliver();
     }
 
