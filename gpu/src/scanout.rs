@@ -340,3 +340,105 @@ impl Scanout {
         link.wake();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use rustix::fs::{MemfdFlags, SealFlags};
+
+    use super::*;
+    use crate::link::Listener;
+
+    struct Quiet;
+
+    impl Listener for Quiet {
+        fn message(&self, _: gpu_protocol::socket::FromFrontEnd, _: Option<OwnedFd>) {}
+        fn room(&self) {}
+        fn closed(&self, _: u64) {}
+    }
+
+    /// Counts pixels instead of drawing them.
+    #[derive(Default)]
+    struct Counter(u64);
+
+    impl Pictures for Counter {
+        fn read(
+            &mut self,
+            _: &Source,
+            part: Rect,
+            _: &VolatileSlice<'_>,
+            _: usize,
+        ) -> Result<(), Refusal> {
+            self.0 += part.area();
+            Ok(())
+        }
+    }
+
+    const SIZE: (u32, u32) = (640, 480);
+
+    fn slots(generation: u32) -> (ShmScanout, Option<OwnedFd>) {
+        let layout = ShmScanout::layout(0, generation, SIZE.0, SIZE.1, 2).unwrap();
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let fd = rustix::fs::memfd_create("slots", flags).unwrap();
+        rustix::fs::ftruncate(&fd, layout.checked_size().unwrap()).unwrap();
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
+        (layout, Some(fd))
+    }
+
+    /// Reading back stalls a GPU: nothing is read that nobody looks at, and nothing twice.
+    #[test]
+    fn only_what_is_wanted_and_changed_is_read() {
+        let link = Link::new().unwrap();
+        let (socket, peer) = UnixStream::pair().unwrap();
+        let listener: std::sync::Arc<dyn Listener> = std::sync::Arc::new(Quiet);
+        link.connect(socket, std::sync::Arc::downgrade(&listener)).unwrap();
+        let mut counter = Counter::default();
+        let mut scanout = Scanout::default();
+        let whole = Rect::of_size(SIZE.0, SIZE.1);
+        scanout.set_source(Some(Source { resource: 1, rect: whole, blob: None }));
+        let (layout, fd) = slots(1);
+        scanout.set_slots(layout, fd);
+        let mut flush = |scanout: &mut Scanout, rect: Rect| {
+            scanout.flush(1, rect);
+            scanout.flush(2, whole);
+            scanout.pump(0, Some(Transport::Shm), &mut counter, &link);
+            std::mem::take(&mut counter.0)
+        };
+        // Nobody looks.
+        for _ in 0..10 {
+            assert_eq!(flush(&mut scanout, whole), 0);
+        }
+        assert_eq!(scanout.deadline(), None, "nobody is woken for it either");
+        // Somebody looks: first everything, into each of the two slots.
+        let want = |max_fps| Want { scanout: 0, max_fps, flags: WANT_FULL, reserved: 0 };
+        let give_back = |scanout: &mut Scanout, slot: u32| {
+            scanout.release(&Release { scanout: 0, generation: 1, slot, reserved: 0 });
+            scanout.earliest = None;
+        };
+        scanout.want(&want(60));
+        let part = Rect::new(10, 10, 20, 5);
+        assert_eq!(flush(&mut scanout, part), whole.area());
+        give_back(&mut scanout, 0);
+        // Then what changed, in the slot that needs the least.
+        assert_eq!(flush(&mut scanout, part), part.area());
+        scanout.earliest = None;
+        assert_eq!(flush(&mut scanout, part), whole.area(), "the other slot was never drawn");
+        // No slot is free: nothing, and later all that changed since the slot was drawn.
+        let other = Rect::new(100, 100, 7, 7);
+        scanout.earliest = None;
+        assert_eq!(flush(&mut scanout, other), 0);
+        give_back(&mut scanout, 0);
+        assert_eq!(flush(&mut scanout, other), part.area() + other.area());
+        // Faster than wanted: it waits for its time.
+        give_back(&mut scanout, 1);
+        scanout.earliest = Some(Instant::now() + Duration::from_secs(3600));
+        assert_eq!(flush(&mut scanout, other), 0);
+        assert!(scanout.deadline().is_some());
+        // Nobody looks any more.
+        scanout.want(&want(0));
+        give_back(&mut scanout, 0);
+        assert_eq!(flush(&mut scanout, whole), 0);
+        drop(peer);
+    }
+}
