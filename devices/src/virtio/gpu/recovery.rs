@@ -132,6 +132,8 @@ struct Signal {
     /// The newest connection that ended by itself.
     died: u64,
     stop: bool,
+    /// Another process is being started; nobody minds if it is not.
+    starting: bool,
 }
 
 /// The back end, seen from the device.
@@ -225,9 +227,13 @@ impl BackEnd {
         let (ours, theirs) = UnixStream::pair().map_err(host)?;
         let generation = self.display.connect(ours).map_err(host)?;
         self.watch.connected(duplicate, generation);
+        // After that the end of the device ends the connection, too.
+        if lock(&self.signal).stop {
+            return Err("the machine ends".to_owned());
+        }
         let successors = self.launcher.is_some();
         self.watch
-            .guard(&self.display, || VhostUser::connect(socket, &theirs, successors))
+            .guard_start(&self.display, || VhostUser::connect(socket, &theirs, successors))
             .map_err(|error| error.to_string())
     }
 
@@ -365,6 +371,9 @@ impl Drop for Supervisor {
     fn drop(&mut self) {
         lock(&self.back_end.signal).stop = true;
         self.back_end.changed.notify_all();
+        if lock(&self.back_end.signal).starting {
+            self.back_end.watch.hang_up();
+        }
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -442,38 +451,55 @@ impl BackEnd {
 
     /// Starts another process and lets it resume; whether there is a connection now.
     fn restart(&self, launcher: &Launcher) -> bool {
-        let mut guard = lock(&self.state);
-        match self.try_restart(launcher, &mut guard) {
+        match self.try_restart(launcher) {
             Ok(()) => {
                 tracing::warn!("another drago-gpu has taken over");
-                drop(guard);
                 self.display.tell_back_end(true);
                 true
             }
+            Err(_) if lock(&self.signal).stop => false,
             Err(reason) => {
                 tracing::error!(reason, "drago-gpu could not be started again");
-                self.watch.hang_up();
-                self.display.hang_up();
                 false
             }
         }
     }
 
-    fn try_restart(&self, launcher: &Launcher, state: &mut State) -> Result<(), String> {
-        let (socket, process) = launcher.start().map_err(|error| chain(&error))?;
-        let mut vhost = self.negotiate(socket)?;
-        state.hand_back();
-        if let Some(active) = &state.active {
-            if active.features & DEVICE_FEATURES & !vhost.features() != 0 {
-                return Err("it cannot do what the driver uses".to_owned());
+    fn try_restart(&self, launcher: &Launcher) -> Result<(), String> {
+        let (socket, mut process) = launcher.start().map_err(|error| chain(&error))?;
+        // Its start may take long; the device goes on meanwhile.
+        lock(&self.signal).starting = true;
+        let negotiated = self.negotiate(socket);
+        lock(&self.signal).starting = false;
+        let mut state = lock(&self.state);
+        let resumed = negotiated.and_then(|mut vhost| {
+            self.take_queues(&mut vhost, &mut state)?;
+            Ok(vhost)
+        });
+        match resumed {
+            Ok(vhost) => {
+                state.vhost = Some(vhost);
+                state.process = Some(process);
+                Ok(())
             }
-            self.watch
-                .guard(&self.display, || self.resume(&mut vhost, state))
-                .map_err(|error| error.to_string())?;
+            Err(reason) => {
+                self.watch.hang_up();
+                self.display.hang_up();
+                process.kill();
+                Err(reason)
+            }
         }
-        state.vhost = Some(vhost);
-        state.process = Some(process);
-        Ok(())
+    }
+
+    fn take_queues(&self, vhost: &mut VhostUser, state: &mut State) -> Result<(), String> {
+        state.hand_back();
+        let Some(active) = &state.active else { return Ok(()) };
+        if active.features & DEVICE_FEATURES & !vhost.features() != 0 {
+            return Err("it cannot do what the driver uses".to_owned());
+        }
+        self.watch
+            .guard(&self.display, || self.resume(vhost, state))
+            .map_err(|error| error.to_string())
     }
 
     fn resume(&self, vhost: &mut VhostUser, state: &mut State) -> Result<(), VhostError> {

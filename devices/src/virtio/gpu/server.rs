@@ -31,6 +31,9 @@ use super::display::{self, Display};
 /// How long the back end may take for one group of vhost-user requests.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// The same for the first group: drivers of GPUs load slowly on a busy machine.
+const START_PATIENCE: Duration = Duration::from_secs(60);
+
 /// Watches over the vhost-user connection.
 #[derive(Debug)]
 pub(super) struct Watch {
@@ -95,7 +98,16 @@ impl Watch {
     /// Does `work`, which waits for the back end; if that takes too long, the connection is ended
     /// and the work fails.
     pub(super) fn guard<T>(&self, display: &Display, work: impl FnOnce() -> T) -> T {
-        self.set(Some(Instant::now() + PATIENCE));
+        self.guard_for(PATIENCE, display, work)
+    }
+
+    /// The same for the first group of requests to a back end.
+    pub(super) fn guard_start<T>(&self, display: &Display, work: impl FnOnce() -> T) -> T {
+        self.guard_for(START_PATIENCE, display, work)
+    }
+
+    fn guard_for<T>(&self, patience: Duration, display: &Display, work: impl FnOnce() -> T) -> T {
+        self.set(Some(Instant::now() + patience));
         display.wake();
         let result = work();
         self.set(None);
