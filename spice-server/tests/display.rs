@@ -103,8 +103,10 @@ fn a_picture_made_on_demand_is_the_first_thing_seen() {
     let address = setup.address();
     let client = std::thread::spawn(move || screenshot(address, &[]));
     setup.event("a viewer", |event| (event == Event::Viewers(true)).then_some(()));
-    // Longer than the client needs to ask for everything.
-    std::thread::sleep(Duration::from_millis(50));
+    eventually("the client's display channel", || {
+        let status = setup.server.status();
+        status.clients.iter().flat_map(|c| &c.channels).any(|name| name.starts_with("display"))
+    });
     let pixels = setup.show_background(size);
     let (_, _, got) = client.join().unwrap().unwrap();
     assert!(got == rgb(&pixels));
