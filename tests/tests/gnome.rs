@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use drago_tests::client::SpiceClient;
-use drago_tests::desktop::is_shown;
+use drago_tests::desktop::{gnome_search_field, is_shown};
 use drago_tests::guest::{Desktop, Guest};
 use drago_tests::keys;
 use drago_tests::picture::{Picture, reads};
@@ -61,9 +61,14 @@ fn bar(picture: &Picture) -> Result<String> {
     picture.text(Some((picture.width / 2 - 150, 0, 300, BAR)))
 }
 
-/// The text in the search field, without its icons.
+/// The text in the search field.
 fn field(picture: &Picture) -> Result<String> {
-    picture.text(Some((picture.width / 2 - 150, 48, 300, BAR)))
+    picture.text(Some(gnome_search_field(picture)))
+}
+
+/// The names below the first row of what was found.
+fn found(picture: &Picture) -> Result<String> {
+    picture.text(Some((picture.width / 2 - 300, 208, 600, 36)))
 }
 
 impl World {
@@ -98,7 +103,7 @@ impl World {
     fn search(&mut self) -> Result<()> {
         self.client.type_text("foot", PATIENCE)?;
         self.see("the search", |picture| {
-            Ok(reads(&field(picture)?, "foot") && reads(&picture.text(None)?, "Foot Server"))
+            Ok(reads(&field(picture)?, "foot") && reads(&found(picture)?, "Foot Server"))
         })
     }
 
@@ -119,8 +124,10 @@ impl World {
             .wait_state("the agent's request", PATIENCE, |state| state["requested"] == true)?;
         self.client.press(&keys::with_control("av")?)?;
         self.see("the pasted text", |picture| {
-            let text = picture.text(None)?;
-            Ok(reads(&field(picture)?, "foot serv") && !reads(&text, "Foot Client"))
+            let found = found(picture)?;
+            Ok(reads(&field(picture)?, "foot serv")
+                && reads(&found, "Foot Server")
+                && !reads(&found, "Foot Client"))
         })
     }
 

@@ -53,7 +53,7 @@ enum Suite {
     Nested,
     /// A minute of fuzzing for each target
     Fuzz,
-    /// The GNOME desktop inside the nested-KVM test host
+    /// OpenGL and the GNOME desktop inside the nested-KVM test host
     Slow,
     /// Everything
     All,
@@ -81,7 +81,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         fuzz()?;
     }
     if args.suite.includes(Suite::Slow) {
-        nested(&["gnome"])?;
+        nested(&["virgl", "gnome"])?;
     }
     Ok(ExitCode::SUCCESS)
 }
