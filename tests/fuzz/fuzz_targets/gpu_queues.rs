@@ -1,9 +1,18 @@
-//! `drago-gpu`'s virtqueues: a guest writes what it likes into rings and memory and notifies.
+//! `drago-gpu`'s virtqueues: a guest writes what it likes into rings and memory and notifies, and now
+//! and then another process takes over, with a journal that is not quite what the last one wrote.
 
 #![no_main]
 
 use drago_fuzz::Input;
-use drago_gpu::{GuestMemory, control::Limits, device::GpuDevice, renderer::{Renderer, Soft2d}};
+use std::{fs::File, os::unix::fs::FileExt};
+
+use drago_gpu::{
+    GuestMemory,
+    control::Limits,
+    device::GpuDevice,
+    relay::Direct,
+    renderer::{Renderer, Soft2d},
+};
 use libfuzzer_sys::fuzz_target;
 use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
@@ -28,13 +37,21 @@ fn address(input: &mut Input<'_>) -> u64 {
 
 fuzz_target!(|bytes: &[u8]| {
     let mut input = Input::new(bytes);
-    let limits = Limits { bytes: 2 << 20, resources: 8, contexts: 4 };
-    let device = GpuDevice::new(|_| Ok::<Box<dyn Renderer>, std::io::Error>(Box::new(Soft2d::new())), limits).unwrap();
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
     let atomic = GuestMemoryAtomic::new(memory.clone());
-    device.update_memory(atomic.clone()).unwrap();
-    let event_idx = input.u8() & 1 != 0;
-    device.set_event_idx(event_idx);
+    let flags = input.u8();
+    let event_idx = flags & 1 != 0;
+    let new_device = || {
+        let limits = Limits { bytes: 2 << 20, resources: 8, contexts: 4 };
+        let renderer = |_| Ok::<Box<dyn Renderer>, std::io::Error>(Box::new(Soft2d::new()));
+        let device = GpuDevice::new(renderer, limits).unwrap();
+        device.update_memory(atomic.clone()).unwrap();
+        device.set_event_idx(event_idx);
+        device
+    };
+    let mut device = new_device();
+    let journal = (flags & 2 != 0).then(|| device.make_inflight(SIZE).unwrap());
+    let journal = journal.map(|(length, fd)| (length, File::from(fd)));
     let rings: Vec<_> = (0..2_u64)
         .map(|index| {
             let ring = VringRwLock::new(atomic.clone(), 1024).unwrap();
@@ -88,12 +105,28 @@ fuzz_target!(|bytes: &[u8]| {
             }
             6 => write(base + AVAIL + 2, &input.u16().to_le_bytes()),
             _ => {
+                if op & 8 != 0 {
+                    // After a violation nothing else brings a ring back.
+                    device.stop_vring(queue.into()).unwrap();
+                }
                 device.handle_event(queue, EventSet::IN, &rings, queue.into()).unwrap();
                 device.settle();
                 match input.u8() {
                     0 => device.reset_device(),
                     1 => device.stop_vring(queue.into()).unwrap(),
                     2 => drop(device.get_config(input.number(), input.number())),
+                    3 if journal.is_some() => {
+                        let (length, file) = journal.as_ref().unwrap();
+                        // In the tables, in the head of the log, or among its commands.
+                        for _ in 0..input.u8() % 8 {
+                            let at = u64::from(input.u8() % 3) * 4096 + u64::from(input.u16() % 1024);
+                            file.write_all_at(&[input.u8()], at).unwrap();
+                        }
+                        drop(device);
+                        device = new_device();
+                        let fd = file.try_clone().unwrap().into();
+                        let _ = device.take_inflight(fd, *length, SIZE);
+                    }
                     _ => {}
                 }
             }
