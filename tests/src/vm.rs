@@ -1,5 +1,6 @@
 //! A virtual machine under test: drago-vmm in the test host, its console, its log and its end.
 
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -14,7 +15,7 @@ use crate::console::Console;
 use crate::guest::Guest;
 use crate::paths;
 use crate::picture::{Picture, reads};
-use crate::progress::step;
+use crate::progress::{note, step};
 use crate::testbed::{Options, RemoteChild, RemoteCommand, RemoteOutput, Stream, Testbed};
 
 /// How long anything may take. Nested on a busy machine everything is some 50 times slower than life, so
@@ -36,6 +37,8 @@ pub struct Host {
     users: Mutex<Vec<String>>,
     /// Where logs and pictures of this suite go.
     pub results: PathBuf,
+    /// Two runs must not write to one copy of a disk.
+    _lock: File,
 }
 
 /// A running drago-vmm.
@@ -80,13 +83,20 @@ impl Host {
             }
         }
         let results = paths::cache(&format!("e2e/{suite}"))?;
+        let lock = File::create(results.join("lock"))?;
+        if lock.try_lock().is_err() {
+            note(format_args!(
+                "another run of the suite {suite} goes on here: waiting for its end"
+            ));
+            lock.lock().context("cannot lock the suite's folder")?;
+        }
         let mut options = Options::new(agent.to_path_buf());
         options.memory_mib = memory_mib;
         options.forward = vec![(0, SPICE_PORT), (0, SSH_PORT)];
         let testbed = Testbed::boot(&options)?;
         // Not below the checkout: a socket's path has room for 108 bytes.
         let sockets = tempfile::tempdir()?;
-        Ok(Self { testbed, programs, sockets, users: Mutex::default(), results })
+        Ok(Self { testbed, programs, sockets, users: Mutex::default(), results, _lock: lock })
     }
 
     /// Runs a command in the test host to its end.
@@ -135,8 +145,8 @@ impl Host {
         let (serial, log) = (Console::default(), Console::default());
         let (to_serial, to_log) = (Sink(serial.clone()), Sink(log.clone()));
         let mut files = [
-            std::fs::File::create(self.results.join(format!("{name}-serial.log")))?,
-            std::fs::File::create(self.results.join(format!("{name}-vmm.log")))?,
+            File::create(self.results.join(format!("{name}-serial.log")))?,
+            File::create(self.results.join(format!("{name}-vmm.log")))?,
         ];
         let child = command.spawn(move |stream, bytes| {
             let (console, file) = match stream {
