@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         fast()?;
     }
     if args.suite.includes(Suite::Nested) {
-        nested(&["minimal", "peers", "weston"])?;
+        nested(&["minimal", "microvm", "peers", "weston"])?;
     }
     if args.suite.includes(Suite::Fuzz) {
         fuzz()?;

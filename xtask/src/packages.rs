@@ -54,6 +54,7 @@ const TESTS: &[Need] = &[
     ("libvirglrenderer1", "OpenGL for guests, in drago-gpu's tests"),
     ("libegl1", "OpenGL without a screen for it"),
     ("libgl1-mesa-dri", "draws it in software"),
+    ("socat", "the service manager's end of a machine's readiness"),
     ("util-linux", "unshare: network namespaces for the tap tests"),
     ("procps", "looks for processes left behind"),
     ("nix-bin", "evaluates resources/nix"),

@@ -20,6 +20,8 @@ const MODULES: &[&str] = &[
     "virtio_console",
     "virtio-rng",
     "virtio_balloon",
+    "virtiofs",
+    "vmw_vsock_virtio_transport",
     "i8042",
     "pvpanic-pci",
     "pvpanic-mmio",

@@ -1,0 +1,190 @@
+//! What microvm.nix asks of a hypervisor, with the minimal guest: a shared folder, sockets, readiness,
+//! credentials, a tap interface with several queues, the balloon.
+//!
+//! Run by `cargo xtask test --suite nested`; needs the test host, so every test is `#[ignore]`d by default.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use drago_tests::{
+    console::Console,
+    guest::Guest,
+    testbed::{Options, RemoteChild, Stream, Testbed},
+    vm::PATIENCE,
+};
+
+const PROMPT: &str = "minimal# ";
+
+/// Starts what `--fs` connects to, after whatever was there before; Debian 12 has the one, later versions
+/// the other.
+const VIRTIOFSD: &str = "\
+    if [ -x /usr/libexec/virtiofsd ]; then \
+        set -- /usr/libexec/virtiofsd --socket-path=/run/m/fs --shared-dir=/run/m/share --sandbox=chroot; \
+    else \
+        set -- /usr/lib/qemu/virtiofsd --socket-path=/run/m/fs -o source=/run/m/share -o sandbox=chroot; \
+    fi; \
+    rm -f /run/m/fs; \
+    setsid \"$@\" >/run/m/virtiofsd.log 2>&1 </dev/null & echo $! >/run/m/virtiofsd.pid; \
+    until [ -S /run/m/fs ]; do sleep 0.1; done";
+
+struct Machine {
+    host: Testbed,
+    child: RemoteChild,
+    serial: Console,
+    log: Console,
+}
+
+impl Machine {
+    /// Runs a shell script in the test host.
+    fn host(&self, script: &str) -> String {
+        shell(&self.host, script)
+    }
+
+    /// Runs a command in the guest.
+    fn guest(&mut self, command: &str) -> String {
+        let mark = self.serial.mark();
+        // The quotes keep the markers out of the echo of the line.
+        let line = format!("echo 'BE''GIN'; {command}; echo 'E''ND'\n");
+        self.child.stdin().write_all(line.as_bytes()).unwrap();
+        let said = self.serial.wait_for(mark, "END", PATIENCE);
+        let said = said.unwrap_or_else(|error| panic!("{error}\n{}", self.log.since(0)));
+        let said = said.rsplit_once("BEGIN").map_or(said.as_str(), |(_, rest)| rest);
+        said.trim_end_matches("END").trim().replace('\r', "")
+    }
+}
+
+fn shell(host: &Testbed, script: &str) -> String {
+    let output = host.command("sh").args(["-c", script]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.code, 0, "{script}: {said}{errors}");
+    said.trim().to_owned()
+}
+
+/// Compiles the program that reports like systemd, to run in the guest.
+fn reporter(to: &Path) {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/report.c");
+    let status = Command::new("cc")
+        .args(["-static", "-Os", "-Wall", "-Werror", "-o"])
+        .arg(to)
+        .arg(source)
+        .status()
+        .unwrap();
+    assert!(status.success());
+}
+
+#[test]
+#[ignore = "nested"]
+fn a_guest_has_what_microvm_nix_promises_it() {
+    let guest = Guest::minimal().unwrap();
+    let agent = Path::new(env!("CARGO_BIN_EXE_drago-testbed-agent"));
+    let programs =
+        std::env::var_os("DRAGO_PROGRAMS").map_or(agent.parent().unwrap().into(), PathBuf::from);
+    let vmm = programs.join("drago-vmm").display().to_string();
+    let folder = drago_tests::paths::cache("e2e/microvm").unwrap();
+    reporter(&folder.join("report"));
+    let mut options = Options::new(agent.to_path_buf());
+    options.memory_mib = 3072;
+    let host = Testbed::boot(&options).unwrap();
+
+    shell(
+        &host,
+        &format!(
+            "mkdir -p /run/m/share && cd /run/m && echo from the host >share/hello && \
+             cp {}/report share/ && printf 's3cret\\0' >secret && \
+             ip tuntap add dev mtap0 mode tap vnet_hdr multi_queue && \
+             ip addr add 10.7.0.1/24 dev mtap0 && ip link set mtap0 up && \
+             (setsid socat -u UNIX-RECV:/run/m/notify OPEN:/run/m/told,creat,append \
+                 >/dev/null 2>&1 </dev/null &) && \
+             until [ -S notify ]; do sleep 0.1; done",
+            folder.display()
+        ),
+    );
+    let (serial, log) = (Console::default(), Console::default());
+    let (to_serial, to_log) = (serial.clone(), log.clone());
+    let kernel = guest.kernel.display().to_string();
+    let initrd = guest.initrd.display().to_string();
+    let child = host
+        .command(&vmm)
+        .cwd(Path::new("/run/m"))
+        .env("NOTIFY_SOCKET", "/run/m/notify")
+        .args(["--kernel", &kernel, "--initrd", &initrd, "--cmdline", &guest.cmdline])
+        .args(["--memory", "256", "--cpus", "2", "--control", "control"])
+        .args(["--credential", "test.secret=secret"])
+        .args(["--uuid", "6ba7b810-9dad-11d1-80b4-00c04fd430c8"])
+        .args(["--vsock", "cid=4242,notify=on"])
+        .args(["--fs", "tag=share,socket=fs"])
+        .args(["--net", "tap=mtap0,mac=02:00:00:00:00:07,queues=2,vhost=on"])
+        .args(["--balloon", "deflate-on-oom=on"])
+        .spawn(move |stream, bytes| match stream {
+            Stream::Out => to_serial.push(bytes),
+            Stream::Err => to_log.push(bytes),
+        })
+        .unwrap();
+    let mut vm = Machine { host, child, serial, log };
+
+    // virtiofsd comes later than the machine.
+    vm.log.wait_for(0, "waiting for virtiofsd", PATIENCE).unwrap();
+    vm.host(VIRTIOFSD);
+    if let Err(error) = vm.serial.wait_for(0, PROMPT, PATIENCE) {
+        panic!("{error}\n{}", vm.log.since(0));
+    }
+
+    // Credentials and UUID.
+    let strings = vm.guest("strings /sys/firmware/dmi/tables/DMI | grep io.systemd");
+    assert!(strings.contains("io.systemd.credential.binary:test.secret=czNjcmV0AA=="), "{strings}");
+    let uuid = vm.guest("cat /sys/class/dmi/id/product_uuid");
+    assert_eq!(uuid, "6ba7b810-9dad-11d1-80b4-00c04fd430c8");
+
+    // The shared folder, in both directions.
+    let said = vm.guest("mkdir /mnt; mount -t virtiofs share /mnt && cat /mnt/hello");
+    assert_eq!(said, "from the host");
+    vm.guest("echo from the guest >/mnt/back");
+    assert_eq!(vm.host("cat /run/m/share/back"), "from the guest");
+
+    // Readiness as systemd reports it, and nothing that is not the guest's business.
+    let (_, port) = strings.split_once("vmm.notify_socket=vsock-stream:2:").unwrap();
+    let port: u32 = port.split_whitespace().next().unwrap().parse().unwrap();
+    let told = vm.host("cat /run/m/told");
+    assert!(!told.contains("READY=1"), "{told}");
+    vm.guest("printf 'READY=1\\nMAINPID=1' >/tmp/report");
+    let said = vm.guest(&format!("/mnt/report {port} \"$(cat /tmp/report)\""));
+    assert_eq!(said, "closed");
+    let told = vm.host("until grep -q READY=1 /run/m/told; do sleep 0.1; done; cat /run/m/told");
+    assert!(!told.contains("MAINPID"), "{told}");
+
+    // The network, through the kernel and by two pairs of queues.
+    let said = vm.guest("ip addr add 10.7.0.2/24 dev eth0; ping -c 3 10.7.0.1");
+    assert!(said.contains(" 0% packet loss"), "{said}");
+    assert_eq!(vm.guest("ls /sys/class/net/eth0/queues | grep -c rx"), "2");
+
+    // The balloon.
+    let ctl = format!("cd /run/m && {vmm} ctl --control control");
+    assert_eq!(vm.host(&format!("{ctl} balloon 64")), "64");
+    assert_eq!(vm.host(&format!("{ctl} balloon")), "64");
+    assert_eq!(vm.host(&format!("{ctl} balloon 0")), "0");
+
+    // virtiofsd dies: nothing hangs. It comes back: mounting again works.
+    vm.host("kill -9 $(cat /run/m/virtiofsd.pid)");
+    vm.log.wait_for(0, "virtiofsd is gone", PATIENCE).unwrap();
+    let said = vm.guest("cat /mnt/hello; ls /mnt/nothing");
+    assert!(!said.contains("from the host"), "{said}");
+    vm.host(VIRTIOFSD);
+    vm.log.wait_for(0, "virtiofsd is back", PATIENCE).unwrap();
+    let said = vm.guest("umount -l /mnt; mount -t virtiofs share /mnt && cat /mnt/hello");
+    assert!(said.ends_with("from the host"), "{said}");
+
+    vm.host(&format!("{ctl} status"));
+    vm.child.stdin().write_all(b"poweroff\n").unwrap();
+    assert_eq!(vm.child.wait_timeout(PATIENCE).unwrap(), 0, "{}", vm.log.since(0));
+    let told = vm.host("cat /run/m/told; ls /run/m");
+    assert!(told.contains("STOPPING=1"), "{told}");
+    assert!(!told.contains("control"), "the control socket is removed: {told}");
+    // Stopping what is off already.
+    vm.host(&format!("{ctl} shutdown --wait"));
+}
