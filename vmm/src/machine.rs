@@ -442,6 +442,10 @@ impl ControlTarget for Target {
         }
     }
 
+    fn spice_clients(&self) -> Vec<serde_json::Value> {
+        self.display.as_ref().map_or_else(Vec::new, |display| display.spice_counters())
+    }
+
     fn power_button(&self) {
         if let Err(error) = self.power.press_power_button() {
             tracing::warn!(%error, "the power button could not be pressed");

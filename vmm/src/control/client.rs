@@ -51,6 +51,8 @@ pub enum Action {
         /// Size of the balloon in MiB; left out: only print it
         mib: Option<u32>,
     },
+    /// Print what the SPICE server counts, one line of JSON per client
+    SpiceClients,
     /// End the virtual machine at once, as if unplugged (disks are flushed)
     Quit,
 }
@@ -125,6 +127,7 @@ pub fn run(path: &Path, action: &Action, out: &mut impl Write) -> Result<(), Cli
             (Request::Resize { display, width, height }, None)
         }
         Action::Balloon { mib } => (Request::Balloon { mib }, None),
+        Action::SpiceClients => (Request::SpiceClients {}, None),
         Action::Quit => (Request::Quit {}, None),
     };
     match connection.ask(&request)? {
@@ -142,6 +145,11 @@ pub fn run(path: &Path, action: &Action, out: &mut impl Write) -> Result<(), Cli
             }
         }
         Response::Balloon { mib } => writeln!(out, "{mib}").map_err(io_error)?,
+        Response::SpiceClients { clients } => {
+            for client in clients {
+                writeln!(out, "{client}").map_err(io_error)?;
+            }
+        }
         Response::Done {} => {}
         Response::Error { message } => return Err(ClientError::Refused(message)),
     }
@@ -261,6 +269,10 @@ mod tests {
             assert_eq!(String::from_utf8(out).unwrap(), printed);
             assert_eq!(calls.recv().unwrap(), format!("balloon {mib:?}"));
         }
+
+        let mut out = Vec::new();
+        run(&path, &Action::SpiceClients, &mut out).unwrap();
+        assert_eq!(String::from_utf8(out).unwrap(), "{\"peer\":\"somebody\"}\n");
 
         let error = run(&path, &Action::CtrlAltDel, &mut io::sink()).unwrap_err();
         assert_eq!(error.to_string(), "there is no keyboard");

@@ -64,6 +64,8 @@ pub enum Request {
         #[serde(default)]
         mib: Option<u32>,
     },
+    /// What the SPICE server counts, by client.
+    SpiceClients {},
     /// End the virtual machine at once (disks are flushed).
     Quit {},
 }
@@ -85,6 +87,11 @@ pub enum Response {
     Balloon {
         /// What the guest does without now, in MiB.
         mib: u32,
+    },
+    /// Answer to [`Request::SpiceClients`].
+    SpiceClients {
+        /// One object per client; fields may be added.
+        clients: Vec<serde_json::Value>,
     },
     /// The request failed.
     Error {
@@ -139,6 +146,8 @@ pub trait ControlTarget: Send + Sync {
     fn screenshot(&self, display: u32) -> Result<Vec<u8>, ControlError>;
     /// Gives a display another size.
     fn resize(&self, display: u32, width: u32, height: u32) -> Result<(), ControlError>;
+    /// Answers [`Request::SpiceClients`].
+    fn spice_clients(&self) -> Vec<serde_json::Value>;
     /// Answers [`Request::Balloon`].
     fn balloon(&self, mib: Option<u32>) -> Result<u32, ControlError>;
 }

@@ -174,6 +174,9 @@ fn answer(request: &Request, target: &dyn ControlTarget) -> (Response, Vec<u8>) 
             Ok(mib) => return (Response::Balloon { mib }, Vec::new()),
             Err(error) => Err(error),
         },
+        Request::SpiceClients {} => {
+            return (Response::SpiceClients { clients: target.spice_clients() }, Vec::new());
+        }
         Request::Shutdown {} | Request::Quit {} => Ok(()),
     };
     match result {
@@ -274,6 +277,10 @@ pub(super) mod tests {
         fn resize(&self, _: u32, width: u32, height: u32) -> Result<(), ControlError> {
             let _ = self.0.try_send(format!("{width}x{height}"));
             Ok(())
+        }
+
+        fn spice_clients(&self) -> Vec<serde_json::Value> {
+            vec![serde_json::json!({ "peer": "somebody" })]
         }
 
         fn balloon(&self, mib: Option<u32>) -> Result<u32, ControlError> {

@@ -10,6 +10,7 @@
 //! | [`options`] | `--spice`, `--vnc` |
 
 mod agent;
+mod counters;
 mod input;
 mod options;
 mod screen;
@@ -61,6 +62,8 @@ pub trait DisplayControl: Send + Sync {
     fn vnc_address(&self) -> Option<String>;
     /// Connected SPICE viewers.
     fn clients(&self) -> Vec<String>;
+    /// What the SPICE server counts, by client.
+    fn spice_counters(&self) -> Vec<serde_json::Value>;
     /// Connected VNC viewers.
     fn vnc_clients(&self) -> Vec<String>;
     /// A display's picture as a PNG file.
@@ -251,6 +254,11 @@ impl DisplayControl for Display {
     fn clients(&self) -> Vec<String> {
         let Some(server) = &self.server else { return Vec::new() };
         server.status().clients.iter().map(|client| client.peer.to_string()).collect()
+    }
+
+    fn spice_counters(&self) -> Vec<serde_json::Value> {
+        let Some(server) = &self.server else { return Vec::new() };
+        server.status().clients.iter().map(counters::client).collect()
     }
 
     fn vnc_address(&self) -> Option<String> {

@@ -1,0 +1,47 @@
+//! The SPICE server's counters as JSON, for `ctl spice-clients`.
+
+use serde_json::{Value, json};
+use spice_server::{ClientStatus, DisplayStats};
+
+/// One client: who it is and what its channels sent. Times are in seconds, sizes in bytes.
+pub(super) fn client(client: &ClientStatus) -> Value {
+    json!({
+        "peer": client.peer.to_string(),
+        "session": client.session,
+        "channels": client.channels,
+        "bytes_sent": client.bytes_sent,
+        "bytes_received": client.bytes_received,
+        "displays": client.displays.iter().map(display).collect::<Vec<_>>(),
+    })
+}
+
+fn display(stats: &DisplayStats) -> Value {
+    let codecs: serde_json::Map<_, _> = stats
+        .codecs
+        .iter()
+        .filter(|codec| codec.messages > 0)
+        .map(|codec| {
+            let counters = json!({
+                "messages": codec.messages,
+                "bytes": codec.bytes,
+                "seconds": codec.time.as_secs_f64(),
+            });
+            (codec.codec.name().to_owned(), counters)
+        })
+        .collect();
+    json!({
+        "display": stats.display,
+        "frames": stats.frames,
+        "skipped_frames": stats.skipped_frames,
+        "unchanged_frames": stats.unchanged_frames,
+        "compare_seconds": stats.compare_time.as_secs_f64(),
+        "refined_parts": stats.refined_parts,
+        "streams": stats.streams,
+        "late_stream_frames": stats.late_stream_frames,
+        "bytes_in_flight": stats.bytes_in_flight,
+        "round_trip_seconds": stats.round_trip.as_secs_f64(),
+        "line_bytes_per_second": stats.line_rate,
+        "memory": stats.memory,
+        "codecs": codecs,
+    })
+}
