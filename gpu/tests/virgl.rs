@@ -18,7 +18,10 @@ use gpu_protocol::{
 use support::{
     DATA, FrontEnd,
     screen::{Screen, whole},
-    three_d::{clear, command, copy, fenced, prologue, target},
+    three_d::{
+        BIND_VERTEX_BUFFER, R8, TARGET_BUFFER, clear, command, copy, fenced, prologue, target,
+        triangles, write_buffer,
+    },
 };
 use vhost::{VhostBackend, vhost_user::VhostUserFrontend};
 use vm_memory::{Bytes, GuestAddress};
@@ -85,6 +88,47 @@ fn a_clear_is_exact_in_every_format() {
         let (_, pixels) = screen.frame(&mut front, 0);
         assert_eq!(pixels.len(), 333 * 77 * 4);
         assert!(pixels.chunks(4).all(|p| p == [id as u8, 102, 51, 0]), "format {format}");
+    }
+}
+
+/// Shaders, vertices, rasterisation: every pixel is on the right side of the edge.
+#[test]
+fn a_triangle_is_exact() {
+    let mut front = device();
+    let mut screen = Screen::new(&mut front, 1000);
+    let size = (64, 64);
+    assert_eq!(front.create_context(1, VIRGL2), kind::OK_NODATA);
+    assert_eq!(front.draw(1, &prologue()), kind::OK_NODATA);
+    front.create_texture(1, BGRX, size, 0);
+    let buffer = Create3d {
+        target: TARGET_BUFFER,
+        format: R8,
+        bind: BIND_VERTEX_BUFFER,
+        width: 48,
+        height: 1,
+        depth: 1,
+        array_size: 1,
+        ..Create3d::default()
+    };
+    assert_eq!(front.try_create_3d(2, &buffer), kind::OK_NODATA);
+    front.use_in(1, 1);
+    front.use_in(1, 2);
+    let vertices = [-1.0, -1.0, 0.0, 1.0, 1.51, -1.0, 0.0, 1.0, -1.0, 1.51, 0.0, 1.0_f32];
+    let words = [
+        target(1, 1, BGRX),
+        clear([0.0, 0.0, 0.0, 1.0]),
+        write_buffer(2, &vertices.map(f32::to_bits)),
+        triangles(2, 3, size, [0.2, 0.4, 0.6, 1.0]),
+    ];
+    assert_eq!(front.draw(1, &words.concat()), kind::OK_NODATA);
+    front.show(0, 1, whole(size));
+    front.flush(1, whole(size));
+    let (_, pixels) = screen.frame(&mut front, 0);
+    for (index, pixel) in pixels.chunks(4).enumerate() {
+        let (x, y) = (index as u32 % size.0, index as u32 / size.0);
+        // The edge runs between the pixel centres on the diagonals 79 and 80.
+        let expected = if x + y <= 79 { [153, 102, 51, 0] } else { [0; 4] };
+        assert_eq!(pixel, expected, "{x},{y}");
     }
 }
 

@@ -13,6 +13,24 @@ pub const BIND_RENDER_TARGET: u32 = 1 << 1;
 pub const BIND_SAMPLER_VIEW: u32 = 1 << 3;
 pub const BIND_SCANOUT: u32 = 1 << 18;
 
+pub const TARGET_BUFFER: u32 = 0;
+pub const BIND_VERTEX_BUFFER: u32 = 1 << 4;
+pub const R8: u32 = 64;
+const R32G32B32A32_FLOAT: u32 = 31;
+const MODE_TRIANGLES: u32 = 4;
+
+const BIND_OBJECT: u32 = 2;
+const SET_VIEWPORT_STATE: u32 = 4;
+const SET_VERTEX_BUFFERS: u32 = 6;
+const DRAW_VBO: u32 = 8;
+const RESOURCE_INLINE_WRITE: u32 = 9;
+const BIND_SHADER: u32 = 31;
+const OBJECT_BLEND: u32 = 1;
+const OBJECT_RASTERIZER: u32 = 2;
+const OBJECT_DSA: u32 = 3;
+const OBJECT_SHADER: u32 = 4;
+const OBJECT_VERTEX_ELEMENTS: u32 = 5;
+
 const CREATE_OBJECT: u32 = 1;
 const SET_FRAMEBUFFER_STATE: u32 = 5;
 const CLEAR: u32 = 7;
@@ -48,6 +66,56 @@ pub fn clear(colour: [f32; 4]) -> Vec<u32> {
 pub fn copy(to: u32, at: (u32, u32), from: u32, origin: (u32, u32), size: (u32, u32)) -> Vec<u32> {
     let body = [to, 0, at.0, at.1, 0, from, 0, origin.0, origin.1, 0, size.0, size.1, 1];
     command(RESOURCE_COPY_REGION, 0, &body)
+}
+
+/// Writes into a buffer.
+pub fn write_buffer(id: u32, words: &[u32]) -> Vec<u32> {
+    let bytes = size_of_val(words) as u32;
+    let head = [id, 0, 0, 0, 0, 0, 0, 0, bytes, 1, 1];
+    command(RESOURCE_INLINE_WRITE, 0, &[&head[..], words].concat())
+}
+
+/// A shader in TGSI's text form, bound.
+fn shader(handle: u32, kind: u32, text: &str) -> Vec<u32> {
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.push(0);
+    let length = bytes.len() as u32;
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    let mut body = vec![handle, kind, length, 300, 0];
+    body.extend(bytes.chunks(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])));
+    [command(CREATE_OBJECT, OBJECT_SHADER, &body), command(BIND_SHADER, 0, &[handle, kind])]
+        .concat()
+}
+
+/// Draws triangles of one colour (red first): four floats a vertex, from a buffer.
+pub fn triangles(buffer: u32, vertices: u32, size: (u32, u32), colour: [f32; 4]) -> Vec<u32> {
+    let [width, height] = [size.0, size.1].map(|side| (side as f32 / 2.0).to_bits());
+    let half = 0.5_f32.to_bits();
+    let [r, g, b, a] = colour;
+    let vertex = "VERT\nDCL IN[0]\nDCL OUT[0], POSITION\n  0: MOV OUT[0], IN[0]\n  1: END\n";
+    let fragment = format!(
+        "FRAG\nDCL OUT[0], COLOR\nIMM[0] FLT32 {{ {r:.8}, {g:.8}, {b:.8}, {a:.8} }}\n  \
+         0: MOV OUT[0], IMM[0]\n  1: END\n"
+    );
+    // All channels of the first target are written; pixel centres lie at halves.
+    let blend = [101, 0, 0, 0xf << 27, 0, 0, 0, 0, 0, 0, 0];
+    let rasterizer = [102, 1 << 1 | 1 << 29, 1_f32.to_bits(), 0, 0, 1_f32.to_bits(), 0, 0, 0];
+    [
+        command(CREATE_OBJECT, OBJECT_BLEND, &blend),
+        command(BIND_OBJECT, OBJECT_BLEND, &[101]),
+        command(CREATE_OBJECT, OBJECT_RASTERIZER, &rasterizer),
+        command(BIND_OBJECT, OBJECT_RASTERIZER, &[102]),
+        command(CREATE_OBJECT, OBJECT_DSA, &[103, 0, 0, 0, 0]),
+        command(BIND_OBJECT, OBJECT_DSA, &[103]),
+        command(CREATE_OBJECT, OBJECT_VERTEX_ELEMENTS, &[104, 0, 0, 0, R32G32B32A32_FLOAT]),
+        command(BIND_OBJECT, OBJECT_VERTEX_ELEMENTS, &[104]),
+        command(SET_VERTEX_BUFFERS, 0, &[16, 0, buffer]),
+        command(SET_VIEWPORT_STATE, 0, &[0, width, height, half, width, height, half]),
+        shader(105, 0, vertex),
+        shader(106, 1, &fragment),
+        command(DRAW_VBO, 0, &[0, vertices, MODE_TRIANGLES, 0, 1, 0, 0, 0, 0, 0, vertices - 1, 0]),
+    ]
+    .concat()
 }
 
 /// What a driver does first.
