@@ -88,6 +88,7 @@ pub(super) static VCPU: &[Row] = &[
     allow(libc::SYS_fdatasync, "a disk that is reset flushes"),
     allow(libc::SYS_fstat, "sizes of disks"),
     allow(libc::SYS_statx, "sizes of disks"),
+    allow(libc::SYS_fstatfs, "page size of guest memory: activation of the balloon"),
     allow(libc::SYS_lseek, "sizes of disks"),
 ];
 
