@@ -30,6 +30,10 @@ use crate::proto::{
 const JPEG_QUALITY: u8 = 80;
 /// Smallest part, in bytes of pixels, that may be lossy.
 const MIN_LOSSY: usize = 1024 * 4;
+/// Seconds the line may be busy with exact pixels before lossy ones are considered.
+const LOSSY_AFTER: f64 = 0.05;
+/// Bytes per second of a slow line whose rate is not known yet.
+const SLOW_RATE: f64 = 1_250_000.0;
 /// Smallest image, in encoded bytes, that clients are asked to keep.
 const MIN_KEPT: usize = 600;
 /// Most streams at a time.
@@ -345,7 +349,7 @@ impl Encoder {
             put_fill(&mut self.framer, &mut self.out, surface, rect, colour);
             Codec::Fill
         } else {
-            let may_lose = !exact && pixels.len() >= MIN_LOSSY && line.slow;
+            let may_lose = !exact && pixels.len() >= MIN_LOSSY && line.slow && self.is_behind(line);
             let warm = self.tiles.indices(rect).any(|index| self.heat.is_warm(index, now));
             let keep = if !warm && !exact && self.cache.takes(rect.width * rect.height) {
                 Keep::As(self.cache.id(size, &pixels))
@@ -374,6 +378,13 @@ impl Encoder {
         }
         self.pixels = pixels;
         self.stats.encoded(codec, self.out.len() - before, start);
+    }
+
+    /// Whether exact pixels of what has to be drawn would keep the line busy for long. Sending a
+    /// little exactly is cheaper than sending it twice.
+    fn is_behind(&self, line: &Line) -> bool {
+        let bytes = self.tiles.todo_pixels() as f64 * 4.0;
+        bytes > line.rate.unwrap_or(SLOW_RATE) * LOSSY_AFTER
     }
 
     fn put_pixels(&mut self, rect: Rect, pixels: &[u8], keep: Keep, may_lose: bool) -> Codec {

@@ -499,6 +499,12 @@ impl Tiles {
         }
     }
 
+    /// Pixels that have to be drawn.
+    pub(crate) fn todo_pixels(&self) -> u64 {
+        let drawable = self.tiles.iter().filter(|tile| tile.drawable());
+        drawable.map(|tile| u64::from(tile.todo.area())).sum()
+    }
+
     /// What has to be sent of a tile; empty if nothing.
     pub(crate) fn todo_of(&self, index: usize) -> Rect {
         self.tiles.get(index).map_or(Rect::default(), |tile| at(self.rect_of(index), tile.todo))

@@ -52,6 +52,8 @@ struct Ping {
     sent: Instant,
     /// There was more to send than could be while it was under way.
     busy: bool,
+    /// Nothing else was under way when it was sent.
+    alone: bool,
     /// What went with it was coded exactly. A client may take a lossy picture slowly because
     /// decoding it is work, and concluding from that would never end.
     exact: bool,
@@ -149,6 +151,7 @@ impl Flow {
             since: if self.pings.is_empty() { now } else { self.delivered_at },
             sent: now,
             busy: false,
+            alone: self.pings.is_empty(),
             exact: !std::mem::take(&mut self.lossy),
         });
         Some(id)
@@ -183,13 +186,22 @@ impl Flow {
             self.draining = false;
             self.measuring = true;
         }
+        let bytes = (ping.bytes - ping.delivered) as f64;
         let time = now.saturating_duration_since(ping.since).as_secs_f64();
-        let rate = (ping.bytes - ping.delivered) as f64 / time.max(1e-5);
         self.delivered = ping.bytes;
         self.delivered_at = now;
-        if !ping.busy {
+        let rate = if ping.alone {
+            // How much later the end of it came than a ping alone would have.
+            let spread = trip - self.round_trip.unwrap_or(trip);
+            if spread < WAITED {
+                return;
+            }
+            bytes / spread
+        } else if ping.busy {
+            bytes / time.max(1e-5)
+        } else {
             return;
-        }
+        };
         while self
             .rates
             .front()

@@ -572,6 +572,7 @@ impl Reactor {
         };
         match viewer.spawn() {
             Ok((handle, thread)) => {
+                self.viewer_threads.retain(|thread| !thread.is_finished());
                 self.viewer_threads.push(thread);
                 lock(&entry.session.channels).push((ChannelType::Display, request.channel_id));
                 entry.viewers.insert(request.channel_id, handle);
