@@ -4,7 +4,7 @@
 //! vnc-picture [--listen ADDRESS:PORT] [--password-file FILE] [--size WxH] [--moving]
 //! ```
 //!
-//! Standard input takes commands, one a line: `size WxH`, `tick` (draws the next picture), `quit`.
+//! Standard input takes commands, one a line: `size WxH`, `off`, `tick` (draws the next picture).
 
 use std::{
     env, fs,
@@ -116,7 +116,7 @@ fn size(text: &str) -> Option<(u32, u32)> {
 }
 
 fn main() -> io::Result<()> {
-    tracing_subscriber::fmt().with_writer(io::stderr).init();
+    tracing_subscriber::fmt().with_writer(io::stderr).with_ansi(false).init();
     let mut listen = "127.0.0.1:5901".to_owned();
     let (mut password, mut wanted, mut moving) = (None, (800, 600), false);
     let mut arguments = env::args().skip(1);
@@ -152,7 +152,12 @@ fn main() -> io::Result<()> {
     }
     let mut tick = 0;
     for line in io::stdin().lock().lines() {
-        match line?.split_once(' ') {
+        let line = line?;
+        if line == "off" {
+            screen.set_size(None);
+            continue;
+        }
+        match line.split_once(' ') {
             Some(("size", text)) => {
                 wanted = size(text).unwrap_or(wanted);
                 show(&screen, wanted, tick);

@@ -1,20 +1,27 @@
 //! Makes updates: compares the frame with what the client has, and encodes what differs.
 
+use std::time::{Duration, Instant};
+
 use crate::{
     encode::{Encoder, MAX_WIDTH, Picture},
+    geometry::Rect,
     proto::{encoding, pixel::PixelFormat, update::Update},
     screen::{Cursor, Frame, Screen},
     tiles::{TILE, Tiles},
     viewer::{Viewer, Work},
 };
 
+/// After so long without a change, what was sent as JPEG is sent again as it is.
+const REST: Duration = Duration::from_millis(300);
+
 /// What one client sees, and how to change it.
 pub(crate) struct Painter {
     size: (u32, u32),
     /// The client's picture, but for losses: B, G, R, X.
     shadow: Vec<u8>,
-    /// Tiles that were sent with losses.
+    /// Tiles that were sent with losses, and when each tile was sent.
     lossy: Tiles,
+    sent: Vec<Instant>,
     encoder: Encoder,
     tile: Vec<u8>,
 }
@@ -31,14 +38,23 @@ impl Painter {
             size,
             shadow: vec![0; (size.0 * size.1 * 4) as usize],
             lossy: Tiles::new(size.0, size.1),
+            sent: vec![Instant::now(); Tiles::new(size.0, size.1).count()],
             encoder: Encoder::default(),
             tile: vec![0; (TILE * TILE * 4) as usize],
         }
     }
 
-    /// Whether something was sent with losses.
-    pub(crate) fn is_lossy(&self) -> bool {
-        !self.lossy.is_empty()
+    /// When something that was sent with losses has come to rest.
+    pub(crate) fn rest(&self) -> Option<Instant> {
+        self.lossy.numbers().filter_map(|number| self.sent.get(number)).min().map(|at| *at + REST)
+    }
+
+    /// Takes the tiles that have come to rest.
+    fn take_rested(&mut self, now: Instant) -> Tiles {
+        let mut rested = self.lossy.clone();
+        rested.retain(|number| self.sent.get(number).is_some_and(|at| *at + REST <= now));
+        self.lossy.remove(&rested);
+        rested
     }
 
     /// Appends an update to `out`, which stays empty if there is nothing to say.
@@ -82,7 +98,12 @@ impl Painter {
                 push_cursor(&mut update, &cursor, &work.format);
             }
         }
-        if !work.damage.is_empty() || !work.forced.is_empty() {
+        if work.blank {
+            self.shadow.fill(0);
+            let mut all = Tiles::new(width, height);
+            all.mark(Rect::new(0, 0, width, height));
+            self.encode(&mut update, &all, work, true);
+        } else if !work.damage.is_empty() || !work.forced.is_empty() {
             match screen.frame().filter(|frame| (frame.width(), frame.height()) == work.size) {
                 Some(frame) => {
                     let changed = self.compare(&*frame, work);
@@ -93,9 +114,9 @@ impl Painter {
                 None => viewer.put_off(work),
             }
         }
-        if work.refine {
-            let lossy = std::mem::replace(&mut self.lossy, Tiles::new(width, height));
-            self.encode(&mut update, &lossy, work, true);
+        let rested = self.take_rested(Instant::now());
+        if !rested.is_empty() {
+            self.encode(&mut update, &rested, work, true);
         }
         let nothing = update.count() == 0;
         drop(update);
@@ -137,6 +158,13 @@ impl Painter {
     fn encode(&mut self, update: &mut Update<'_>, tiles: &Tiles, work: &Work, lossless: bool) {
         let abilities = &work.abilities;
         let quality = abilities.quality.filter(|_| !lossless);
+        let now = Instant::now();
+        tiles.numbers().for_each(|number| {
+            if let Some(sent) = self.sent.get_mut(number) {
+                *sent = now;
+            }
+        });
+        self.lossy.remove(tiles);
         for rect in tiles.runs(MAX_WIDTH) {
             let picture = Picture { pixels: &self.shadow, width: self.size.0 };
             let lossy =

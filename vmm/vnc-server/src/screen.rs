@@ -72,11 +72,16 @@ impl Screen {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The size of the frames to come. The frame there is is let go; viewers keep what they show.
+    /// The size of the frames to come. The frame there is is let go; viewers keep what they show,
+    /// but see black when there is no picture (`None`).
     pub fn set_size(&self, size: Option<(u32, u32)>) {
         let mut state = self.lock();
         state.size = size.map(|(w, h)| (w.clamp(1, MAX_SIDE), h.clamp(1, MAX_SIDE)));
         let stale = state.frame.take();
+        if size.is_none() {
+            let viewers = state.viewers.iter().filter_map(Weak::upgrade);
+            viewers.for_each(|viewer| viewer.switched_off());
+        }
         drop(state);
         drop(stale);
     }

@@ -15,7 +15,7 @@ use std::{
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
 
 use crate::{
-    gate::Gate,
+    gate::{Gate, Stranger},
     keysym::Scancode,
     painter::Painter,
     proto::{
@@ -32,8 +32,11 @@ use crate::{
 /// Clients at a time.
 const MAX_VIEWERS: usize = 16;
 
-/// All of the handshake must be done within this.
-const HANDSHAKE: Duration = Duration::from_secs(30);
+/// The client's first words must come within this.
+const FIRST_WORDS: Duration = Duration::from_secs(5);
+
+/// All of the handshake must be done within this; a person may be typing the password.
+const HANDSHAKE: Duration = Duration::from_secs(60);
 
 /// A client that takes nothing for so long is gone.
 const STALLED: Duration = Duration::from_secs(30);
@@ -280,7 +283,7 @@ impl Shared {
         socket.set_write_timeout(Some(STALLED))?;
         keep_alive(&socket)?;
         let mut input = Vec::new();
-        let exclusive = !self.handshake(&mut socket, peer, &mut input)?;
+        let exclusive = !self.handshake(&mut socket, &stranger, &mut input)?;
         drop(stranger);
         let size = self.screen.size().unwrap_or(NO_PICTURE);
         let name = &self.config.name;
@@ -316,22 +319,26 @@ impl Shared {
     fn handshake(
         &self,
         socket: &mut TcpStream,
-        peer: SocketAddr,
+        stranger: &Stranger<'_>,
         input: &mut Vec<u8>,
     ) -> io::Result<bool> {
-        let deadline = Instant::now() + HANDSHAKE;
+        let start = Instant::now();
+        let mut deadline = start + FIRST_WORDS;
         let challenge: [u8; CHALLENGE] = rand::random();
         let mut handshake = Handshake::new(self.config.password.clone(), challenge);
         socket.write_all(GREETING)?;
         loop {
             match handshake.advance(input).map_err(hostile)? {
-                Step::Send(bytes) => socket.write_all(&bytes)?,
+                Step::Send(bytes) => {
+                    socket.write_all(&bytes)?;
+                    deadline = start + HANDSHAKE;
+                }
                 Step::Done { shared } => {
-                    self.gate.succeeded(peer.ip());
+                    stranger.succeeded();
                     return Ok(shared);
                 }
                 Step::Refuse(bytes) => {
-                    self.gate.failed(peer.ip(), Instant::now());
+                    stranger.failed(Instant::now());
                     // Slows down guessing; nobody else waits for this thread.
                     thread::sleep(PAUSE);
                     socket.write_all(&bytes)?;
@@ -432,30 +439,35 @@ fn receive(socket: &mut TcpStream, input: &mut Vec<u8>) -> io::Result<()> {
     Ok(())
 }
 
+/// Ends a connection however its writer ends; wakes the reader.
+struct HangUp<'a>(&'a Viewer, TcpStream);
+
+impl Drop for HangUp<'_> {
+    fn drop(&mut self) {
+        self.0.close();
+        let _ = self.1.shutdown(Shutdown::Both);
+    }
+}
+
 fn write_updates(
-    mut socket: TcpStream,
+    socket: TcpStream,
     screen: &Screen,
     viewer: &Viewer,
     size: (u32, u32),
 ) -> io::Result<()> {
+    let mut connection = HangUp(viewer, socket);
     let mut painter = Painter::new(size);
     let mut out = Vec::new();
-    let result = loop {
-        let Some(work) = viewer.wait(painter.is_lossy()) else { break Ok(()) };
+    while let Some(work) = viewer.wait(painter.rest()) {
         out.clear();
-        if let Err(error) = painter.paint(&work, viewer, screen, &mut out) {
-            break Err(io::Error::other(error));
-        }
+        painter.paint(&work, viewer, screen, &mut out).map_err(io::Error::other)?;
         if out.is_empty() {
             viewer.still_requested();
-        } else if let Err(error) = socket.write_all(&out) {
-            break Err(error);
+        } else {
+            connection.1.write_all(&out)?;
         }
-    };
-    viewer.close();
-    // Wakes the reader.
-    let _ = socket.shutdown(Shutdown::Both);
-    result
+    }
+    Ok(())
 }
 
 /// What a viewer holds down; let go when it leaves.

@@ -54,9 +54,29 @@ impl Tiles {
         self.marks.iter_mut().zip(&other.marks).for_each(|(mark, other)| *mark |= other);
     }
 
+    /// Number of tiles, marked or not.
+    pub(crate) fn count(&self) -> usize {
+        self.marks.len()
+    }
+
+    /// Numbers of the marked tiles.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = usize> + '_ {
+        self.marks.iter().enumerate().filter(|(_, mark)| **mark).map(|(number, _)| number)
+    }
+
+    /// Keeps the marks of tiles for whose numbers `keep` says so.
+    pub(crate) fn retain(&mut self, keep: impl Fn(usize) -> bool) {
+        self.marks.iter_mut().enumerate().for_each(|(number, mark)| *mark &= keep(number));
+    }
+
+    /// Takes away the marks that another grid of the same size has.
+    pub(crate) fn remove(&mut self, other: &Self) {
+        self.marks.iter_mut().zip(&other.marks).for_each(|(mark, other)| *mark &= !other);
+    }
+
     /// The marked tiles, cut at the picture's edges.
     pub(crate) fn iter(&self) -> impl Iterator<Item = Rect> + '_ {
-        self.marks.iter().enumerate().filter(|(_, mark)| **mark).map(|(index, _)| self.tile(index))
+        self.numbers().map(|number| self.tile(number))
     }
 
     fn tile(&self, index: usize) -> Rect {
@@ -101,6 +121,11 @@ mod tests {
         more.mark(Rect::new(128, 0, 1, 1));
         tiles.add(&more);
         assert_eq!(tiles.runs(2048)[0], Rect::new(0, 0, 192, 64));
+        tiles.remove(&more);
+        assert_eq!(tiles.numbers().collect::<Vec<_>>(), [0, 1, 7]);
+        tiles.retain(|number| number > 0);
+        assert_eq!(tiles.runs(2048)[0], Rect::new(64, 0, 64, 64));
+        assert_eq!(tiles.count(), 8);
         tiles.clear();
         assert!(tiles.is_empty());
     }

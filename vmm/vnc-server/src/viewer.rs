@@ -16,9 +16,6 @@ use crate::{
 /// Time between two updates.
 const PACE: Duration = Duration::from_micros(16_600);
 
-/// After so long without damage, what was sent as JPEG is sent again as it is.
-const REST: Duration = Duration::from_millis(300);
-
 /// What the client said it can do.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Abilities {
@@ -78,8 +75,14 @@ struct State {
     resize_status: Option<u16>,
     closed: bool,
     last_update: Option<Instant>,
-    /// There was a frame when it was looked for last.
-    frame: bool,
+    /// Frames so far.
+    frames: u64,
+    /// There is no frame: what is owed waits for the next one.
+    no_frame: bool,
+    /// The screen went off and nothing has been shown since.
+    off: bool,
+    /// The client has not been told so.
+    blank: bool,
 }
 
 /// What an update has to contain.
@@ -94,8 +97,10 @@ pub(crate) struct Work {
     pub(crate) announce_keys: bool,
     pub(crate) announce_size: bool,
     pub(crate) resize_status: Option<u16>,
-    /// Send again, as it is, what was sent with losses.
-    pub(crate) refine: bool,
+    /// The screen went off.
+    pub(crate) blank: bool,
+    /// Frames so far.
+    pub(crate) frames: u64,
 }
 
 /// A viewer.
@@ -122,7 +127,10 @@ impl Viewer {
                 resize_status: None,
                 closed: false,
                 last_update: None,
-                frame: false,
+                frames: 0,
+                no_frame: true,
+                off: false,
+                blank: false,
             }),
             changed: Condvar::new(),
         }
@@ -147,7 +155,21 @@ impl Viewer {
                 state.forced.mark(Rect::new(0, 0, size.0, size.1));
             }
             damage.iter().for_each(|rect| state.damage.mark(*rect));
-            state.frame = true;
+            if std::mem::take(&mut state.off) {
+                state.damage.mark(Rect::new(0, 0, size.0, size.1));
+            }
+            state.blank = false;
+            state.no_frame = false;
+            state.frames += 1;
+        });
+    }
+
+    /// The screen shows nothing.
+    pub(crate) fn switched_off(&self) {
+        self.change(|state| {
+            state.damage.clear();
+            state.off = true;
+            state.blank = true;
         });
     }
 
@@ -189,8 +211,8 @@ impl Viewer {
     }
 
     /// Waits until there is something to send and the client wants it; `None` when it is over.
-    /// `lossy` says whether something was sent with losses before.
-    pub(crate) fn wait(&self, lossy: bool) -> Option<Work> {
+    /// `rest`: when something that was sent with losses has to be sent again.
+    pub(crate) fn wait(&self, rest: Option<Instant>) -> Option<Work> {
         let mut state = self.lock();
         loop {
             if state.closed {
@@ -198,15 +220,14 @@ impl Viewer {
             }
             let now = Instant::now();
             let earliest = state.last_update.map_or(now, |last| last + PACE);
-            let ready = state.requested && state.has_news();
-            let rest = state.last_update.map_or(now, |last| last + REST);
-            let refine = state.requested && lossy;
-            let deadline = match (ready, refine) {
-                (true, _) if earliest <= now => return Some(state.take(now, false)),
-                (true, _) => Some(earliest),
-                (false, true) if rest <= now => return Some(state.take(now, true)),
-                (false, true) => Some(rest),
-                (false, false) => None,
+            let ready = match (state.requested, state.has_news()) {
+                (false, _) => None,
+                (true, true) => Some(earliest),
+                (true, false) => rest.map(|rest| rest.max(earliest)),
+            };
+            let deadline = match ready {
+                Some(at) if at <= now => return Some(state.take(now)),
+                later => later,
             };
             state = match deadline {
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
@@ -230,7 +251,8 @@ impl Viewer {
             if state.size == work.size {
                 state.damage.add(&work.damage);
                 state.forced.add(&work.forced);
-                state.frame = false;
+                // One may have come meanwhile.
+                state.no_frame = state.frames == work.frames;
             }
         });
     }
@@ -240,11 +262,11 @@ impl State {
     fn has_news(&self) -> bool {
         let size = self.announce_size || self.resize_status.is_some();
         let cursor = self.cursor && (self.abilities.cursor || self.abilities.alpha_cursor);
-        let picture = self.frame && !(self.damage.is_empty() && self.forced.is_empty());
-        size || cursor || self.announce_keys || picture
+        let picture = !(self.no_frame || self.damage.is_empty() && self.forced.is_empty());
+        size || cursor || self.announce_keys || self.blank || picture
     }
 
-    fn take(&mut self, now: Instant, refine: bool) -> Work {
+    fn take(&mut self, now: Instant) -> Work {
         self.requested = false;
         self.last_update = Some(now);
         let work = Work {
@@ -257,7 +279,8 @@ impl State {
             announce_keys: std::mem::take(&mut self.announce_keys),
             announce_size: std::mem::take(&mut self.announce_size),
             resize_status: self.resize_status.take(),
-            refine,
+            blank: std::mem::take(&mut self.blank),
+            frames: self.frames,
         };
         self.damage.clear();
         self.forced.clear();

@@ -65,12 +65,16 @@ impl PixelFormat {
             return refuse("8, 16 or 32 bits per pixel are possible");
         }
         let fits = |(max, shift): (&u16, &u8)| {
-            max.checked_add(1).is_some_and(u16::is_power_of_two)
-                && *max <= 255
+            (1..=255).contains(max)
+                && (max + 1).is_power_of_two()
                 && u32::from(*shift) + max.count_ones() <= u32::from(bits_per_pixel)
         };
         if !max.iter().zip(&shift).all(fits) {
             return refuse("its colours do not fit into its pixels");
+        }
+        let [red, green, blue] = masks(max, shift);
+        if red & green != 0 || green & blue != 0 || red & blue != 0 {
+            return refuse("its colours overlap");
         }
         Ok(Self { bits_per_pixel, depth, big_endian, max, shift })
     }
@@ -86,8 +90,7 @@ impl PixelFormat {
         if self.bits_per_pixel != 32 || self.depth > 24 {
             return None;
         }
-        let used: u32 =
-            self.max.iter().zip(&self.shift).map(|(max, shift)| u32::from(*max) << shift).sum();
+        let used = masks(self.max, self.shift).into_iter().fold(0, std::ops::BitOr::bitor);
         if used & 0xff00_0000 == 0 {
             Some(!self.big_endian)
         } else if used & 0x0000_00ff == 0 {
@@ -152,6 +155,13 @@ impl PixelFormat {
     }
 }
 
+/// The bits of red, green and blue.
+fn masks(max: [u16; 3], shift: [u8; 3]) -> [u32; 3] {
+    let [red, green, blue] = max.map(u32::from);
+    let [r, g, b] = shift;
+    [red << r, green << g, blue << b]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,7 +205,9 @@ mod tests {
     #[test]
     fn nonsense_is_refused() {
         let wire = PixelFormat::BGRX.to_wire();
-        for (index, byte) in [(0, 24), (3, 0), (5, 254), (10, 25), (10, 255), (4, 255)] {
+        for (index, byte) in
+            [(0, 24), (3, 0), (5, 254), (5, 0), (10, 25), (10, 255), (10, 0), (4, 255)]
+        {
             let mut wire = wire;
             wire[index] = byte;
             PixelFormat::from_wire(&wire).unwrap_err();
