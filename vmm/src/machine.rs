@@ -180,6 +180,7 @@ impl Machine {
         mmio.insert(layout::ECAM.start, layout::ECAM.end - layout::ECAM.start, pci.ecam())?;
         let shared: Arc<dyn VmServices> = Arc::new(services);
         let mut handles = Handles::default();
+        let folders = config.devices.iter().any(|(option, _)| *option == "fs");
         for (option, mut device) in config.devices {
             device.set_sandbox(config.sandbox.name());
             let built = device.build()?;
@@ -227,7 +228,7 @@ impl Machine {
             _ => None,
         };
         // All files are open and all programs run: from here on less will do.
-        let filter = seccomp::close(config.sandbox);
+        let filter = seccomp::close(config.sandbox, folders);
         let processors =
             VcpuThreads::start(processors, &ports, &mmio, &counts, &processor_stops(exit), filter)
                 .map_err(host("a processor's thread cannot be started"))?;

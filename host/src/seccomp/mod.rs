@@ -155,6 +155,10 @@ impl Filter {
         refused.retain(|number, _| {
             !allowed.contains(number) && conditional.get(number).is_some_and(Vec::is_empty)
         });
+        if violation == Violation::Log {
+            // Then they are what is logged.
+            conditional.retain(|number, _| !refused.contains_key(number));
+        }
         let mismatch = match violation {
             Violation::Kill => SeccompAction::Trap,
             Violation::Log => SeccompAction::Log,

@@ -220,7 +220,9 @@ impl DisplayEvents for Viewers {
 
     fn resize_requested(&self, id: u32, monitor: MonitorConfig) {
         match self.screens.get(id as usize) {
-            Some(screen) => screen.resize(monitor),
+            Some(screen) => {
+                screen.resize(monitor);
+            }
             None => {
                 tracing::debug!(id, "a viewer asked for a display that is not there");
             }

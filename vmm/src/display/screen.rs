@@ -123,17 +123,19 @@ impl Screen {
         }
     }
 
-    /// Gives the guest another monitor.
-    pub(super) fn resize(&self, monitor: MonitorConfig) {
+    /// Gives the guest another monitor; whether that is possible.
+    pub(super) fn resize(&self, monitor: MonitorConfig) -> bool {
         let mode = DisplayMode {
             width: monitor.width,
             height: monitor.height,
             width_mm: monitor.width_mm.into(),
             height_mm: monitor.height_mm.into(),
         };
-        if self.gpu.set_display(self.id, Some(mode)) {
+        let changed = self.gpu.set_display(self.id, Some(mode));
+        if changed {
             tracing::debug!(display = self.id, mode.width, mode.height, "monitor changed");
         }
+        changed
     }
 
     /// The picture as a PNG file.
@@ -179,7 +181,11 @@ impl Screen {
 
     fn frame(&self, frame: gpu::Frame, damage: &[gpu::Rect]) {
         let mut state = self.state();
-        let stale = if state.frames_wanted() { state.newest.replace(frame.clone()) } else { None };
+        if !state.frames_wanted() {
+            // Late: the last viewer has gone. The next one must not see it, and its slot is free.
+            return;
+        }
+        let stale = state.newest.replace(frame.clone());
         drop(state);
         drop(stale);
         self.arrived.notify_all();

@@ -70,8 +70,7 @@ impl Events for Viewers {
     }
 
     fn resize(&self, width: u32, height: u32) -> bool {
-        self.screen.resize(MonitorConfig { width, height, x: 0, y: 0, width_mm: 0, height_mm: 0 });
-        true
+        self.screen.resize(MonitorConfig { width, height, x: 0, y: 0, width_mm: 0, height_mm: 0 })
     }
 
     fn watched(&self, any: bool) {

@@ -78,8 +78,8 @@ impl VcpuFilter {
 }
 
 /// Closes the sandbox of the whole process. To be called when all that needs files and other
-/// programs is there, before the guest runs.
-pub fn close(mode: Mode) -> VcpuFilter {
+/// programs is there, before the guest runs. `folders`: whether the guest has shared folders.
+pub fn close(mode: Mode, folders: bool) -> VcpuFilter {
     let violation = match mode {
         Mode::Off => {
             tracing::warn!("no filter of system calls: --sandbox off");
@@ -88,7 +88,7 @@ pub fn close(mode: Mode) -> VcpuFilter {
         Mode::On => Violation::Kill,
         Mode::Log => Violation::Log,
     };
-    match try_close(violation) {
+    match try_close(violation, folders) {
         Ok(filter) => VcpuFilter(Some(filter)),
         Err(error) => {
             tracing::warn!(
@@ -100,18 +100,19 @@ pub fn close(mode: Mode) -> VcpuFilter {
     }
 }
 
-fn try_close(violation: Violation) -> Result<Filter, Box<dyn std::error::Error>> {
+fn try_close(violation: Violation, folders: bool) -> Result<Filter, Box<dyn std::error::Error>> {
     threads::start_nursery()?;
     launcher::seal()?;
-    let process = process_filter(violation)?;
+    let process = process_filter(violation, folders)?;
     let vcpu = Filter::new(&[tables::RUNTIME, tables::VCPU], violation)?;
     process.install(Scope::Process)?;
     tracing::debug!(?process, ?vcpu, "sandbox closed");
     Ok(vcpu)
 }
 
-fn process_filter(violation: Violation) -> Result<Filter, Error> {
-    Filter::new(&[tables::RUNTIME, tables::VCPU, tables::OTHERS], violation)
+fn process_filter(violation: Violation, folders: bool) -> Result<Filter, Error> {
+    let folders = if folders { tables::FOLDERS } else { &[] };
+    Filter::new(&[tables::RUNTIME, tables::VCPU, tables::OTHERS, folders], violation)
 }
 
 #[cfg(test)]
@@ -121,7 +122,8 @@ mod tests {
     #[test]
     fn the_tables_are_filters() {
         for violation in [Violation::Kill, Violation::Log] {
-            process_filter(violation).unwrap();
+            process_filter(violation, true).unwrap();
+            process_filter(violation, false).unwrap();
             Filter::new(&[tables::RUNTIME, tables::VCPU], violation).unwrap();
         }
     }

@@ -124,8 +124,6 @@ pub(super) static OTHERS: &[Row] = &[
     allow(libc::SYS_getsockname, "addresses for status"),
     allow(libc::SYS_getpeername, "addresses for status"),
     allow(libc::SYS_socketpair, "passt and drago-gpu, started again"),
-    allow_if(libc::SYS_socket, 0, WORD, &[libc::AF_UNIX as u64], "peers at a path: GPU, readiness"),
-    allow(libc::SYS_connect, "the same; only Unix sockets can be made"),
     allow(libc::SYS_listen, "console ports"),
     allow(libc::SYS_pipe2, "errors of passt, started again"),
     // Files that are open
@@ -140,7 +138,6 @@ pub(super) static OTHERS: &[Row] = &[
     allow(libc::SYS_fallocate, "disks: discard, zeroes; memory the guest gave back"),
     allow(libc::SYS_ftruncate, "memory of frames"),
     allow(libc::SYS_fadvise64, "disks"),
-    allow(libc::SYS_io_uring_enter, "disks"),
     allow(libc::SYS_memfd_create, "memory of frames"),
     allow(libc::SYS_msync, "guest memory"),
     allow_if(libc::SYS_ioctl, 1, WORD, &[
@@ -168,4 +165,11 @@ pub(super) static OTHERS: &[Row] = &[
     allow(libc::SYS_geteuid, "control clients"),
     allow(libc::SYS_uname, "the log"),
     allow(libc::SYS_getrusage, "measurements"),
+];
+
+/// With `--fs` only: who can connect to a path can talk to other services of the user.
+#[rustfmt::skip]
+pub(super) static FOLDERS: &[Row] = &[
+    allow_if(libc::SYS_socket, 0, WORD, &[libc::AF_UNIX as u64], "virtiofsd, started again"),
+    allow(libc::SYS_connect, "the same; only Unix sockets can be made"),
 ];
