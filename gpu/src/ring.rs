@@ -7,7 +7,7 @@
 //! the front end is told by the ring's error descriptor and makes the device need a reset.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashSet, VecDeque},
     fmt::Display,
     fs::File,
     io::{self, Write},
@@ -166,6 +166,8 @@ struct State {
     error: Option<File>,
     /// What a predecessor left, to be taken before anything else; the flag: refuse it.
     late: VecDeque<(Request, bool)>,
+    /// Heads that were taken and not given back.
+    taken: HashSet<u16>,
     started: bool,
 }
 
@@ -202,6 +204,7 @@ impl RingState {
         let mut state = self.lock();
         state.started = false;
         state.late.clear();
+        state.taken.clear();
         self.broken.store(false, Ordering::Release);
     }
 }
@@ -274,6 +277,7 @@ impl Ring {
             return Next::Stopped;
         }
         if let Some((request, refuse)) = state.late.pop_front() {
+            state.taken.insert(request.head);
             if refuse {
                 return Next::Refused(request);
             }
@@ -295,6 +299,13 @@ impl Ring {
         let (table, size) = (queue.desc_table(), queue.size());
         drop(vring);
         match Request::read(&memory.memory(), table, size, head) {
+            // A chain that is in the device's hands cannot be given to it again (VIRTIO 1.3 §2.7.13);
+            // it would also make the number of commands that wait for fences endless.
+            Ok(_) if !state.taken.insert(head) => {
+                drop(state);
+                self.fail(Violation::InUse(head));
+                Next::Stopped
+            }
             Ok(request) => {
                 if let Some(journal) = &state.journal {
                     journal.taken(self.state.number, head, 0);
@@ -315,7 +326,11 @@ impl Ring {
             self.vring.add_used(head, written)?;
             Ok::<u16, virtio_queue::Error>(self.vring.get_ref().get_queue().next_used())
         };
-        let journal = self.state.lock().journal.clone();
+        let journal = {
+            let mut state = self.state.lock();
+            state.taken.remove(&head);
+            state.journal.clone()
+        };
         let done = match journal {
             Some(journal) => journal.answered(self.state.number, head, put),
             None => put().map(drop),
@@ -552,5 +567,20 @@ mod tests {
             let (ring, _) = guest.serve(None);
             assert!(matches!(ring.next(&guest.memory), Next::Request(_)));
         }
+    }
+
+    #[test]
+    fn a_chain_in_our_hands_cannot_be_given_to_us_again() {
+        let mut guest = Guest::new();
+        guest.offer(0, kind::SUBMIT_3D);
+        let (ring, _) = guest.serve(None);
+        let (request, _) = guest.taken(&ring);
+        // Given back, it may come again.
+        request.answer(&ring, &guest.memory.memory(), &[1; 24]);
+        guest.offer(0, kind::SUBMIT_3D);
+        guest.taken(&ring);
+        guest.offer_head(0);
+        assert!(matches!(ring.next(&guest.memory), Next::Stopped));
+        assert_eq!(guest.used(), 1);
     }
 }

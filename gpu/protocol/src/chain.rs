@@ -46,6 +46,9 @@ pub enum Violation {
     /// Something for the device to read after something for it to write (§2.7.4.2).
     #[error("readable buffers follow writable ones")]
     Order,
+    /// A head that the device has not given back yet.
+    #[error("the chain at descriptor {0} is given to the device while it has it")]
+    InUse(u16),
 }
 
 /// Follows the chain that begins at `head` of a table of `size` descriptors at `table`. `read`

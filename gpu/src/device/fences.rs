@@ -82,10 +82,12 @@ impl Fences {
     pub(super) fn hold(
         &self,
         timeline: Timeline,
-        request: Request,
+        mut request: Request,
         answer: Vec<u8>,
         done: bool,
     ) -> u64 {
+        // Executed: only where its answer goes still matters, and it may have been a big one.
+        request.command = Vec::new();
         let mut state = self.lock();
         state.last += 1;
         if state.last as u32 == 0 {
