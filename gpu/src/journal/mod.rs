@@ -103,8 +103,9 @@ impl Journal {
     pub fn create(queue_size: u16) -> io::Result<(Self, OwnedFd)> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let fd = rustix::fs::memfd_create("drago-gpu-journal", flags)?;
-        // Sparse: pages come as they are written.
-        rustix::fs::ftruncate(&fd, size(queue_size) as u64)?;
+        // Sparse: pages come as they are written. Not ftruncate, with which a process could shorten
+        // guest memory as well (see the sandbox).
+        rustix::io::pwrite(&fd, &[0], size(queue_size) as u64 - 1)?;
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         let journal = Self::map(fd.try_clone()?, queue_size)?;
         lock(&journal.log).clear(&journal.memory);
