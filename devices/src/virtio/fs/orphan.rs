@@ -19,6 +19,9 @@ use crate::{
     },
 };
 
+/// Chains served before the worker looks whether it has to end.
+const BURST: u32 = 256;
+
 /// Length of `struct fuse_in_header` (`linux/fuse.h`).
 const IN_HEADER: usize = 40;
 /// Where it has the number of the request, which the answer repeats.
@@ -216,16 +219,15 @@ impl Rings {
 
 fn serve(ring: &mut Ring) {
     let memory = ring.memory();
-    loop {
-        ring.disable_kicks();
-        while let Some(chain) = ring.pop() {
-            let written = refuse(&chain, &memory);
-            ring.push_used(chain.head_index(), written);
-        }
-        ring.notify_driver();
-        if !ring.enable_kicks() {
-            return;
-        }
+    ring.disable_kicks();
+    for _ in 0..BURST {
+        let Some(chain) = ring.pop() else { break };
+        let written = refuse(&chain, &memory);
+        ring.push_used(chain.head_index(), written);
+    }
+    ring.notify_driver();
+    if ring.enable_kicks() {
+        ring.come_back();
     }
 }
 

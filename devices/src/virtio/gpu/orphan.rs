@@ -26,6 +26,9 @@ use crate::{
     },
 };
 
+/// Chains served before the worker looks whether it has to end.
+const BURST: u32 = 256;
+
 /// A queue, and where to find chains by their head.
 struct Queued {
     ring: Ring,
@@ -71,15 +74,14 @@ impl Queued {
         for head in std::mem::take(&mut self.left) {
             self.refuse(head, &memory);
         }
-        loop {
-            self.ring.disable_kicks();
-            while let Some(chain) = self.ring.pop() {
-                self.refuse(chain.head_index(), &memory);
-            }
-            self.ring.notify_driver();
-            if !self.ring.enable_kicks() {
-                return;
-            }
+        self.ring.disable_kicks();
+        for _ in 0..BURST {
+            let Some(chain) = self.ring.pop() else { break };
+            self.refuse(chain.head_index(), &memory);
+        }
+        self.ring.notify_driver();
+        if self.ring.enable_kicks() {
+            self.ring.come_back();
         }
     }
 

@@ -15,6 +15,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::sys;
 use crate::virtio::ring::Ring;
 
+/// Chains served before the worker looks whether it has to end.
+const BURST: u32 = 256;
+
 /// `VIRTIO_NET_CTRL_MQ` and its command `VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET`.
 const MQ: [u8; 2] = [4, 0];
 const OK: u8 = 0;
@@ -78,21 +81,20 @@ impl Control {
 
     fn serve(&mut self) {
         let memory = self.ring.memory();
-        loop {
-            self.ring.disable_kicks();
-            while let Some(chain) = self.ring.pop() {
-                let Some(mut reader) = self.ring.reader(&chain, &memory) else { return };
-                let mut command = [0; 4];
-                let whole = reader.read_exact(&mut command).is_ok();
-                let answer = if whole { self.obey(command) } else { ERR };
-                let Some(mut writer) = self.ring.writer(&chain, &memory) else { return };
-                let written = writer.write(&[answer]).unwrap_or_default();
-                self.ring.push_used(chain.head_index(), written as u32);
-            }
-            self.ring.notify_driver();
-            if !self.ring.enable_kicks() {
-                return;
-            }
+        self.ring.disable_kicks();
+        for _ in 0..BURST {
+            let Some(chain) = self.ring.pop() else { break };
+            let Some(mut reader) = self.ring.reader(&chain, &memory) else { return };
+            let mut command = [0; 4];
+            let whole = reader.read_exact(&mut command).is_ok();
+            let answer = if whole { self.obey(command) } else { ERR };
+            let Some(mut writer) = self.ring.writer(&chain, &memory) else { return };
+            let written = writer.write(&[answer]).unwrap_or_default();
+            self.ring.push_used(chain.head_index(), written as u32);
+        }
+        self.ring.notify_driver();
+        if self.ring.enable_kicks() {
+            self.ring.come_back();
         }
     }
 

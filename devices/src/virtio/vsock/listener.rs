@@ -3,12 +3,14 @@
 use std::{
     io::{self, Read},
     os::fd::OwnedFd,
-    time::Duration,
+    time::{Duration, Instant},
 };
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use super::sys::{self, ANY_CID, ANY_PORT};
 
-/// How long a connection may be silent.
+/// How long a connection may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 const BACKLOG: i32 = 16;
 
@@ -47,14 +49,16 @@ impl Listener {
         loop {
             match sys::accept(&self.socket) {
                 Ok((socket, (cid, _))) if cid == self.cid => {
-                    let timeout = rustix::net::sockopt::Timeout::Recv;
-                    rustix::net::sockopt::set_socket_timeout(&socket, timeout, Some(PATIENCE))?;
-                    return Ok(Connection(socket));
+                    return Ok(Connection { socket, deadline: Instant::now() + PATIENCE });
                 }
                 Ok((_, (cid, port))) => tracing::debug!(cid, port, "not our guest: turned away"),
                 Err(error) => match error.raw_os_error() {
                     // The peer was too quick, or we were interrupted.
                     Some(libc::ECONNABORTED | libc::EINTR | libc::EAGAIN) => {}
+                    // There will be some again.
+                    Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
+                        std::thread::sleep(Duration::from_millis(100));
+                    }
                     _ => return Err(error),
                 },
             }
@@ -62,12 +66,21 @@ impl Listener {
     }
 }
 
-/// A connection of the guest's. Reading fails after ten seconds of silence.
+/// A connection of the guest's. All that it has to say must come within ten seconds: while it speaks
+/// nobody else is heard.
 #[derive(Debug)]
-pub struct Connection(OwnedFd);
+pub struct Connection {
+    socket: OwnedFd,
+    deadline: Instant,
+}
 
 impl Read for Connection {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        Ok(rustix::io::read(&self.0, buffer)?)
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        set_socket_timeout(&self.socket, Timeout::Recv, Some(left))?;
+        Ok(rustix::io::read(&self.socket, buffer)?)
     }
 }
