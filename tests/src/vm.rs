@@ -25,6 +25,9 @@ pub const PATIENCE: Duration = Duration::from_secs(300);
 /// The port inside on which the suites' machines serve SPICE.
 pub const SPICE_PORT: u16 = 5900;
 
+/// The port inside on which machines serve VNC.
+pub const VNC_PORT: u16 = 5901;
+
 /// The port inside that leads to the guest's ssh server.
 pub const SSH_PORT: u16 = 2223;
 
@@ -92,7 +95,7 @@ impl Host {
         }
         let mut options = Options::new(agent.to_path_buf());
         options.memory_mib = memory_mib;
-        options.forward = vec![(0, SPICE_PORT), (0, SSH_PORT)];
+        options.forward = vec![(0, SPICE_PORT), (0, VNC_PORT), (0, SSH_PORT)];
         let testbed = Testbed::boot(&options)?;
         // Not below the checkout: a socket's path has room for 108 bytes.
         let sockets = tempfile::tempdir()?;

@@ -4,12 +4,14 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+use std::ffi::OsStr;
 use std::path::Path;
+use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use drago_tests::guest::Guest;
-use drago_tests::picture::reads;
-use drago_tests::vm::{Host, PATIENCE, Vm};
+use drago_tests::picture::{Picture, reads};
+use drago_tests::vm::{Host, PATIENCE, VNC_PORT, Vm};
 
 const SPICE: &[&str] = &["--spice", "127.0.0.1:5900"];
 const PROMPT: &str = "minimal# ";
@@ -152,6 +154,32 @@ fn the_screen_shows_the_console_and_takes_keys() {
     drop(client);
     let mut again = host.0.spice().unwrap();
     vm.wait_text(&mut again, "PICTURE WORKS").unwrap();
+
+    vm.type_serial("poweroff").unwrap();
+    assert_eq!(vm.wait().unwrap(), 0, "{}", vm.state());
+}
+
+#[test]
+#[ignore = "nested"]
+fn a_vnc_viewer_sees_the_console_beside_a_spice_one() {
+    let host = host();
+    let options = [SPICE, &["--vnc", "127.0.0.1:5901"]].concat();
+    let mut vm = booted(&host, "vnc", &options);
+    let mut spice = host.0.spice().unwrap();
+    vm.serial_command("clear >/dev/tty1; echo BOTH SEE THIS >/dev/tty1").unwrap();
+    vm.wait_text(&mut spice, "BOTH SEE THIS").unwrap();
+
+    let display = format!("127.0.0.1:{}", i32::from(host.0.outer(VNC_PORT).unwrap()) - 5900);
+    let [png, ppm] = ["png", "ppm"].map(|kind| host.0.results.join(format!("vnc.{kind}")));
+    for (program, arguments) in [
+        ("gvnccapture", [OsStr::new(&display), png.as_os_str()]),
+        ("convert", [png.as_os_str(), ppm.as_os_str()]),
+    ] {
+        let done = Command::new(program).args(arguments).output().unwrap();
+        assert!(done.status.success(), "{program}: {done:?}\n{}", vm.state());
+    }
+    let text = Picture::open(&ppm).unwrap().text(None).unwrap();
+    assert!(reads(&text, "BOTH SEE THIS"), "{text}");
 
     vm.type_serial("poweroff").unwrap();
     assert_eq!(vm.wait().unwrap(), 0, "{}", vm.state());
