@@ -151,6 +151,7 @@ impl Machine {
         let vm = Arc::new(vm);
         let ram_size = config.memory_mib * MIB;
         let memory = memory::allocate(config.memory_mib, config.huge_pages)?;
+        memory::warm_up(&memory);
         sys::map_guest_memory(&vm, &memory).map_err(host("KVM refused the guest's memory"))?;
         let template = Template::new(&kvm, config.cpus)?;
         let mmio64 = layout::pci_mmio64(ram_size, template.address_bits());

@@ -85,6 +85,23 @@ pub fn allocate(mib: u64, huge_pages: bool) -> Result<GuestMemory, Error> {
     Ok(memory)
 }
 
+/// What [`warm_up`] takes at most, in bytes: what a kernel uses until its init runs.
+const WARM: u64 = 256 * MIB;
+
+/// Has the first part of RAM cleared while the guest's first processor, alone at first, unpacks its
+/// kernel: it finds its pages there instead of waiting for each of them. Only with huge pages, which
+/// take long to clear; failure is of no consequence.
+pub fn warm_up(memory: &GuestMemory) {
+    if huge::setting() == huge::Setting::Denied {
+        return;
+    }
+    let memory = memory.clone();
+    let work = move || crate::sys::populate(&memory, WARM);
+    if let Err(error) = host::threads::spawn("warm-up", work) {
+        tracing::debug!(%error, "guest memory is cleared as it is used");
+    }
+}
+
 /// A file of pages that were set aside for programs that ask for them.
 fn reserved(size: u64) -> rustix::io::Result<File> {
     let file = memfd(size, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?;

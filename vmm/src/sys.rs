@@ -27,6 +27,24 @@ pub fn advise_huge_pages(memory: &GuestMemory) {
     }
 }
 
+/// Makes the kernel provide the first `limit` bytes of guest memory now.
+pub fn populate(memory: &GuestMemory, limit: u64) {
+    const STEP: u64 = 2 << 20;
+    let Some(region) = memory.iter().next() else { return };
+    let end = region.len().min(limit);
+    for offset in (0..end).step_by(STEP as usize) {
+        let Ok(address) = region.get_host_address(MemoryRegionAddress(offset)) else { return };
+        let length = STEP.min(end - offset) as usize;
+        // SAFETY: the range is mapped as long as `memory` lives; populating pages does not change
+        // what is in them.
+        let result = unsafe { libc::madvise(address.cast(), length, libc::MADV_POPULATE_WRITE) };
+        if result != 0 {
+            tracing::debug!(error = %io::Error::last_os_error(), "memory is not populated");
+            return;
+        }
+    }
+}
+
 /// Runs `child` in a process that has user and mount namespaces of its own but shares this one's
 /// descriptors, and returns the descriptor which it made.
 ///
