@@ -94,11 +94,13 @@ impl Testbed {
         bytes.extend(image::config(&token, &agent, &rw)?);
         std::fs::write(&both, bytes)?;
 
-        let agent_port = free_port()?;
+        let mut free = free_ports(1 + options.forward.len())?.into_iter();
+        let mut next = || free.next().context("too few TCP ports");
+        let agent_port = next()?;
         let mut forward = options.forward.clone();
         for (outer, _) in &mut forward {
             if *outer == 0 {
-                *outer = free_port()?;
+                *outer = next()?;
             }
         }
         let mut net =
@@ -216,6 +218,14 @@ fn lease(port: u16, token: &str) -> Result<TcpStream> {
 
 /// A TCP port of 127.0.0.1 that nobody listens on.
 pub(crate) fn free_port() -> Result<u16> {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).context("no free TCP port")?;
-    Ok(listener.local_addr()?.port())
+    free_ports(1)?.pop().context("no free TCP port")
+}
+
+/// Ports that are free now, no two of them the same.
+fn free_ports(count: usize) -> Result<Vec<u16>> {
+    // All are held until the last is there: the kernel may give one away again at once.
+    let held: std::io::Result<Vec<TcpListener>> =
+        (0..count).map(|_| TcpListener::bind(("127.0.0.1", 0))).collect();
+    let held = held.context("no free TCP port")?;
+    held.iter().map(|listener| Ok(listener.local_addr()?.port())).collect()
 }
