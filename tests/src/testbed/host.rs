@@ -216,11 +216,6 @@ fn lease(port: u16, token: &str) -> Result<TcpStream> {
     Ok(stream)
 }
 
-/// A TCP port of 127.0.0.1 that nobody listens on.
-pub(crate) fn free_port() -> Result<u16> {
-    free_ports(1)?.pop().context("no free TCP port")
-}
-
 /// Ports that are free now, no two of them the same.
 fn free_ports(count: usize) -> Result<Vec<u16>> {
     // All are held until the last is there: the kernel may give one away again at once.
