@@ -1,7 +1,10 @@
 //! Images the client is asked to keep, so that what comes back (a tab, a menu, a blinking cursor)
 //! costs a few bytes. The server decides what is forgotten (`INVAL_LIST`).
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    hash::{BuildHasher, Hasher, RandomState},
+};
 
 /// Most pixels kept in a client: 32 MiB there, about a megabyte of numbers here at most.
 const MAX_PIXELS: u64 = 8 << 20;
@@ -11,8 +14,9 @@ const MAX_IMAGES: usize = 8192;
 /// Which images a client has.
 #[derive(Debug)]
 pub(crate) struct ImageCache {
-    /// Unknown to whoever paints the picture, so that nobody can make different images look alike.
-    seed: u64,
+    /// Keys of SipHash, unknown to whoever paints the picture: nobody can make different images look
+    /// alike.
+    keys: RandomState,
     limit: u64,
     pixels: u64,
     /// Last use and size by identifier.
@@ -26,7 +30,7 @@ impl ImageCache {
     /// A cache that holds nothing until the client says how much it may hold.
     pub(crate) fn new() -> Self {
         Self {
-            seed: rand::random(),
+            keys: RandomState::new(),
             limit: 0,
             pixels: 0,
             images: HashMap::new(),
@@ -47,8 +51,11 @@ impl ImageCache {
 
     /// The identifier of an image.
     pub(crate) fn id(&self, (width, height): (u32, u32), pixels: &[u8]) -> u64 {
-        let start = self.seed ^ (u64::from(width) << 32 | u64::from(height));
-        hash(start, pixels).max(1)
+        let mut hasher = self.keys.build_hasher();
+        hasher.write_u32(width);
+        hasher.write_u32(height);
+        hasher.write(pixels);
+        hasher.finish().max(1)
     }
 
     /// Whether the client has this image; counts as a use.
@@ -76,23 +83,6 @@ impl ImageCache {
             self.order.insert(self.clock, id);
         }
     }
-}
-
-/// Two independent multiply chains, which keep up with memory.
-fn hash(start: u64, bytes: &[u8]) -> u64 {
-    const K: u64 = 0x9e37_79b9_7f4a_7c15;
-    let mix = |hash: u64, word: u64| (hash ^ word).wrapping_mul(K).rotate_left(29);
-    let (mut a, mut b) = (start, start.rotate_left(32) ^ K);
-    let (pairs, rest) = bytes.as_chunks::<16>();
-    for pair in pairs {
-        let word = u128::from_le_bytes(*pair);
-        a = mix(a, word as u64);
-        b = mix(b, (word >> 64) as u64);
-    }
-    for byte in rest {
-        a = mix(a, u64::from(*byte));
-    }
-    mix(mix(a, b), bytes.len() as u64)
 }
 
 #[cfg(test)]
