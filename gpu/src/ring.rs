@@ -1,7 +1,7 @@
 //! A queue in service: takes chains out of the available ring, puts answers into the used ring, and
 //! keeps the books about what is in between ([`crate::journal`]).
 //!
-//! Locks are taken in this order: state of the ring, then the library's.
+//! Locks are taken in this order: state of the ring, the journal's, the library's.
 //!
 //! A driver that breaks the rules for rings (VIRTIO 1.3 §2.7) gets no more service from that queue:
 //! the front end is told by the ring's error descriptor and makes the device need a reset.
@@ -249,15 +249,18 @@ impl Ring {
 
     fn resume(&self, state: &mut State, memory: &GuestMemory) -> Result<(), Violation> {
         let Some(journal) = &state.journal else { return Ok(()) };
-        let mut vring = self.vring.get_mut();
-        let queue = vring.get_queue_mut();
-        let (used, size, table) = (queue.next_used(), queue.size(), queue.desc_table());
+        let (used, size, table) = {
+            let vring = self.vring.get_ref();
+            let queue = vring.get_queue();
+            (queue.next_used(), queue.size(), queue.desc_table())
+        };
         let left = journal.start(self.state.number, size, used);
         if left.is_empty() {
             return Ok(());
         }
         tracing::info!(queue = self.state.number, count = left.len(), "commands without an answer");
-        queue.set_next_avail(used.wrapping_add(left.len() as u16));
+        let next = used.wrapping_add(left.len() as u16);
+        self.vring.get_mut().get_queue_mut().set_next_avail(next);
         for one in left {
             let request = Request::read(memory, table, size, one.head)?;
             let refuse = one.attempts > 0 || !is_repeatable(&request.command);
@@ -277,6 +280,7 @@ impl Ring {
             return Next::Stopped;
         }
         if let Some((request, refuse)) = state.late.pop_front() {
+            drop(vring);
             state.taken.insert(request.head);
             if refuse {
                 return Next::Refused(request);
