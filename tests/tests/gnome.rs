@@ -151,7 +151,7 @@ impl World {
             &self.guest,
             "root",
             "systemctl stop spice-vdagentd.socket spice-vdagentd.service; \
-             pkill -f /usr/bin/spice-vdagent; while pgrep vdagent; do sleep 0.2; done",
+             pkill -x spice-vdagent; while pgrep vdagent; do sleep 0.2; done",
         )?;
         self.resize(1600, 1000)
     }
