@@ -178,18 +178,20 @@ fn boot(rounds: usize, kernel: Kernel) -> Result<Value> {
 
 fn measure(host: &Testbed, side: &Side, guest: &Guest) -> Result<Run> {
     let console = Console::default();
-    let to = console.clone();
+    let log = Console::default();
+    let (to, to_log) = (console.clone(), log.clone());
     let start = Instant::now();
-    let mut child =
-        host.command("sh").args(["-c", &side.command]).spawn(move |stream, bytes| {
-            if stream == Stream::Out {
-                to.push(bytes);
-            }
-        })?;
-    console.wait_for(0, INIT, PATIENCE)?;
+    let mut child = host.command("sh").args(["-c", &side.command]).spawn(
+        move |stream, bytes| match stream {
+            Stream::Out => to.push(bytes),
+            _ => to_log.push(bytes),
+        },
+    )?;
+    let said = || format!("{} says on standard error:\n{}", side.name, log.since(0));
+    console.wait_for(0, INIT, PATIENCE).with_context(said)?;
     let seconds = start.elapsed().as_secs_f64();
     let exits = number(host, "cat /sys/kernel/debug/kvm/exits")?;
-    console.wait_for(0, PROMPT, PATIENCE)?;
+    console.wait_for(0, PROMPT, PATIENCE).with_context(said)?;
     let memory_mib = memory(host, side, guest)?;
     end(&mut child)?;
     Ok(Run { seconds, exits, memory_mib })
