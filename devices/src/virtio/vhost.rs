@@ -1,7 +1,7 @@
 //! What devices served by vhost have in common, in the kernel (`/dev/vhost-*`) or in another process
 //! (vhost-user): handing over guest memory and queues.
 
-use std::{io, sync::Arc};
+use std::io;
 
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_queue::QueueT;
@@ -25,6 +25,17 @@ pub(crate) enum VhostError {
     /// The system has no more of something.
     #[error("{what}: {source}")]
     Io { what: &'static str, source: io::Error },
+    /// It cannot negotiate.
+    #[error("the back end does not speak vhost-user's protocol features")]
+    TooOld,
+}
+
+impl VhostError {
+    /// Whether the back end is there and said no.
+    pub(crate) fn is_refusal(&self) -> bool {
+        use vhost::{Error::VhostUserProtocol, vhost_user::Error::BackendInternalError};
+        matches!(self, Self::Request { source: VhostUserProtocol(BackendInternalError), .. })
+    }
 }
 
 /// Says which request failed.
@@ -74,7 +85,7 @@ pub(crate) fn set_queue(
     memory: &GuestMemory,
     (index, base): (usize, u16),
     active: &ActiveQueue,
-    interrupt: &Arc<dyn VirtioInterrupt>,
+    interrupt: &dyn VirtioInterrupt,
 ) -> Result<(), VhostError> {
     let queue = &active.queue;
     let place = |address: u64| match addresses {

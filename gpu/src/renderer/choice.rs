@@ -6,13 +6,12 @@ use std::{
     sync::Arc,
 };
 
+use host::render_nodes;
+
 use super::{
     FenceSink, Renderer, Soft2d,
     virgl::{Virgl, VirglError},
 };
-
-/// Where render nodes are.
-const NODES: &str = "/dev/dri";
 
 /// What was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -54,18 +53,8 @@ fn gpu_driver(node: &Path) -> Option<String> {
 
 /// The first render node of a GPU that can be opened; the error says why there is none.
 fn find_node() -> Result<PathBuf, String> {
-    let mut nodes: Vec<PathBuf> = std::fs::read_dir(NODES)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| {
-            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("renderD"))
-        })
-        .collect();
-    nodes.sort();
-    let mut reason = format!("there is no {NODES}/renderD*");
-    for node in nodes {
+    let mut reason = format!("there is no {}/renderD*", render_nodes::FOLDER);
+    for node in render_nodes::all() {
         if gpu_driver(&node).is_none() {
             reason = format!("{} is not a GPU's", node.display());
             continue;

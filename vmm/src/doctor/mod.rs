@@ -144,10 +144,14 @@ fn memory() -> Finding {
     }
 }
 
+/// Where `drago-gpu` has to be.
+fn gpu_program() -> Option<PathBuf> {
+    Some(env::current_exe().ok()?.parent()?.join("drago-gpu"))
+}
+
 fn gpu_process() -> Finding {
     const NAME: &str = "gpu-process";
-    let beside = env::current_exe().ok().and_then(|path| Some(path.parent()?.join("drago-gpu")));
-    match beside {
+    match gpu_program() {
         Some(path) if is_executable(&path) => Finding::ok(NAME, path.display().to_string()),
         path => Finding::limited(
             NAME,
@@ -169,8 +173,7 @@ fn opengl() -> Finding {
                     packages); without them the guest's desktop is drawn by its CPUs";
         Finding::limited(NAME, seen, hint)
     };
-    let Some(program) = env::current_exe().ok().and_then(|p| Some(p.parent()?.join("drago-gpu")))
-    else {
+    let Some(program) = gpu_program() else {
         return failed("drago-gpu is not there to try it".to_owned());
     };
     let tried = Command::new(&program)
@@ -193,16 +196,7 @@ fn opengl() -> Finding {
 
 fn render_node() -> Finding {
     const NAME: &str = "render-node";
-    let mut nodes: Vec<PathBuf> = fs::read_dir("/dev/dri")
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| {
-            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("renderD"))
-        })
-        .collect();
-    nodes.sort();
+    let nodes = host::render_nodes::all();
     let Some(node) = nodes.first() else {
         return Finding::limited(
             NAME,

@@ -76,7 +76,7 @@ impl Connection {
         set_memory(&self.frontend, memory)?;
         for (active, base) in queues.iter().zip(bases) {
             let place = (usize::from(active.index), *base);
-            set_queue(&self.frontend, Addresses::Process, memory, place, active, interrupt)?;
+            set_queue(&self.frontend, Addresses::Process, memory, place, active, &**interrupt)?;
         }
         if agreed & protocol != 0 {
             self.enable(queues, true)?;

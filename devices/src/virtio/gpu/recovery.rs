@@ -25,7 +25,7 @@ use super::{
     orphan::Refuser,
     process::{self, BackEndProcess, Launcher},
     server::Watch,
-    vhost_user::{Inflight, Start, VhostError, VhostUser},
+    vhost_user::{Inflight, Start, VhostUser},
 };
 use virtio_queue::QueueT;
 
@@ -34,6 +34,7 @@ use crate::{
     virtio::{
         device::{ActivateError, Activation, ActiveQueue, VirtioInterrupt},
         registry::BuildError,
+        vhost::VhostError,
         worker::Worker,
     },
 };

@@ -16,7 +16,7 @@ use gpu_protocol::{
 };
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use vhost::{
-    VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
+    VhostBackend,
     vhost_user::{
         Frontend, VhostUserFrontend,
         message::{
@@ -26,54 +26,20 @@ use vhost::{
     },
 };
 use virtio_queue::QueueT;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::{
     GuestMemory,
-    virtio::device::{ActiveQueue, VirtioInterrupt},
+    virtio::{
+        device::{ActiveQueue, VirtioInterrupt},
+        vhost::{Addresses, Named, VhostError, set_memory, set_queue},
+    },
 };
 
 const SET_VRING_ERR: u32 = 14;
 const GPU_SET_SOCKET: u32 = 33;
 const VERSION: u32 = 1;
-
-/// A request to the back end failed.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum VhostError {
-    #[error("{what}: {source}")]
-    Request { what: &'static str, source: vhost::Error },
-    #[error("guest memory is not shared, or a ring lies outside it")]
-    Memory,
-    #[error("{what}: {source}")]
-    Io { what: &'static str, source: io::Error },
-    #[error("the back end does not speak vhost-user's protocol features")]
-    TooOld,
-}
-
-impl VhostError {
-    /// Whether the back end is there and said no.
-    pub(super) fn is_refusal(&self) -> bool {
-        use vhost::{Error::VhostUserProtocol, vhost_user::Error::BackendInternalError};
-        matches!(self, Self::Request { source: VhostUserProtocol(BackendInternalError), .. })
-    }
-}
-
-trait Named<T> {
-    fn named(self, what: &'static str) -> Result<T, VhostError>;
-}
-
-impl<T> Named<T> for Result<T, vhost::Error> {
-    fn named(self, what: &'static str) -> Result<T, VhostError> {
-        self.map_err(|source| VhostError::Request { what, source })
-    }
-}
-
-impl<T> Named<T> for io::Result<T> {
-    fn named(self, what: &'static str) -> Result<T, VhostError> {
-        self.map_err(|source| VhostError::Io { what, source })
-    }
-}
 
 /// What the back end keeps for its successor: the tables of commands in flight, and behind them what
 /// only it understands.
@@ -210,16 +176,16 @@ impl VhostUser {
         let features = (features & self.features)
             | (VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() & self.features);
         self.frontend.set_features(features).named("SET_FEATURES")?;
-        let mut regions = Vec::new();
-        for region in memory.iter() {
-            let info = VhostUserMemoryRegionInfo::from_guest_region(region);
-            regions.push(info.map_err(|_| VhostError::Memory)?);
-        }
-        self.frontend.set_mem_table(&regions).named("SET_MEM_TABLE")?;
+        set_memory(&self.frontend, memory)?;
         for active in queues {
             let index = u64::from(active.index);
             send(&self.direct, SET_VRING_ERR, index.as_bytes(), error).named("SET_VRING_ERR")?;
-            self.start_queue(memory, active, interrupt, how)?;
+            let base = match how {
+                Start::Fresh => active.queue.next_avail(),
+                Start::Resumed => used_index(memory, &active.queue)?,
+            };
+            let place = (usize::from(active.index), base);
+            set_queue(&self.frontend, Addresses::Process, memory, place, active, interrupt)?;
         }
         for active in queues {
             self.frontend
@@ -227,39 +193,6 @@ impl VhostUser {
                 .named("SET_VRING_ENABLE")?;
         }
         Ok(())
-    }
-
-    fn start_queue(
-        &mut self,
-        memory: &GuestMemory,
-        active: &ActiveQueue,
-        interrupt: &dyn VirtioInterrupt,
-        how: Start,
-    ) -> Result<(), VhostError> {
-        let (index, queue) = (usize::from(active.index), &active.queue);
-        let host = |address: u64| {
-            let pointer = memory.get_host_address(GuestAddress(address));
-            pointer.map(|pointer| pointer as u64).map_err(|_| VhostError::Memory)
-        };
-        let config = VringConfigData {
-            queue_max_size: queue.max_size(),
-            queue_size: queue.size(),
-            flags: 0,
-            desc_table_addr: host(queue.desc_table())?,
-            used_ring_addr: host(queue.used_ring())?,
-            avail_ring_addr: host(queue.avail_ring())?,
-            log_addr: None,
-        };
-        let call = interrupt.queue_eventfd(active.index).named("interrupt of a queue")?;
-        self.frontend.set_vring_num(index, queue.size()).named("SET_VRING_NUM")?;
-        let base = match how {
-            Start::Fresh => queue.next_avail(),
-            Start::Resumed => used_index(memory, queue)?,
-        };
-        self.frontend.set_vring_base(index, base).named("SET_VRING_BASE")?;
-        self.frontend.set_vring_addr(index, &config).named("SET_VRING_ADDR")?;
-        self.frontend.set_vring_call(index, &call).named("SET_VRING_CALL")?;
-        self.frontend.set_vring_kick(index, &active.kick).named("SET_VRING_KICK")
     }
 
     /// Takes the queues back. When this returns without error, the back end no longer touches

@@ -70,7 +70,7 @@ impl KernelPair {
         set_memory(&self.vhost, memory)?;
         for (index, active) in queues.into_iter().enumerate() {
             let place = (index, active.queue.next_avail());
-            set_queue(&self.vhost, Addresses::Guest, memory, place, active, interrupt)?;
+            set_queue(&self.vhost, Addresses::Guest, memory, place, active, &**interrupt)?;
         }
         for index in 0..2 {
             self.vhost.set_backend(index, Some(tap)).named("NET_SET_BACKEND")?;

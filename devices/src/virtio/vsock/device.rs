@@ -94,7 +94,7 @@ impl Kernel {
         set_memory(&self.vhost, memory)?;
         for active in queues.iter().filter(|active| active.index < SERVED) {
             let place = (usize::from(active.index), active.queue.next_avail());
-            set_queue(&self.vhost, Addresses::Guest, memory, place, active, interrupt)?;
+            set_queue(&self.vhost, Addresses::Guest, memory, place, active, &**interrupt)?;
         }
         self.vhost.start().named("VSOCK_SET_RUNNING")
     }
