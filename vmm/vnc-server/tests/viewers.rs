@@ -6,7 +6,10 @@ use std::{
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
-    sync::mpsc::{Receiver, channel},
+    sync::{
+        Mutex, PoisonError,
+        mpsc::{Receiver, channel},
+    },
     time::{Duration, Instant},
 };
 
@@ -263,6 +266,10 @@ impl Tiger {
     }
 }
 
+/// Tests with a screen of their own take turns: X servers that start and end at the same time may
+/// take each other's number.
+static TURN: Mutex<()> = Mutex::new(());
+
 const TOOLS: &[&str] = &["Xvfb", "vncviewer", "import", "xdotool"];
 
 #[test]
@@ -270,6 +277,7 @@ fn tigervnc_decodes_every_encoding() {
     if !have(TOOLS) {
         return;
     }
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let encodings: [(&str, &[&str]); 4] = [
         ("ZRLE", &["-NoJPEG=1"]),
         ("Tight", &["-NoJPEG=1"]),
@@ -300,6 +308,7 @@ fn tigervnc_types_points_and_resizes() {
     if !have(TOOLS) {
         return;
     }
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("password");
     std::fs::write(&file, "sesame\n").unwrap();
