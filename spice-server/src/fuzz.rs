@@ -5,6 +5,7 @@
 
 use crate::{
     agent::bridge::Bridge,
+    audio::{codec::Decoder, resample::Resampler},
     proto::{
         channel::Caps,
         cursor, display,
@@ -12,7 +13,8 @@ use crate::{
         image::{Coding, Keep, put_image},
         inputs::{self, ScancodeDecoder},
         link::{LinkCode, LinkEvent, PUBLIC_KEY_SIZE, ServerLink},
-        main,
+        main, playback, record,
+        sound::Mode,
     },
 };
 
@@ -121,6 +123,34 @@ pub fn fuzz_cursor_channel(bytes: &[u8]) {
     each_message(bytes, cursor::limit, |kind, body| cursor::decode(kind, body).is_ok());
 }
 
+/// Messages of a playback channel.
+pub fn fuzz_playback_channel(bytes: &[u8]) {
+    each_message(bytes, playback::limit, |kind, body| playback::decode(kind, body).is_ok());
+}
+
+/// Messages of a record channel, with what is recorded.
+pub fn fuzz_record_channel(bytes: &[u8]) {
+    let mut mode = Mode::Raw;
+    let Some(mut decoder) = Decoder::new() else { return };
+    let mut resampler = Resampler::new(48_000, 44_100);
+    each_message(bytes, record::limit, |kind, body| match record::decode(kind, body) {
+        Ok(record::ClientMessage::Mode(new)) => {
+            mode = new;
+            true
+        }
+        Ok(record::ClientMessage::Data(data)) if mode == Mode::Opus => match decoder.decode(data) {
+            Some(frames) => {
+                resampler.push(frames);
+                resampler.pull(&mut [[0; 2]; 480]);
+                resampler.skip(usize::MAX);
+                true
+            }
+            None => false,
+        },
+        result => result.is_ok(),
+    });
+}
+
 /// Guest agent and client at once: the first bit of every part tells whose it is, the next whether
 /// the guest's port opens or closes or a client comes or goes first.
 pub fn fuzz_agent(bytes: &[u8]) {
@@ -205,6 +235,8 @@ mod tests {
             fuzz_inputs_channel(&bytes);
             fuzz_display_channel(&bytes);
             fuzz_cursor_channel(&bytes);
+            fuzz_playback_channel(&bytes);
+            fuzz_record_channel(&bytes);
             fuzz_agent(&bytes);
             fuzz_image(&bytes);
         }

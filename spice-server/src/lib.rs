@@ -1,7 +1,7 @@
 //! A SPICE server for any program that has a picture to show.
 //!
-//! The server shows frames to clients such as remote-viewer and hands their keyboard, pointer, resize
-//! requests and guest agent data to the program. It knows nothing of virtual machines. How it works
+//! The server shows frames and plays sound to clients such as remote-viewer and hands their keyboard,
+//! pointer, microphone, resize requests and guest agent data to the program. It knows nothing of virtual machines. How it works
 //! and what its limits are is told in `docs/spice.md`.
 //!
 //! ```no_run
@@ -19,6 +19,7 @@
 //! ```
 
 mod agent;
+mod audio;
 mod display;
 mod error;
 #[doc(hidden)]
@@ -30,6 +31,7 @@ mod secret;
 mod server;
 
 pub use agent::AgentPort;
+pub use audio::{PlaybackHandle, RecordHandle};
 pub use display::{
     Codec, CodecStats, CursorImage, DisplayEvents, DisplayHandle, DisplayStats, Frame, MemoryFrame,
     MonitorConfig, PixelFormat, Rect, Snapshot, SurfaceInfo,

@@ -8,8 +8,9 @@ use std::{
 
 use crate::{
     AgentPort, DisplayEvents, DisplayHandle, DisplayStats, Error, InputSink, Leds, MouseMode,
-    Secret,
+    PlaybackHandle, RecordHandle, Secret,
     agent::hub::AgentHub,
+    audio::Sound,
     display::state::DisplayShared,
     io::{
         keys::KeyService,
@@ -49,6 +50,7 @@ pub struct ServerBuilder {
     agent: Option<Arc<dyn AgentPort>>,
     events: Option<Arc<dyn DisplayEvents>>,
     max_size: (u32, u32),
+    sound: bool,
 }
 
 impl Default for ServerBuilder {
@@ -64,6 +66,7 @@ impl Default for ServerBuilder {
             agent: None,
             events: None,
             max_size: (8192, 8192),
+            sound: false,
         }
     }
 }
@@ -110,6 +113,13 @@ impl ServerBuilder {
     /// set.
     pub fn max_size(mut self, width: u32, height: u32) -> Self {
         self.max_size = (width, height);
+        self
+    }
+
+    /// Whether clients are offered sound, both ways; not unless set. See
+    /// [`SpiceServer::playback`] and [`SpiceServer::record`].
+    pub fn sound(mut self, sound: bool) -> Self {
+        self.sound = sound;
         self
     }
 
@@ -161,6 +171,7 @@ impl ServerBuilder {
             input: self.input,
             events: self.events,
             max_size: self.max_size,
+            sound: self.sound.then(|| Sound::new(&io)),
         };
         let password = config.password.clone();
         let agent = AgentHub::new(self.agent);
@@ -209,6 +220,18 @@ impl SpiceServer {
     pub fn display(&self, id: u32) -> Option<DisplayHandle> {
         let shared = self.shared.displays.get(id as usize)?.clone();
         Some(DisplayHandle { shared, io: self.shared.io.clone() })
+    }
+
+    /// What all clients hear; `None` unless the server was built with
+    /// [`sound`](ServerBuilder::sound).
+    pub fn playback(&self) -> Option<PlaybackHandle> {
+        Some(PlaybackHandle(self.shared.config.sound.as_ref()?.playback.clone()))
+    }
+
+    /// What a client records; `None` unless the server was built with
+    /// [`sound`](ServerBuilder::sound).
+    pub fn record(&self) -> Option<RecordHandle> {
+        Some(RecordHandle(self.shared.config.sound.as_ref()?.record.clone()))
     }
 
     /// The server's end of the guest agent's port.

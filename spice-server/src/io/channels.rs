@@ -1,4 +1,4 @@
-//! The channels the reactor serves: main, inputs, cursor.
+//! The channels the reactor serves: all but display.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -6,10 +6,14 @@ use std::{
     time::Instant,
 };
 
-use super::shared::{Shared, lock};
+use super::{
+    shared::{Shared, lock},
+    sound::{PlaybackChannel, RecordChannel},
+};
 use crate::{
     Button, KeyEvent, Leds, MouseMode, PointerPosition, Scancode,
     agent::hub::ToClient,
+    audio::Sound,
     display::resize::Resizer,
     display::state::DisplayShared,
     proto::{
@@ -19,7 +23,7 @@ use crate::{
         framing::{Deframer, Framer},
         inputs::{self, MASK_BUTTONS, MOTION_ACK_BUNCH, ScancodeDecoder, WireButton},
         link::LinkRequest,
-        main,
+        main, playback, record,
     },
 };
 
@@ -48,6 +52,8 @@ enum Body {
     Main(MainChannel),
     Inputs(InputsChannel),
     Cursor(CursorChannel),
+    Playback(PlaybackChannel),
+    Record(RecordChannel),
 }
 
 impl Channel {
@@ -90,11 +96,21 @@ impl Channel {
         Self::new(request, Body::Cursor(cursor))
     }
 
+    pub(crate) fn playback(request: &LinkRequest, sound: &Sound) -> Self {
+        Self::new(request, Body::Playback(PlaybackChannel::new(request, sound)))
+    }
+
+    pub(crate) fn record(request: &LinkRequest, sound: &Sound, session: u32) -> Self {
+        Self::new(request, Body::Record(RecordChannel::new(request, sound, session)))
+    }
+
     pub(crate) fn kind(&self) -> ChannelType {
         match self.body {
             Body::Main(_) => ChannelType::Main,
             Body::Inputs(_) => ChannelType::Inputs,
             Body::Cursor(_) => ChannelType::Cursor,
+            Body::Playback(_) => ChannelType::Playback,
+            Body::Record(_) => ChannelType::Record,
         }
     }
 
@@ -109,6 +125,7 @@ impl Channel {
             Body::Main(main) => main.opened(framer, context),
             Body::Inputs(inputs) => inputs::put_init(framer, context.out, inputs.leds),
             Body::Cursor(_) => cursor::put_init(framer, context.out),
+            Body::Playback(_) | Body::Record(_) => {}
         }
     }
 
@@ -135,6 +152,16 @@ impl Channel {
                     cursor::decode(kind, body)?;
                 }
             }
+            Body::Playback(playback) => {
+                while let Some((kind, body)) = self.deframer.next_message(playback::limit)? {
+                    playback.message(playback::decode(kind, body)?);
+                }
+            }
+            Body::Record(record) => {
+                while let Some((kind, body)) = self.deframer.next_message(record::limit)? {
+                    record.message(record::decode(kind, body)?)?;
+                }
+            }
         }
         Ok(())
     }
@@ -148,6 +175,8 @@ impl Channel {
             Body::Main(main) => main.serve(&mut self.framer, context),
             Body::Inputs(inputs) => inputs.serve(&mut self.framer, context),
             Body::Cursor(cursor) => cursor.serve(&mut self.framer, context),
+            Body::Playback(playback) => playback.serve(&mut self.framer, context),
+            Body::Record(record) => record.serve(&mut self.framer, context),
         }
     }
 
@@ -155,7 +184,7 @@ impl Channel {
     pub(crate) fn next_timer(&self) -> Option<Instant> {
         match &self.body {
             Body::Main(main) => main.resizer.next_timer(),
-            Body::Inputs(_) | Body::Cursor(_) => None,
+            _ => None,
         }
     }
 
@@ -176,6 +205,8 @@ impl Channel {
             Body::Main(_) => shared.agent.detach(session),
             Body::Inputs(inputs) => inputs.release_all(shared),
             Body::Cursor(_) => {}
+            Body::Playback(playback) => playback.closed(),
+            Body::Record(record) => record.closed(),
         }
     }
 }
@@ -211,6 +242,9 @@ impl MainChannel {
         channels.extend(ids().map(|id| (ChannelType::Display, id)));
         channels.push((ChannelType::Inputs, 0));
         channels.extend(ids().map(|id| (ChannelType::Cursor, id)));
+        if shared.config.sound.is_some() {
+            channels.extend([(ChannelType::Playback, 0), (ChannelType::Record, 0)]);
+        }
         main::put_channels_list(framer, context.out, &channels);
         if self.knows_names {
             if let Some(name) = &shared.config.name {

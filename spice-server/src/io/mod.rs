@@ -1,6 +1,6 @@
 //! Sockets and threads around the protocol core.
 //!
-//! - `reactor`: one thread with epoll for listening, links, main, inputs and cursor channels.
+//! - `reactor`: one thread with epoll for listening, links and all channels but display.
 //! - `viewer`: one thread per display channel, which encodes and sends at its client's pace.
 //! - `keys`: one thread that makes ticket keys and opens tickets.
 
@@ -11,6 +11,7 @@ pub(crate) mod links;
 pub(crate) mod listen;
 pub(crate) mod reactor;
 pub(crate) mod shared;
+mod sound;
 pub(crate) mod sys;
 pub(crate) mod viewer;
 pub(crate) mod wake;

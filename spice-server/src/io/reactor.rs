@@ -26,7 +26,7 @@ use crate::{
         channel::{ChannelType, cap_word},
         display, inputs,
         link::{LinkCode, LinkEvent, LinkRequest},
-        main,
+        main, playback, record,
         ticket::TicketKey,
     },
 };
@@ -412,6 +412,9 @@ impl Reactor {
         };
         let exists = match kind {
             ChannelType::Inputs => request.channel_id == 0,
+            ChannelType::Playback | ChannelType::Record => {
+                self.shared.config.sound.is_some() && request.channel_id == 0
+            }
             _ => usize::from(request.channel_id) < self.shared.displays.len(),
         };
         let open = lock(&entry.session.channels).contains(&(kind, request.channel_id));
@@ -442,6 +445,8 @@ impl Reactor {
                 display::CAP_PREF_COMPRESSION,
             ]),
             Some(ChannelType::Inputs) => cap_word(&[inputs::CAP_KEY_SCANCODE]),
+            Some(ChannelType::Playback) => cap_word(&[playback::CAP_VOLUME, playback::CAP_OPUS]),
+            Some(ChannelType::Record) => cap_word(&[record::CAP_VOLUME, record::CAP_OPUS]),
             Some(ChannelType::Cursor) | None => 0,
         };
         pending.waits_for_key = false;
@@ -524,6 +529,13 @@ impl Reactor {
                     return;
                 };
                 Channel::cursor(request, display.clone())
+            }
+            ChannelType::Playback | ChannelType::Record => {
+                let Some(sound) = &self.shared.config.sound else { return };
+                match kind {
+                    ChannelType::Playback => Channel::playback(request, sound),
+                    _ => Channel::record(request, sound, session.id),
+                }
             }
             ChannelType::Display | ChannelType::Main => return self.open_display(token, request),
         };

@@ -14,6 +14,7 @@ use super::{keys::KeyEvent, wake::Wake};
 use crate::{
     ClientPolicy, ClientStatus, DisplayEvents, InputSink, Leds, MouseMode, Secret, Severity,
     agent::hub::AgentHub,
+    audio::Sound,
     display::{state::DisplayShared, stats::Counters},
     proto::channel::ChannelType,
 };
@@ -31,6 +32,7 @@ pub(crate) struct Config {
     pub(crate) policy: ClientPolicy,
     pub(crate) input: Option<Arc<dyn InputSink>>,
     pub(crate) events: Option<Arc<dyn DisplayEvents>>,
+    pub(crate) sound: Option<Sound>,
     /// Largest width and height a client may ask for.
     pub(crate) max_size: (u32, u32),
 }
@@ -106,7 +108,7 @@ impl Session {
     pub(crate) fn status(&self) -> ClientStatus {
         let name = |(kind, id): &(ChannelType, u8)| match kind {
             ChannelType::Display | ChannelType::Cursor => format!("{} {id}", kind.name()),
-            ChannelType::Main | ChannelType::Inputs => kind.name().to_owned(),
+            _ => kind.name().to_owned(),
         };
         ClientStatus {
             session: self.id,

@@ -14,6 +14,8 @@ pub(crate) enum ChannelType {
     Display = 2,
     Inputs = 3,
     Cursor = 4,
+    Playback = 5,
+    Record = 6,
 }
 
 impl ChannelType {
@@ -23,6 +25,8 @@ impl ChannelType {
             2 => Self::Display,
             3 => Self::Inputs,
             4 => Self::Cursor,
+            5 => Self::Playback,
+            6 => Self::Record,
             _ => return None,
         })
     }
@@ -33,6 +37,8 @@ impl ChannelType {
             Self::Display => "display",
             Self::Inputs => "inputs",
             Self::Cursor => "cursor",
+            Self::Playback => "playback",
+            Self::Record => "record",
         }
     }
 }

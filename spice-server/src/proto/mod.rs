@@ -13,6 +13,9 @@ pub(crate) mod image;
 pub(crate) mod inputs;
 pub(crate) mod link;
 pub(crate) mod main;
+pub(crate) mod playback;
+pub(crate) mod record;
+pub(crate) mod sound;
 pub(crate) mod ticket;
 pub(crate) mod wire;
 

@@ -1,0 +1,308 @@
+//! The playback and record channels of one client.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::channels::Context;
+use crate::{
+    audio::{
+        PlaybackHandle, Sound,
+        codec::Decoder,
+        playback::{PACKET_TIME, Playback},
+        record::Record,
+    },
+    proto::{
+        DecodeError,
+        channel::{BaseMessage, put_ping},
+        framing::Framer,
+        link::LinkRequest,
+        playback, record,
+        sound::{Mode, Volume},
+    },
+};
+
+/// Sound that a client may be given ahead of the time at which it can be heard. Only a server or line
+/// that stalled and catches up gets there; what is beyond it would stay in the client's queue for
+/// good.
+const MOST_AHEAD: Duration = Duration::from_millis(60);
+/// Time between two measurements of the line.
+const PING_INTERVAL: Duration = Duration::from_millis(50);
+/// An answer that is later than the fastest one by this much means that the line is not keeping up.
+const MOST_WAITING: Duration = Duration::from_millis(60);
+
+pub(super) struct PlaybackChannel {
+    shared: Arc<Playback>,
+    mode: Mode,
+    takes_volume: bool,
+    takes_latency: bool,
+    /// The stream the client was told of.
+    stream: Option<u64>,
+    /// Number of the packet it gets next.
+    next: u64,
+    /// When it will have played everything it was given.
+    plays_until: Option<Instant>,
+    volume: Option<Volume>,
+    mute: Option<bool>,
+    line: Line,
+}
+
+impl PlaybackChannel {
+    pub(super) fn new(request: &LinkRequest, sound: &Sound) -> Self {
+        let has = |cap| request.channel_caps.has(cap);
+        let mode = if has(playback::CAP_OPUS) { Mode::Opus } else { Mode::Raw };
+        let shared = sound.playback.clone();
+        shared.join(mode == Mode::Opus);
+        // A client that comes in the middle begins with what comes next.
+        let next = shared.state().next;
+        Self {
+            shared,
+            mode,
+            takes_volume: has(playback::CAP_VOLUME),
+            takes_latency: has(playback::CAP_LATENCY),
+            stream: None,
+            next,
+            plays_until: None,
+            volume: None,
+            mute: None,
+            line: Line::default(),
+        }
+    }
+
+    pub(super) fn message(&mut self, message: BaseMessage) {
+        if let BaseMessage::Pong(id) = message
+            && let Some(round_trip) = self.line.answered(id, Instant::now())
+        {
+            self.shared.set_line(round_trip);
+        }
+    }
+
+    pub(super) fn closed(&self) {
+        self.shared.leave(self.mode == Mode::Opus);
+    }
+
+    pub(super) fn serve(&mut self, framer: &mut Framer, context: &mut Context<'_>) {
+        let now = Instant::now();
+        // Otherwise packets wait where they are, grow old and are forgotten.
+        let room = context.out.is_empty() && !self.line.is_full(now);
+        let clock = context.shared.clock;
+        let stamp = |time: Instant| time.saturating_duration_since(clock).as_millis() as u32;
+        let shared = self.shared.clone();
+        let state = shared.state();
+        if self.takes_volume && state.volume != self.volume {
+            self.volume = state.volume;
+            state.volume.into_iter().for_each(|v| playback::put_volume(framer, context.out, v));
+        }
+        if self.takes_volume && state.mute != self.mute {
+            self.mute = state.mute;
+            state.mute.into_iter().for_each(|mute| playback::put_mute(framer, context.out, mute));
+        }
+        if state.playing != self.stream {
+            if self.stream.take().is_some() {
+                playback::put_stop(framer, context.out);
+            }
+            // Not before the first packet, so that the client does not wait for it in vain.
+            let first = state.packet(self.next);
+            if let (Some(stream), Some((number, packet))) = (state.playing, first) {
+                let time = stamp(packet.time);
+                playback::put_mode(framer, context.out, time, self.mode);
+                playback::put_start(framer, context.out, time);
+                if self.takes_latency {
+                    let store = PlaybackHandle::STORE.as_millis() as u32;
+                    playback::put_latency(framer, context.out, store);
+                }
+                self.stream = Some(stream);
+                self.next = number;
+                self.plays_until = None;
+            }
+        }
+        if self.stream.is_none() {
+            return;
+        }
+        while room && let Some((number, packet)) = state.packet(self.next) {
+            self.next = number + 1;
+            let ahead = self.plays_until.map(|until| until.saturating_duration_since(now));
+            if ahead.is_some_and(|ahead| ahead >= MOST_AHEAD) {
+                continue;
+            }
+            let from = self.plays_until.map_or(now, |until| until.max(now));
+            self.plays_until = Some(from + PACKET_TIME);
+            let data = match (self.mode, &packet.opus) {
+                (Mode::Opus, Some(data)) => data,
+                // Coded before this client came.
+                (Mode::Opus, None) => continue,
+                (Mode::Raw, _) => &packet.raw,
+            };
+            playback::put_data(framer, context.out, stamp(packet.time), data);
+        }
+        if let Some(id) = self.line.ping(now) {
+            put_ping(framer, context.out, id);
+        }
+    }
+}
+
+/// Whether a client's line keeps up, by how long its answers take.
+#[derive(Debug, Default)]
+struct Line {
+    /// What was asked and not answered.
+    asked: VecDeque<(u32, Instant)>,
+    last: u32,
+    asked_at: Option<Instant>,
+    /// The shortest round trip, which creeps up so that a line that changed is believed.
+    fastest: Option<Duration>,
+}
+
+impl Line {
+    fn is_full(&self, now: Instant) -> bool {
+        match (self.asked.front(), self.fastest) {
+            (Some((_, at)), Some(fastest)) => {
+                now.saturating_duration_since(*at) > fastest + MOST_WAITING
+            }
+            _ => false,
+        }
+    }
+
+    /// The number of a question that is due.
+    fn ping(&mut self, now: Instant) -> Option<u32> {
+        let due = self.asked_at.is_none_or(|at| now >= at + PING_INTERVAL);
+        // A client that does not answer at all is asked once.
+        let silent = self.fastest.is_none() && !self.asked.is_empty();
+        if !due || silent || self.asked.len() >= 64 {
+            return None;
+        }
+        self.last = self.last.wrapping_add(1);
+        self.asked_at = Some(now);
+        self.asked.push_back((self.last, now));
+        Some(self.last)
+    }
+
+    /// The client answered: how long it took.
+    fn answered(&mut self, id: u32, now: Instant) -> Option<Duration> {
+        let index = self.asked.iter().position(|(asked, _)| *asked == id)?;
+        let (_, at) = self.asked.drain(..=index).next_back()?;
+        let took = now.saturating_duration_since(at);
+        let fastest = self.fastest.unwrap_or(took);
+        self.fastest = Some(took.min(fastest + took.saturating_sub(fastest) / 64));
+        Some(took)
+    }
+}
+
+pub(super) struct RecordChannel {
+    shared: Arc<Record>,
+    session: u32,
+    takes_volume: bool,
+    /// The client was told to record.
+    recording: bool,
+    mode: Mode,
+    /// Made when the client first says that it needs one.
+    decoder: Option<Box<Decoder>>,
+    volume: Option<Volume>,
+    mute: Option<bool>,
+}
+
+impl RecordChannel {
+    pub(super) fn new(request: &LinkRequest, sound: &Sound, session: u32) -> Self {
+        let shared = sound.record.clone();
+        shared.join(session);
+        Self {
+            shared,
+            session,
+            takes_volume: request.channel_caps.has(record::CAP_VOLUME),
+            recording: false,
+            mode: Mode::Raw,
+            decoder: None,
+            volume: None,
+            mute: None,
+        }
+    }
+
+    pub(super) fn message(
+        &mut self,
+        message: record::ClientMessage<'_>,
+    ) -> Result<(), DecodeError> {
+        match message {
+            record::ClientMessage::Mode(mode) => {
+                self.mode = mode;
+                self.decoder = None;
+            }
+            // What was on its way when recording ended.
+            record::ClientMessage::Data(_) if !self.recording => {}
+            record::ClientMessage::Data(data) => match self.mode {
+                Mode::Raw => {
+                    let (frames, _) = data.as_chunks::<4>();
+                    let frames = frames.iter().map(|[a, b, c, d]| {
+                        [i16::from_le_bytes([*a, *b]), i16::from_le_bytes([*c, *d])]
+                    });
+                    self.shared.write(self.session, frames);
+                }
+                Mode::Opus => {
+                    if self.decoder.is_none() {
+                        self.decoder = Decoder::new().map(Box::new);
+                    }
+                    let Some(decoder) = &mut self.decoder else { return Ok(()) };
+                    let frames = decoder.decode(data).ok_or(DecodeError::Value("Opus packet"))?;
+                    self.shared.write(self.session, frames);
+                }
+            },
+            record::ClientMessage::StartMark | record::ClientMessage::Base(_) => {}
+        }
+        Ok(())
+    }
+
+    pub(super) fn serve(&mut self, framer: &mut Framer, context: &mut Context<'_>) {
+        let (volume, mute) = self.shared.levels();
+        if self.takes_volume && volume != self.volume {
+            self.volume = volume;
+            volume.into_iter().for_each(|v| record::put_volume(framer, context.out, v));
+        }
+        if self.takes_volume && mute != self.mute {
+            self.mute = mute;
+            mute.into_iter().for_each(|mute| record::put_mute(framer, context.out, mute));
+        }
+        let wanted = self.shared.is_wanted(self.session);
+        if wanted != self.recording {
+            self.recording = wanted;
+            if wanted {
+                record::put_start(framer, context.out);
+            } else {
+                record::put_stop(framer, context.out);
+            }
+        }
+    }
+
+    pub(super) fn closed(&self) {
+        self.shared.leave(self.session);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_falls_behind_is_noticed_and_a_slower_one_is_believed() {
+        let mut line = Line::default();
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let first = line.ping(at(0)).unwrap();
+        assert_eq!(line.ping(at(49)), None, "not answered yet");
+        assert!(!line.is_full(at(1000)), "nothing is known of a client that never answers");
+        assert_eq!(line.answered(first, at(5)), Some(Duration::from_millis(5)));
+        let second = line.ping(at(60)).unwrap();
+        assert!(!line.is_full(at(120)));
+        assert!(line.is_full(at(126)));
+        assert!(line.answered(second, at(200)).is_some());
+        assert!(!line.is_full(at(200)));
+        assert_eq!(line.answered(77, at(200)), None);
+        // From here on the way takes 100 ms longer.
+        let mut now = 1000;
+        while line.fastest.unwrap() < Duration::from_millis(50) {
+            let id = line.ping(at(now)).unwrap();
+            line.answered(id, at(now + 105));
+            now += 200;
+            assert!(now < 30_000);
+        }
+    }
+}
