@@ -18,6 +18,15 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A Unix socket cannot be listened on.
+    #[error("cannot listen on the socket {}", path.display())]
+    ListenUnix {
+        /// Its file.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
     /// A thread or a descriptor could not be made.
     #[error("cannot start the server's {what}")]
     Start {
@@ -43,5 +52,31 @@ pub enum Error {
         length: usize,
         /// The protocol's limit.
         max: usize,
+    },
+    /// A certificate or key file cannot be read.
+    #[error("{}: this is no PEM file that can be read", path.display())]
+    TlsFile {
+        /// The file.
+        path: PathBuf,
+        /// What the system or the parser says.
+        #[source]
+        source: io::Error,
+    },
+    /// What should be in a file is not.
+    #[error("{}: there is no {what} in it", path.display())]
+    TlsMissing {
+        /// The file.
+        path: PathBuf,
+        /// `certificate`, or `private key without a passphrase`.
+        what: &'static str,
+    },
+    /// Certificate and key cannot be used together.
+    #[error("{}: this key cannot be used with the certificate", path.display())]
+    TlsKey {
+        /// The key's file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: rustls::Error,
     },
 }

@@ -29,6 +29,7 @@ mod io;
 mod proto;
 mod secret;
 mod server;
+mod tls;
 
 pub use agent::AgentPort;
 pub use audio::{PlaybackHandle, RecordHandle};
@@ -40,7 +41,10 @@ pub use error::Error;
 pub use input::{
     Button, InputSink, KeyEvent, Leds, MouseMode, PointerPosition, Scancode, ScancodePrefix,
 };
+pub use io::stream::Peer;
 pub use secret::{MAX_PASSWORD, Secret};
 pub use server::{
-    AgentHandle, ClientPolicy, ClientStatus, ServerBuilder, ServerStatus, Severity, SpiceServer,
+    AgentHandle, ChannelStatus, ClientPolicy, ClientStatus, ServerBuilder, ServerStatus, Severity,
+    SpiceServer,
 };
+pub use tls::{SecureChannels, TlsConfig};

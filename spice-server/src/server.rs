@@ -2,19 +2,20 @@
 
 use std::{
     net::SocketAddr,
+    path::PathBuf,
     sync::{Arc, atomic::Ordering},
     thread::{self, JoinHandle},
 };
 
 use crate::{
-    AgentPort, DisplayEvents, DisplayHandle, DisplayStats, Error, InputSink, Leds, MouseMode,
-    PlaybackHandle, RecordHandle, Secret,
+    AgentPort, DisplayEvents, DisplayHandle, DisplayStats, Error, InputSink, Leds, MouseMode, Peer,
+    PlaybackHandle, RecordHandle, Secret, SecureChannels, TlsConfig,
     agent::hub::AgentHub,
     audio::Sound,
     display::state::DisplayShared,
     io::{
         keys::KeyService,
-        listen::listen_on,
+        listen::Listener,
         reactor::Reactor,
         shared::{Command, Config, Shared, lock},
         wake::Wake,
@@ -37,12 +38,20 @@ pub enum ClientPolicy {
     Shared,
 }
 
+/// Where to listen.
+enum Address {
+    Tcp { address: SocketAddr, tls_only: bool },
+    Unix { path: PathBuf, mode: u32 },
+}
+
 /// Settings of a server to be started.
 #[must_use = "a builder does nothing until start() is called"]
 pub struct ServerBuilder {
     name: Option<String>,
     uuid: Option<[u8; 16]>,
-    addresses: Vec<SocketAddr>,
+    addresses: Vec<Address>,
+    tls: Option<TlsConfig>,
+    secure: SecureChannels,
     password: Option<Secret>,
     policy: ClientPolicy,
     displays: u32,
@@ -59,6 +68,8 @@ impl Default for ServerBuilder {
             name: None,
             uuid: None,
             addresses: Vec::new(),
+            tls: None,
+            secure: SecureChannels::NONE,
             password: None,
             policy: ClientPolicy::default(),
             displays: 1,
@@ -87,7 +98,33 @@ impl ServerBuilder {
     /// Listens on this address too; port 0 lets the system choose. An address the machine does not
     /// have yet (an interface that comes up later) is fine.
     pub fn listen(mut self, address: SocketAddr) -> Self {
-        self.addresses.push(address);
+        self.addresses.push(Address::Tcp { address, tls_only: false });
+        self
+    }
+
+    /// Listens on this address too, for clients with TLS only.
+    pub fn listen_tls(mut self, address: SocketAddr) -> Self {
+        self.addresses.push(Address::Tcp { address, tls_only: true });
+        self
+    }
+
+    /// Listens on a Unix socket too, whose file gets the permissions `mode` (who may write to it may
+    /// connect). A stale socket is replaced; the file is removed at the end.
+    pub fn listen_unix(mut self, path: impl Into<PathBuf>, mode: u32) -> Self {
+        self.addresses.push(Address::Unix { path: path.into(), mode });
+        self
+    }
+
+    /// Offers TLS, on every address: a client's first byte tells whether it wants it.
+    pub fn tls(mut self, tls: Option<TlsConfig>) -> Self {
+        self.tls = tls;
+        self
+    }
+
+    /// Channels that may not be in the clear; a client that tries is told to use TLS. None unless
+    /// set.
+    pub fn secure_channels(mut self, channels: SecureChannels) -> Self {
+        self.secure = channels;
         self
     }
 
@@ -149,9 +186,16 @@ impl ServerBuilder {
         let mut listeners = Vec::new();
         let mut addresses = Vec::new();
         for address in self.addresses {
-            let failed = |source| Error::Listen { address, source };
-            let listener = listen_on(address).map_err(failed)?;
-            addresses.push(listener.local_addr().map_err(failed)?);
+            let listener = match address {
+                Address::Tcp { address, tls_only } => {
+                    let failed = |source| Error::Listen { address, source };
+                    let listener = Listener::tcp(address, tls_only).map_err(failed)?;
+                    addresses.extend(listener.local_addr().map_err(failed)?);
+                    listener
+                }
+                Address::Unix { path, mode } => Listener::unix(&path, mode)
+                    .map_err(|source| Error::ListenUnix { path, source })?,
+            };
             listeners.push(listener);
         }
         if self.password.is_none() {
@@ -168,6 +212,8 @@ impl ServerBuilder {
             uuid: self.uuid,
             password: self.password,
             policy: self.policy,
+            tls: self.tls.map(|tls| tls.0),
+            secure: self.secure,
             input: self.input,
             events: self.events,
             max_size: self.max_size,
@@ -206,12 +252,12 @@ impl SpiceServer {
         ServerBuilder::default()
     }
 
-    /// The first address listened on, with the real port.
+    /// The first network address listened on, with the real port.
     pub fn local_addr(&self) -> Option<SocketAddr> {
         self.addresses.first().copied()
     }
 
-    /// All addresses listened on, in the builder's order.
+    /// All network addresses listened on, in the builder's order.
     pub fn local_addrs(&self) -> &[SocketAddr] {
         &self.addresses
     }
@@ -332,13 +378,28 @@ pub struct ClientStatus {
     /// Number of the session, random.
     pub session: u32,
     /// Where it connected from.
-    pub peer: SocketAddr,
-    /// Its open channels, for example `main` or `display 0`.
-    pub channels: Vec<String>,
+    pub peer: Peer,
+    /// Its open channels.
+    pub channels: Vec<ChannelStatus>,
     /// Bytes sent on all its channels.
     pub bytes_sent: u64,
     /// Bytes received on all its channels.
     pub bytes_received: u64,
     /// What its display channels did.
     pub displays: Vec<DisplayStats>,
+}
+
+/// One channel of a client.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChannelStatus {
+    /// For example `main` or `display 0`.
+    pub name: String,
+    /// The layers of its connection: `tcp` or `unix`, with `+tls1.3` and `+websocket` over it.
+    pub transport: String,
+    /// Bytes sent on it.
+    pub bytes_sent: u64,
+    /// Bytes received on it.
+    pub bytes_received: u64,
+    /// Bytes that wait for room in its socket.
+    pub bytes_waiting: u64,
 }

@@ -2,6 +2,7 @@
 """A SPICE client on spice-gtk that does what it is told on stdin and says on stdout what it sees.
 
 Every line of stdin is a command with arguments, every line of stdout a JSON object with "ev".
+Arguments: host, port (`-` for none), perhaps a password, and properties of SpiceSession as KEY=VALUE.
 """
 import ctypes
 import hashlib
@@ -14,8 +15,9 @@ import gi
 gi.require_version("SpiceClientGLib", "2.0")
 from gi.repository import GLib, GObject, SpiceClientGLib as S  # noqa: E402
 
+properties = dict(word.split("=", 1) for word in sys.argv[3:] if "=" in word)
 host, port = sys.argv[1], sys.argv[2]
-password = sys.argv[3] if len(sys.argv) > 3 else None
+password = next((word for word in sys.argv[3:] if "=" not in word), None)
 loop = GLib.MainLoop()
 channels = {}
 primary = None
@@ -32,10 +34,17 @@ def on(obj, signal, handler):
 
 session = S.Session()
 session.set_property("host", host)
-session.set_property("port", port)
+if port != "-":
+    session.set_property("port", port)
 session.set_property("enable-audio", False)
 if password is not None:
     session.set_property("password", password)
+for key, value in properties.items():
+    listed = key == "secure-channels"
+    verify = {"pubkey": 1, "hostname": 2, "subject": 4}
+    if key == "verify":
+        value = S.SessionVerify(verify[value])
+    session.set_property(key, value.split("+") if listed else value)
 
 
 def channel_event(channel, event):

@@ -105,7 +105,11 @@ fn a_picture_made_on_demand_is_the_first_thing_seen() {
     setup.event("a viewer", |event| (event == Event::Viewers(true)).then_some(()));
     eventually("the client's display channel", || {
         let status = setup.server.status();
-        status.clients.iter().flat_map(|c| &c.channels).any(|name| name.starts_with("display"))
+        status
+            .clients
+            .iter()
+            .flat_map(|c| &c.channels)
+            .any(|channel| channel.name.starts_with("display"))
     });
     let pixels = setup.show_background(size);
     let (_, _, got) = client.join().unwrap().unwrap();

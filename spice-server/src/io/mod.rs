@@ -12,6 +12,7 @@ pub(crate) mod listen;
 pub(crate) mod reactor;
 pub(crate) mod shared;
 mod sound;
+pub(crate) mod stream;
 pub(crate) mod sys;
 pub(crate) mod viewer;
 pub(crate) mod wake;

@@ -2,8 +2,7 @@
 
 use std::{
     collections::HashMap,
-    io::{self, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    io,
     os::fd::AsFd,
     sync::{Arc, atomic::Ordering},
     thread::JoinHandle,
@@ -16,8 +15,9 @@ use super::{
     channels::{Channel, Context},
     keys::{KeyEvent, KeyService},
     links::{FailureDelay, PendingLink},
-    listen::prepare,
-    shared::{Command, Session, Shared, lock},
+    listen::Listener,
+    shared::{Command, Session, Shared, Traffic, lock},
+    stream::{Peer, Stream},
     viewer::{NewViewer, ViewerHandle, is_hangup},
 };
 use crate::{
@@ -44,6 +44,8 @@ const MAX_UNSENT: usize = 512 * 1024;
 /// How long no connections are accepted after the system refused one.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 const READ_SIZE: usize = 16 * 1024;
+/// How often one connection is read before it is others' turn.
+const READS: usize = 8;
 
 const TOKEN_WAKE: u64 = 0;
 const TOKEN_LISTENERS: u64 = 1;
@@ -51,8 +53,10 @@ const TOKEN_CONNECTIONS: u64 = 1 << 16;
 
 /// A connection the reactor serves.
 struct Connection {
-    stream: TcpStream,
-    peer: SocketAddr,
+    stream: Stream,
+    peer: Peer,
+    /// It came to a port for TLS only.
+    tls_only: bool,
     out: Vec<u8>,
     sent: usize,
     /// Whether epoll reports room in the socket.
@@ -62,7 +66,7 @@ struct Connection {
 
 enum Stage {
     Link(Box<PendingLink>),
-    Channel(Arc<Session>, Box<Channel>),
+    Channel(Arc<Session>, Arc<Traffic>, Box<Channel>),
     /// Only unsent bytes are left to go.
     Closing {
         until: Instant,
@@ -79,10 +83,12 @@ struct SessionEntry {
 pub(crate) struct Reactor {
     shared: Arc<Shared>,
     epoll: std::os::fd::OwnedFd,
-    listeners: Vec<TcpListener>,
+    listeners: Vec<Listener>,
     connections: HashMap<u64, Connection>,
     sessions: Vec<SessionEntry>,
     viewer_threads: Vec<JoinHandle<()>>,
+    /// Connections whose layers may hold more than was read.
+    read_again: Vec<u64>,
     /// When accepting, which the system refused, is tried again.
     accept_again: Option<Instant>,
     next_token: u64,
@@ -93,7 +99,7 @@ pub(crate) struct Reactor {
 impl Reactor {
     pub(crate) fn new(
         shared: Arc<Shared>,
-        listeners: Vec<TcpListener>,
+        listeners: Vec<Listener>,
         keys: KeyService,
     ) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -111,6 +117,7 @@ impl Reactor {
             connections: HashMap::new(),
             sessions: Vec::new(),
             viewer_threads: Vec::new(),
+            read_again: Vec::new(),
             accept_again: None,
             next_token: TOKEN_CONNECTIONS,
             keys,
@@ -129,6 +136,8 @@ impl Reactor {
                 let pause = at.saturating_duration_since(Instant::now());
                 Timespec { tv_sec: pause.as_secs() as i64, tv_nsec: pause.subsec_nanos().into() }
             });
+            let timeout =
+                if self.read_again.is_empty() { timeout } else { Some(Timespec::default()) };
             let count = match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
                 Ok(count) => count,
                 Err(rustix::io::Errno::INTR) => continue,
@@ -143,6 +152,9 @@ impl Reactor {
                     token if token < TOKEN_CONNECTIONS => self.accept(token),
                     token => self.connection_ready(token, event.flags),
                 }
+            }
+            for token in std::mem::take(&mut self.read_again) {
+                self.read(token);
             }
             self.run_commands();
             self.run_timers();
@@ -162,10 +174,17 @@ impl Reactor {
 
     fn accept(&mut self, token: u64) {
         let Some(listener) = self.listeners.get((token - TOKEN_LISTENERS) as usize) else { return };
-        let (stream, peer) = match listener.accept() {
+        let tls_only = listener.tls_only;
+        let (socket, peer) = match listener.accept() {
             Ok(accepted) => accepted,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => return,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted
+                ) =>
+            {
+                return;
+            }
             Err(error) => {
                 // Out of descriptors, most likely: epoll would report the listener for ever.
                 tracing::warn!(%error, "cannot accept connections for a while");
@@ -177,18 +196,16 @@ impl Reactor {
         self.make_room();
         let token = self.next_token;
         self.next_token += 1;
-        let watched = prepare(&stream).and_then(|()| {
-            let data = epoll::EventData::new_u64(token);
-            Ok(epoll::add(&self.epoll, &stream, data, epoll::EventFlags::IN)?)
-        });
-        if let Err(error) = watched {
+        let data = epoll::EventData::new_u64(token);
+        if let Err(error) = epoll::add(&self.epoll, &socket, data, epoll::EventFlags::IN) {
             tracing::warn!(%peer, %error, "cannot set up a connection");
             return;
         }
         let link = PendingLink::new(Instant::now() + LINK_TIMEOUT);
         let connection = Connection {
-            stream,
+            stream: Stream::new(socket, self.shared.config.tls.clone()),
             peer,
+            tls_only,
             out: Vec::new(),
             sent: 0,
             wants_room: false,
@@ -229,23 +246,31 @@ impl Reactor {
         }
     }
 
+    /// Reads what there is, or a fair share of it.
     fn read(&mut self, token: u64) {
-        let Some(connection) = self.connections.get_mut(&token) else { return };
         let mut buffer = [0; READ_SIZE];
-        let count = match connection.stream.read(&mut buffer) {
-            Ok(0) => return self.hang_up(token, &io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => count,
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                ) =>
-            {
+        for _ in 0..READS {
+            let Some(connection) = self.connections.get_mut(&token) else { return };
+            match connection.stream.read(&mut buffer) {
+                Ok(0) => return self.hang_up(token, &io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => self.received(token, buffer.get(..count).unwrap_or_default()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                // A layer may have something to answer.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return self.flush(token);
+                }
+                Err(error) => return self.hang_up(token, &error),
+            }
+            let layered = |connection: &Connection| connection.stream.is_layered();
+            if !self.connections.get(&token).is_some_and(layered) {
                 return;
             }
-            Err(error) => return self.hang_up(token, &error),
-        };
-        let bytes = buffer.get(..count).unwrap_or_default();
+        }
+        self.read_again.push(token);
+    }
+
+    fn received(&mut self, token: u64, bytes: &[u8]) {
+        let Some(connection) = self.connections.get_mut(&token) else { return };
         match &mut connection.stage {
             Stage::Link(pending) => {
                 pending.link.receive(bytes);
@@ -254,8 +279,8 @@ impl Reactor {
                 }
                 self.run_link(token);
             }
-            Stage::Channel(session, channel) => {
-                session.received.fetch_add(count as u64, Ordering::Relaxed);
+            Stage::Channel(session, traffic, channel) => {
+                session.count_received(traffic, bytes.len());
                 let mut context =
                     Context { shared: &self.shared, session: session.id, out: &mut connection.out };
                 if let Err(error) = channel.receive(bytes, &mut context) {
@@ -281,8 +306,8 @@ impl Reactor {
                 }
                 Ok(count) => {
                     connection.sent += count;
-                    if let Stage::Channel(session, _) = &connection.stage {
-                        session.sent.fetch_add(count as u64, Ordering::Relaxed);
+                    if let Stage::Channel(session, traffic, _) = &connection.stage {
+                        session.count_sent(traffic, count);
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -293,11 +318,16 @@ impl Reactor {
                 }
             }
         }
-        if let Err(error) = result {
-            return self.hang_up(token, &error);
-        }
+        let blocked = match result.and_then(|()| connection.stream.flush()) {
+            Ok(()) => false,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => true,
+            Err(error) => return self.hang_up(token, &error),
+        };
         let unsent = connection.out.len() - connection.sent;
-        if unsent == 0 {
+        if let Stage::Channel(_, traffic, _) = &connection.stage {
+            traffic.waiting.store(unsent as u64, Ordering::Relaxed);
+        }
+        if unsent == 0 && !blocked {
             connection.out.clear();
             connection.sent = 0;
             if matches!(connection.stage, Stage::Closing { .. }) {
@@ -307,8 +337,9 @@ impl Reactor {
             let error = io::Error::other("the client does not read what it is sent");
             return self.hang_up(token, &error);
         }
-        if connection.wants_room != (unsent > 0) {
-            connection.wants_room = unsent > 0;
+        let wants_room = unsent > 0 || blocked;
+        if connection.wants_room != wants_room {
+            connection.wants_room = wants_room;
             let mut flags = epoll::EventFlags::IN;
             flags.set(epoll::EventFlags::OUT, connection.wants_room);
             let data = epoll::EventData::new_u64(token);
@@ -328,26 +359,33 @@ impl Reactor {
 
     /// A connection failed or ended. A main channel takes its session along.
     fn hang_up(&mut self, token: u64, error: &io::Error) {
-        if let Some(connection) = self.connections.get(&token)
-            && let Stage::Channel(session, channel) = &connection.stage
-        {
-            let (peer, channel) = (connection.peer, channel.kind().name());
-            if is_hangup(error) {
-                tracing::debug!(%peer, session = session.id, channel, "connection ended");
-            } else {
-                tracing::warn!(%peer, session = session.id, channel, %error, "connection failed");
+        let connection = self.connections.get(&token);
+        match connection.map(|connection| (connection.peer, &connection.stage)) {
+            Some((peer, Stage::Channel(session, _, channel))) => {
+                let channel = channel.kind().name();
+                if is_hangup(error) {
+                    tracing::debug!(%peer, session = session.id, channel, "connection ended");
+                } else {
+                    tracing::warn!(%peer, session = session.id, channel, %error, "connection failed");
+                }
             }
+            // TLS that cannot be, most likely: the client does not trust the certificate.
+            Some((peer, Stage::Link(_))) if !is_hangup(error) => {
+                tracing::info!(%peer, %error, "a connection failed before it was a channel");
+            }
+            _ => {}
         }
         self.drop_connection(token);
     }
 
     fn drop_connection(&mut self, token: u64) {
-        let Some(connection) = self.connections.remove(&token) else { return };
+        let Some(mut connection) = self.connections.remove(&token) else { return };
         let _ = epoll::delete(&self.epoll, &connection.stream);
-        if let Stage::Channel(session, mut channel) = connection.stage {
+        connection.stream.close();
+        if let Stage::Channel(session, _, mut channel) = connection.stage {
             channel.closed(session.id, &self.shared);
-            let key = channel.key();
-            lock(&session.channels).retain(|open| *open != key);
+            let (kind, id) = channel.key();
+            session.closed(kind, id);
             if channel.kind() == ChannelType::Main {
                 self.end_session(session.id);
             }
@@ -381,7 +419,7 @@ impl Reactor {
     }
 
     fn link_request(&mut self, token: u64, request: LinkRequest) {
-        let refusal = self.refusal(&request);
+        let refusal = self.in_the_clear(token, &request).or_else(|| self.refusal(&request));
         let Some(connection) = self.connections.get_mut(&token) else { return };
         let Stage::Link(pending) = &mut connection.stage else { return };
         if let Some(code) = refusal {
@@ -394,6 +432,15 @@ impl Reactor {
             Some(key) => self.offer_key(token, key),
             None => pending.waits_for_key = true,
         }
+    }
+
+    /// Whether a link cannot be because it is not encrypted.
+    fn in_the_clear(&self, token: u64, request: &LinkRequest) -> Option<LinkCode> {
+        let connection = self.connections.get(&token)?;
+        let secure = &self.shared.config.secure;
+        let needed = connection.tls_only
+            || request.known_type().is_some_and(|channel| secure.contains(channel));
+        (needed && !connection.stream.is_secure()).then_some(LinkCode::NeedSecured)
     }
 
     /// Why a link cannot be, if it cannot.
@@ -417,7 +464,7 @@ impl Reactor {
             }
             _ => usize::from(request.channel_id) < self.shared.displays.len(),
         };
-        let open = lock(&entry.session.channels).contains(&(kind, request.channel_id));
+        let open = entry.session.has_open(kind, request.channel_id);
         (!exists || open).then_some(LinkCode::ChannelNotAvailable)
     }
 
@@ -497,14 +544,7 @@ impl Reactor {
         while id == 0 || self.sessions.iter().any(|entry| entry.session.id == id) {
             id = rand::random();
         }
-        let session = Arc::new(Session {
-            id,
-            peer: connection.peer,
-            channels: Default::default(),
-            sent: Default::default(),
-            received: Default::default(),
-            displays: Default::default(),
-        });
+        let session = Arc::new(Session::new(id, connection.peer));
         tracing::info!(peer = %session.peer, session = id, "client connected");
         lock(&self.shared.sessions).push(session.clone());
         self.sessions.push(SessionEntry {
@@ -514,7 +554,7 @@ impl Reactor {
         });
         let clock = self.shared.clock.elapsed().as_millis() as u32;
         let channel = Channel::main(request, &self.shared, id, clock);
-        self.become_channel(token, &session, channel);
+        self.become_channel(token, request, &session, channel);
     }
 
     fn open_channel(&mut self, token: u64, request: &LinkRequest, kind: ChannelType) {
@@ -539,20 +579,28 @@ impl Reactor {
             }
             ChannelType::Display | ChannelType::Main => return self.open_display(token, request),
         };
-        self.become_channel(token, &session, channel);
+        self.become_channel(token, request, &session, channel);
     }
 
-    fn become_channel(&mut self, token: u64, session: &Arc<Session>, channel: Channel) {
+    fn become_channel(
+        &mut self,
+        token: u64,
+        request: &LinkRequest,
+        session: &Arc<Session>,
+        channel: Channel,
+    ) {
         let Some(connection) = self.connections.get_mut(&token) else { return };
-        let key = channel.key();
-        let stage = Stage::Channel(session.clone(), Box::new(channel));
+        let (kind, id) = channel.key();
+        let traffic = session.open(kind, id, connection.stream.describe());
+        let stage = Stage::Channel(session.clone(), traffic, Box::new(channel));
         let Stage::Link(mut pending) = std::mem::replace(&mut connection.stage, stage) else {
             return;
         };
-        lock(&session.channels).push(key);
         pending.link.finish(LinkCode::Ok, &mut connection.out);
+        let unsent = connection.out.len() - connection.sent;
+        connection.stream.begin_messages(request.header_kind(), unsent);
         let rest = pending.link.into_rest();
-        let Stage::Channel(_, channel) = &mut connection.stage else { return };
+        let Stage::Channel(_, _, channel) = &mut connection.stage else { return };
         let mut context =
             Context { shared: &self.shared, session: session.id, out: &mut connection.out };
         channel.opened(&mut context);
@@ -564,7 +612,7 @@ impl Reactor {
 
     /// Hands a display connection to a thread of its own.
     fn open_display(&mut self, token: u64, request: &LinkRequest) {
-        let Some(connection) = self.connections.remove(&token) else { return };
+        let Some(mut connection) = self.connections.remove(&token) else { return };
         let _ = epoll::delete(&self.epoll, &connection.stream);
         let known = |entry: &&mut SessionEntry| entry.session.id == request.connection_id;
         let Some(entry) = self.sessions.iter_mut().find(known) else { return };
@@ -572,10 +620,16 @@ impl Reactor {
         let mut unsent = connection.out;
         unsent.drain(..connection.sent);
         pending.link.finish(LinkCode::Ok, &mut unsent);
+        connection.stream.begin_messages(request.header_kind(), unsent.len());
         let viewer = NewViewer {
             shared: self.shared.clone(),
             session: entry.session.clone(),
             display: request.channel_id,
+            traffic: entry.session.open(
+                ChannelType::Display,
+                request.channel_id,
+                connection.stream.describe(),
+            ),
             stream: connection.stream,
             header: request.header_kind(),
             caps: request.channel_caps.clone(),
@@ -586,10 +640,12 @@ impl Reactor {
             Ok((handle, thread)) => {
                 self.viewer_threads.retain(|thread| !thread.is_finished());
                 self.viewer_threads.push(thread);
-                lock(&entry.session.channels).push((ChannelType::Display, request.channel_id));
                 entry.viewers.insert(request.channel_id, handle);
             }
-            Err(error) => tracing::error!(%error, "cannot start a display channel's thread"),
+            Err(error) => {
+                tracing::error!(%error, "cannot start a display channel's thread");
+                entry.session.closed(ChannelType::Display, request.channel_id);
+            }
         }
     }
 
@@ -600,7 +656,7 @@ impl Reactor {
         let known = |entry: &&SessionEntry| entry.session.id == id;
         let Some(main) = self.sessions.iter().find(known).map(|entry| entry.main) else { return };
         if let Some(connection) = self.connections.get_mut(&main)
-            && let Stage::Channel(_, channel) = &mut connection.stage
+            && let Stage::Channel(_, _, channel) = &mut connection.stage
         {
             channel.say_goodbye(&mut connection.out);
         }
@@ -620,7 +676,7 @@ impl Reactor {
         if self.sessions.is_empty() {
             *lock(&self.shared.mouse_mode) = MouseMode::Client;
         }
-        let of_session = |connection: &Connection| matches!(&connection.stage, Stage::Channel(session, _) if session.id == id);
+        let of_session = |connection: &Connection| matches!(&connection.stage, Stage::Channel(session, ..) if session.id == id);
         let tokens: Vec<u64> =
             self.connections.iter().filter(|(_, c)| of_session(c)).map(|(t, _)| *t).collect();
         for token in tokens {
@@ -641,8 +697,7 @@ impl Reactor {
                     let known = |entry: &&mut SessionEntry| entry.session.id == session;
                     if let Some(entry) = self.sessions.iter_mut().find(known) {
                         entry.viewers.remove(&display);
-                        let gone = (ChannelType::Display, display);
-                        lock(&entry.session.channels).retain(|open| *open != gone);
+                        entry.session.closed(ChannelType::Display, display);
                     }
                 }
             }
@@ -665,7 +720,7 @@ impl Reactor {
         let connections = self.connections.values().filter_map(|c| match &c.stage {
             Stage::Link(link) => Some(link.next_timer()),
             Stage::Closing { until } => Some(*until),
-            Stage::Channel(_, channel) => channel.next_timer(),
+            Stage::Channel(_, _, channel) => channel.next_timer(),
         });
         connections.chain(self.accept_again).min()
     }
@@ -684,7 +739,7 @@ impl Reactor {
                 }
                 Stage::Link(link) if link.next_timer() <= now => expired.push(*token),
                 Stage::Closing { until } if *until <= now => expired.push(*token),
-                Stage::Channel(session, channel) => {
+                Stage::Channel(session, _, channel) => {
                     if channel.next_timer().is_some_and(|at| at <= now) {
                         let mut context = Context {
                             shared: &self.shared,
@@ -715,7 +770,7 @@ impl Reactor {
     fn serve_channels(&mut self) {
         let mut dirty = Vec::new();
         for (token, connection) in &mut self.connections {
-            if let Stage::Channel(session, channel) = &mut connection.stage {
+            if let Stage::Channel(session, _, channel) = &mut connection.stage {
                 let before = connection.out.len();
                 let mut context =
                     Context { shared: &self.shared, session: session.id, out: &mut connection.out };

@@ -2,7 +2,6 @@
 
 use std::{
     collections::VecDeque,
-    net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -10,9 +9,10 @@ use std::{
     time::Instant,
 };
 
-use super::{keys::KeyEvent, wake::Wake};
+use super::{keys::KeyEvent, stream::Peer, wake::Wake};
 use crate::{
-    ClientPolicy, ClientStatus, DisplayEvents, InputSink, Leds, MouseMode, Secret, Severity,
+    ChannelStatus, ClientPolicy, ClientStatus, DisplayEvents, InputSink, Leds, MouseMode, Secret,
+    SecureChannels, Severity,
     agent::hub::AgentHub,
     audio::Sound,
     display::{state::DisplayShared, stats::Counters},
@@ -30,6 +30,10 @@ pub(crate) struct Config {
     pub(crate) uuid: Option<[u8; 16]>,
     pub(crate) password: Option<Secret>,
     pub(crate) policy: ClientPolicy,
+    /// Offered to clients that begin with TLS.
+    pub(crate) tls: Option<Arc<rustls::ServerConfig>>,
+    /// What must not be opened in the clear.
+    pub(crate) secure: SecureChannels,
     pub(crate) input: Option<Arc<dyn InputSink>>,
     pub(crate) events: Option<Arc<dyn DisplayEvents>>,
     pub(crate) sound: Option<Sound>,
@@ -96,26 +100,96 @@ impl Notices {
 /// One authenticated client.
 pub(crate) struct Session {
     pub(crate) id: u32,
-    pub(crate) peer: SocketAddr,
-    pub(crate) channels: Mutex<Vec<(ChannelType, u8)>>,
-    pub(crate) sent: AtomicU64,
-    pub(crate) received: AtomicU64,
+    pub(crate) peer: Peer,
+    channels: Mutex<Vec<Arc<Traffic>>>,
+    sent: AtomicU64,
+    received: AtomicU64,
     /// What its display channels count.
     pub(crate) displays: Mutex<Vec<(u8, Arc<Counters>)>>,
 }
 
+/// What goes through one of its channels.
+pub(crate) struct Traffic {
+    kind: ChannelType,
+    id: u8,
+    transport: String,
+    sent: AtomicU64,
+    received: AtomicU64,
+    /// Bytes that wait for the socket.
+    pub(crate) waiting: AtomicU64,
+}
+
+impl Traffic {
+    fn name(&self) -> String {
+        match self.kind {
+            ChannelType::Display | ChannelType::Cursor => {
+                format!("{} {}", self.kind.name(), self.id)
+            }
+            kind => kind.name().to_owned(),
+        }
+    }
+}
+
 impl Session {
+    pub(crate) fn new(id: u32, peer: Peer) -> Self {
+        Self {
+            id,
+            peer,
+            channels: Mutex::default(),
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            displays: Mutex::default(),
+        }
+    }
+
+    /// A channel begins; `transport` describes its connection.
+    pub(crate) fn open(&self, kind: ChannelType, id: u8, transport: String) -> Arc<Traffic> {
+        let traffic = Arc::new(Traffic {
+            kind,
+            id,
+            transport,
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            waiting: AtomicU64::new(0),
+        });
+        lock(&self.channels).push(traffic.clone());
+        traffic
+    }
+
+    pub(crate) fn has_open(&self, kind: ChannelType, id: u8) -> bool {
+        lock(&self.channels).iter().any(|open| (open.kind, open.id) == (kind, id))
+    }
+
+    /// A channel ends.
+    pub(crate) fn closed(&self, kind: ChannelType, id: u8) {
+        lock(&self.channels).retain(|open| (open.kind, open.id) != (kind, id));
+    }
+
+    pub(crate) fn count_sent(&self, traffic: &Traffic, bytes: usize) {
+        traffic.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count_received(&self, traffic: &Traffic, bytes: usize) {
+        traffic.received.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.received.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
     pub(crate) fn status(&self) -> ClientStatus {
-        let name = |(kind, id): &(ChannelType, u8)| match kind {
-            ChannelType::Display | ChannelType::Cursor => format!("{} {id}", kind.name()),
-            _ => kind.name().to_owned(),
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let channel = |traffic: &Arc<Traffic>| ChannelStatus {
+            name: traffic.name(),
+            transport: traffic.transport.clone(),
+            bytes_sent: read(&traffic.sent),
+            bytes_received: read(&traffic.received),
+            bytes_waiting: read(&traffic.waiting),
         };
         ClientStatus {
             session: self.id,
             peer: self.peer,
-            channels: lock(&self.channels).iter().map(name).collect(),
-            bytes_sent: self.sent.load(Ordering::Relaxed),
-            bytes_received: self.received.load(Ordering::Relaxed),
+            channels: lock(&self.channels).iter().map(channel).collect(),
+            bytes_sent: read(&self.sent),
+            bytes_received: read(&self.received),
             displays: lock(&self.displays).iter().map(|(id, c)| c.stats((*id).into())).collect(),
         }
     }

@@ -4,8 +4,7 @@
 //! newest frame, so a slow client gets fewer and newer pictures, and a stalled one holds one part.
 
 use std::{
-    io::{self, Read, Write},
-    net::TcpStream,
+    io,
     os::fd::AsFd,
     sync::{
         Arc,
@@ -19,7 +18,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{
     flow::{Flow, MUTE},
-    shared::{Command, Session, Shared, lock},
+    shared::{Command, Session, Shared, Traffic, lock},
+    stream::Stream,
     wake::Wake,
 };
 use crate::{
@@ -69,7 +69,8 @@ pub(crate) struct NewViewer {
     pub(crate) shared: Arc<Shared>,
     pub(crate) session: Arc<Session>,
     pub(crate) display: u8,
-    pub(crate) stream: TcpStream,
+    pub(crate) stream: Stream,
+    pub(crate) traffic: Arc<Traffic>,
     pub(crate) header: HeaderKind,
     pub(crate) caps: Caps,
     /// Bytes the client sent after its ticket.
@@ -107,7 +108,7 @@ fn run(new: NewViewer, handle: ViewerHandle) {
         mjpeg: has(CAP_MULTI_CODEC) && has(CAP_CODEC_MJPEG),
         reports: has(CAP_STREAM_REPORT),
         sized: has(CAP_SIZED_STREAM),
-        local: new.session.peer.ip().is_loopback(),
+        local: new.session.peer.is_local(),
     };
     let mut encoder = Encoder::new(Framer::new(new.header), abilities, stats.clone());
     encoder.out = new.unsent;
@@ -118,6 +119,7 @@ fn run(new: NewViewer, handle: ViewerHandle) {
         clock: shared.clock,
         deframer: Deframer::new(new.header),
         session: new.session,
+        traffic: new.traffic,
         stream: new.stream,
         sent: 0,
         accounted: encoder.out.len(),
@@ -130,7 +132,9 @@ fn run(new: NewViewer, handle: ViewerHandle) {
         handle,
     };
     viewer.deframer.receive(&new.received);
-    match viewer.serve() {
+    let result = viewer.serve();
+    viewer.stream.close();
+    match result {
         Ok(()) => {}
         Err(error) if is_hangup(&error) => {
             tracing::debug!(session, number, %error, "display channel gone");
@@ -174,7 +178,8 @@ struct Viewer {
     clock: Instant,
     deframer: Deframer,
     session: Arc<Session>,
-    stream: TcpStream,
+    traffic: Arc<Traffic>,
+    stream: Stream,
     encoder: Encoder,
     /// Bytes of the encoder's messages that are with the kernel, and that `flow` knows of.
     sent: usize,
@@ -193,6 +198,10 @@ struct Viewer {
 impl Viewer {
     fn serve(&mut self) -> io::Result<()> {
         self.read_messages()?;
+        if self.stream.is_layered() {
+            // Layers may hold something that poll does not know of.
+            self.read()?;
+        }
         self.ping(true, Instant::now());
         while !self.handle.closed.load(Ordering::Acquire) {
             if self.encoder.out.len() - self.sent >= WRITE_SIZE && !self.write()? {
@@ -340,17 +349,30 @@ impl Viewer {
                 Ok(0) => return Err(io::ErrorKind::BrokenPipe.into()),
                 Ok(count) => {
                     self.sent += count;
-                    self.session.sent.fetch_add(count as u64, Ordering::Relaxed);
+                    self.session.count_sent(&self.traffic, count);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Ok(self.blocked());
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
+        match self.stream.flush() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(self.blocked()),
+            result => result?,
+        }
         self.encoder.out.clear();
         (self.sent, self.accounted) = (0, 0);
+        set(&self.traffic.waiting, 0);
         set(&self.stats.in_flight, self.flow.in_flight());
         Ok(true)
+    }
+
+    /// The socket is full.
+    fn blocked(&self) -> bool {
+        set(&self.traffic.waiting, (self.encoder.out.len() - self.sent) as u64);
+        false
     }
 
     /// Waits for the client, for damage, for room in the socket if `blocked`, or for the pause's
@@ -389,22 +411,21 @@ impl Viewer {
 
     fn read(&mut self) -> io::Result<()> {
         let mut buffer = [0; 4096];
-        match self.stream.read(&mut buffer) {
-            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => {
-                self.session.received.fetch_add(count as u64, Ordering::Relaxed);
-                self.deframer.receive(buffer.get(..count).unwrap_or_default());
-                self.read_messages()
+        loop {
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => {
+                    self.session.count_received(&self.traffic, count);
+                    self.deframer.receive(buffer.get(..count).unwrap_or_default());
+                    self.read_messages()?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                ) =>
-            {
-                Ok(())
+            if !self.stream.is_layered() {
+                return Ok(());
             }
-            Err(error) => Err(error),
         }
     }
 

@@ -117,9 +117,41 @@ impl Deframer {
     }
 }
 
+/// Finds where messages end in bytes that are being sent.
+#[derive(Debug)]
+pub(crate) struct MessageEnds {
+    kind: HeaderKind,
+    /// Bytes until the end of the message that has begun.
+    left: usize,
+}
+
+impl MessageEnds {
+    /// `before`: bytes that come before the first message.
+    pub(crate) fn new(kind: HeaderKind, before: usize) -> Self {
+        Self { kind, left: before }
+    }
+
+    /// How many of the next bytes, which begin where the last call's answer ended, belong to one
+    /// message. 0 if they end within a message's header.
+    pub(crate) fn next(&mut self, bytes: &[u8]) -> usize {
+        if self.left == 0 {
+            let (size_at, header) = match self.kind {
+                HeaderKind::Mini => (2, MINI_HEADER),
+                HeaderKind::Data => (10, DATA_HEADER),
+            };
+            let size = bytes.get(size_at..).and_then(|bytes| bytes.first_chunk());
+            let Some(size) = size.filter(|_| bytes.len() >= header) else { return 0 };
+            self.left = header + u32::from_le_bytes(*size) as usize;
+        }
+        let count = self.left.min(bytes.len());
+        self.left -= count;
+        count
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{Deframer, Framer, HeaderKind};
+    use super::{Deframer, Framer, HeaderKind, MessageEnds};
     use crate::proto::DecodeError;
 
     #[test]
@@ -151,5 +183,30 @@ mod tests {
             deframer.next_message(|_| 100),
             Err(DecodeError::Oversize { kind: 1, size: u32::MAX, limit: 100 })
         );
+    }
+
+    #[test]
+    fn ends_of_sent_messages() {
+        for kind in [HeaderKind::Mini, HeaderKind::Data] {
+            let mut out = b"link".to_vec();
+            let mut framer = Framer::new(kind);
+            let mut ends = vec![4];
+            for size in [0, 5, 70_000] {
+                framer.message(&mut out, 1, |out| out.resize(out.len() + size, 7));
+                ends.push(out.len());
+            }
+            for part in [100, 70_100] {
+                let mut cut = MessageEnds::new(kind, 4);
+                let (mut at, mut seen) = (0, Vec::new());
+                while at < out.len() {
+                    at += cut.next(&out[at..out.len().min(at + part)]);
+                    if cut.left == 0 {
+                        seen.push(at);
+                    }
+                }
+                assert_eq!(seen, ends);
+            }
+            assert_eq!(MessageEnds::new(kind, 0).next(&out[4..8]), 0, "half a header");
+        }
     }
 }

@@ -33,6 +33,8 @@ pub(crate) enum LinkCode {
     BadMagic = 2,
     InvalidData = 3,
     VersionMismatch = 4,
+    /// This channel needs TLS.
+    NeedSecured = 5,
     PermissionDenied = 7,
     BadConnectionId = 8,
     ChannelNotAvailable = 9,

@@ -99,6 +99,35 @@ pub fn have(program: &str) -> bool {
     found
 }
 
+/// An X server of its own.
+pub struct Screen {
+    /// For `DISPLAY`.
+    pub name: String,
+    server: Child,
+}
+
+impl Screen {
+    pub fn new() -> Self {
+        let mut server = Command::new("Xvfb")
+            .args(["-displayfd", "1", "-screen", "0", "1000x800x24", "-nolisten", "tcp"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("Xvfb starts");
+        let mut number = String::new();
+        let mut stdout = BufReader::new(server.stdout.take().expect("piped"));
+        stdout.read_line(&mut number).expect("Xvfb tells its number");
+        Self { name: format!(":{}", number.trim()), server }
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
 const PYTHON: &str = "/usr/bin/python3";
 
 /// Whether the spice-gtk client can run; says that the test is skipped if not.
@@ -128,10 +157,15 @@ impl Client {
     }
 
     pub fn connect_with(address: SocketAddr, password: Option<&str>) -> Self {
+        let port = address.port().to_string();
+        Self::start(&address.ip().to_string(), &port, password.as_slice())
+    }
+
+    /// `more`: a password, properties of SpiceSession as `key=value`.
+    pub fn start(host: &str, port: &str, more: &[&str]) -> Self {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/client.py");
         let mut command = Command::new(PYTHON);
-        command.arg(script).arg(address.ip().to_string()).arg(address.port().to_string());
-        command.args(password);
+        command.arg(script).args([host, port]).args(more);
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python starts");
         let stdout = BufReader::new(child.stdout.take().expect("piped"));

@@ -1,17 +1,27 @@
 //! The SPICE server's counters as JSON, for `ctl spice-clients`.
 
 use serde_json::{Value, json};
-use spice_server::{ClientStatus, DisplayStats};
+use spice_server::{ChannelStatus, ClientStatus, DisplayStats};
 
 /// One client: who it is and what its channels sent. Times are in seconds, sizes in bytes.
 pub(super) fn client(client: &ClientStatus) -> Value {
     json!({
         "peer": client.peer.to_string(),
         "session": client.session,
-        "channels": client.channels,
+        "channels": client.channels.iter().map(channel).collect::<Vec<_>>(),
         "bytes_sent": client.bytes_sent,
         "bytes_received": client.bytes_received,
         "displays": client.displays.iter().map(display).collect::<Vec<_>>(),
+    })
+}
+
+fn channel(channel: &ChannelStatus) -> Value {
+    json!({
+        "name": channel.name,
+        "transport": channel.transport,
+        "bytes_sent": channel.bytes_sent,
+        "bytes_received": channel.bytes_received,
+        "bytes_waiting": channel.bytes_waiting,
     })
 }
 

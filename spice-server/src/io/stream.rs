@@ -1,0 +1,388 @@
+//! A client's connection as one concept: a TCP or Unix socket, perhaps TLS over it, perhaps a
+//! WebSocket over that.
+//!
+//! ```text
+//! SPICE bytes ─▶ Stream ─▶ [WebSocket frames] ─▶ Transport ─▶ [TLS records] ─▶ Socket
+//! ```
+//!
+//! Whether a client speaks TLS is told by the first byte it sends, so every port takes both.
+//! What is written is encrypted or framed only when everything before it is with the kernel: a layer
+//! holds one part of at most [`PART`] bytes, and what waits for the line waits unencrypted, where it
+//! can still be replaced by something newer.
+
+use std::{
+    fmt,
+    io::{self, Read, Write},
+    net::{SocketAddr, TcpStream},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
+    sync::Arc,
+};
+
+use rustix::net::{RecvFlags, recv};
+use rustls::ServerConnection;
+use tungstenite::{
+    Bytes, Message,
+    protocol::{Role, WebSocketConfig, WebSocketContext},
+};
+
+use crate::proto::framing::{HeaderKind, MessageEnds};
+
+/// Most bytes that are encrypted or framed at once.
+const PART: usize = 32 * 1024;
+#[allow(dead_code, reason = "soon")]
+/// Largest WebSocket message of a client; SPICE messages may be cut anywhere.
+const MAX_MESSAGE: usize = 64 * 1024;
+/// First byte of a TLS connection: a handshake record (RFC 8446, 5.1).
+const TLS_HANDSHAKE: u8 = 0x16;
+
+/// Who is at the other end of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// Somebody on the network.
+    Net(SocketAddr),
+    /// A process of this machine, through a Unix socket.
+    Unix {
+        /// Its user.
+        uid: u32,
+        /// Its number; 0 if it is outside of this process's view.
+        pid: i32,
+    },
+}
+
+impl Peer {
+    /// Whether it is a program of the same machine.
+    pub fn is_local(&self) -> bool {
+        match self {
+            Self::Net(address) => address.ip().to_canonical().is_loopback(),
+            Self::Unix { .. } => true,
+        }
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Net(address) => address.fmt(f),
+            Self::Unix { uid, pid } => write!(f, "unix:uid={uid},pid={pid}"),
+        }
+    }
+}
+
+/// A connected socket that does not block.
+#[derive(Debug)]
+pub(crate) enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Read for Socket {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(socket) => socket.read(buffer),
+            Self::Unix(socket) => socket.read(buffer),
+        }
+    }
+}
+
+impl Write for Socket {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(socket) => socket.write(bytes),
+            Self::Unix(socket) => socket.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(socket) => socket.as_fd(),
+            Self::Unix(socket) => socket.as_fd(),
+        }
+    }
+}
+
+/// Whether a connection is encrypted.
+enum Layer {
+    /// Nothing has been received; `Some` if TLS is offered.
+    Undecided(Option<Arc<rustls::ServerConfig>>),
+    Plain,
+    Tls(Box<ServerConnection>),
+}
+
+/// A socket, perhaps with TLS over it.
+struct Transport {
+    socket: Socket,
+    layer: Layer,
+}
+
+impl Transport {
+    /// Looks at the first byte, which stays in the socket; `false` if the client has left.
+    fn decide(&mut self) -> io::Result<bool> {
+        let Layer::Undecided(tls) = &self.layer else { return Ok(true) };
+        let mut first = [0];
+        let (count, _) = recv(&self.socket, &mut first, RecvFlags::PEEK)?;
+        if count == 0 {
+            return Ok(false);
+        }
+        self.layer = match tls {
+            Some(config) if first == [TLS_HANDSHAKE] => {
+                let connection = ServerConnection::new(config.clone()).map_err(io::Error::other)?;
+                Layer::Tls(Box::new(connection))
+            }
+            _ => Layer::Plain,
+        };
+        Ok(true)
+    }
+}
+
+/// Sends what TLS has ready.
+fn send_records(tls: &mut ServerConnection, socket: &mut Socket) -> io::Result<()> {
+    while tls.wants_write() {
+        if tls.write_tls(socket)? == 0 {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+    }
+    Ok(())
+}
+
+/// A full socket is no error for somebody who has handed over all there was.
+fn later(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+        result => result,
+    }
+}
+
+impl Read for Transport {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if !self.decide()? {
+            return Ok(0);
+        }
+        let Layer::Tls(tls) = &mut self.layer else { return self.socket.read(buffer) };
+        loop {
+            match tls.reader().read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                result => return result,
+            }
+            if tls.read_tls(&mut self.socket)? == 0 {
+                // An end without close_notify: SPICE messages have lengths, nothing can be cut
+                // unnoticed.
+                return Ok(0);
+            }
+            let processed = tls.process_new_packets();
+            // Handshakes, and alerts that tell the client what is wrong.
+            let sent = later(send_records(tls, &mut self.socket));
+            processed.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+            sent?;
+        }
+    }
+}
+
+impl Transport {
+    /// Writes; no TLS record has parts of two messages. (spice-gtk waits for the socket after every
+    /// message, even if it has decrypted the beginning of the next one.)
+    fn write_messages(&mut self, bytes: &[u8], ends: &mut MessageEnds) -> io::Result<usize> {
+        let Layer::Tls(tls) = &mut self.layer else { return self.socket.write(bytes) };
+        send_records(tls, &mut self.socket)?;
+        let mut rest = bytes.get(..PART).unwrap_or(bytes);
+        let mut taken = 0;
+        while !rest.is_empty() {
+            let mut count = ends.next(rest);
+            if count == 0 && taken == 0 {
+                // Not a whole header: it cannot be.
+                count = rest.len();
+            }
+            let Some((message, others)) = rest.split_at_checked(count).filter(|_| count > 0) else {
+                break;
+            };
+            tls.writer().write_all(message)?;
+            taken += count;
+            rest = others;
+        }
+        later(send_records(tls, &mut self.socket))?;
+        Ok(taken)
+    }
+}
+
+impl Write for Transport {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let Layer::Tls(tls) = &mut self.layer else { return self.socket.write(bytes) };
+        send_records(tls, &mut self.socket)?;
+        let count = tls.writer().write(bytes.get(..PART).unwrap_or(bytes))?;
+        later(send_records(tls, &mut self.socket))?;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match &mut self.layer {
+            Layer::Tls(tls) => send_records(tls, &mut self.socket),
+            Layer::Undecided(_) | Layer::Plain => Ok(()),
+        }
+    }
+}
+
+/// WebSocket frames (RFC 6455) over a transport.
+struct Frames {
+    context: WebSocketContext,
+    /// What is left of the last message.
+    rest: Bytes,
+}
+
+/// A client's connection. Nothing here blocks (`WouldBlock`).
+pub(crate) struct Stream {
+    transport: Transport,
+    frames: Option<Box<Frames>>,
+    /// Once SPICE messages are sent.
+    ends: Option<MessageEnds>,
+}
+
+impl Stream {
+    /// `tls`: what to offer to a client that begins with TLS.
+    pub(crate) fn new(socket: Socket, tls: Option<Arc<rustls::ServerConfig>>) -> Self {
+        Self {
+            transport: Transport { socket, layer: Layer::Undecided(tls) },
+            frames: None,
+            ends: None,
+        }
+    }
+
+    #[allow(dead_code, reason = "soon")]
+    /// From now on a WebSocket: `answer` ends the handshake, `received` came after the client's
+    /// part of it.
+    pub(crate) fn upgrade(&mut self, answer: &[u8], received: Vec<u8>) -> io::Result<()> {
+        // The first bytes on a connection: a socket without room for them is of no use.
+        self.transport.write_all(answer)?;
+        let config = WebSocketConfig::default()
+            .read_buffer_size(4096)
+            .write_buffer_size(0)
+            .max_write_buffer_size(2 * PART + 1024)
+            .max_message_size(Some(MAX_MESSAGE))
+            .max_frame_size(Some(MAX_MESSAGE));
+        let context = WebSocketContext::from_partially_read(received, Role::Server, Some(config));
+        self.frames = Some(Box::new(Frames { context, rest: Bytes::new() }));
+        Ok(())
+    }
+
+    /// Reads what the client sent; 0 at its end. `Interrupted` if something other than that came.
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let Some(frames) = &mut self.frames else { return self.transport.read(buffer) };
+        if frames.rest.is_empty() {
+            match frames.context.read(&mut self.transport) {
+                Ok(Message::Binary(bytes)) if bytes.is_empty() => {
+                    return Err(io::ErrorKind::Interrupted.into());
+                }
+                Ok(Message::Binary(bytes)) => frames.rest = bytes,
+                Ok(Message::Text(_)) => {
+                    let text = "text on a SPICE WebSocket";
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+                }
+                Ok(_) => return Err(io::ErrorKind::Interrupted.into()),
+                Err(error) => return meaning(error).map(|()| 0),
+            }
+        }
+        let count = frames.rest.len().min(buffer.len());
+        let taken = frames.rest.split_to(count);
+        buffer.get_mut(..count).unwrap_or_default().copy_from_slice(&taken);
+        Ok(count)
+    }
+
+    /// From now on SPICE messages are sent, after `before` bytes of the link.
+    pub(crate) fn begin_messages(&mut self, kind: HeaderKind, before: usize) {
+        self.ends = Some(MessageEnds::new(kind, before));
+    }
+
+    /// Takes some bytes for sending; what was taken before may not all be with the kernel yet.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.flush()?;
+        let Some(frames) = &mut self.frames else {
+            return match &mut self.ends {
+                Some(ends) => self.transport.write_messages(bytes, ends),
+                None => self.transport.write(bytes),
+            };
+        };
+        let part = bytes.get(..PART).unwrap_or(bytes);
+        let message = Message::Binary(Bytes::copy_from_slice(part));
+        // A frame that finds no room is kept.
+        later(frames.context.write(&mut self.transport, message).or_else(ended))?;
+        later(self.flush())?;
+        Ok(part.len())
+    }
+
+    /// Hands the kernel what was taken; `WouldBlock` if that is not possible now.
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
+        match &mut self.frames {
+            None => self.transport.flush(),
+            Some(frames) => frames.context.flush(&mut self.transport).or_else(ended),
+        }
+    }
+
+    /// Whether [`read`](Self::read) has to be called until it says `WouldBlock`: there may be
+    /// something although the socket is empty.
+    pub(crate) fn is_layered(&self) -> bool {
+        self.frames.is_some() || matches!(self.transport.layer, Layer::Tls(_))
+    }
+
+    /// Whether nobody on the way can read along: TLS, or a Unix socket.
+    pub(crate) fn is_secure(&self) -> bool {
+        matches!(self.transport.layer, Layer::Tls(_))
+            || matches!(self.transport.socket, Socket::Unix(_))
+    }
+
+    /// The layers, for people: `tcp`, `tcp+tls1.3+websocket`.
+    pub(crate) fn describe(&self) -> String {
+        let mut text = match self.transport.socket {
+            Socket::Tcp(_) => "tcp".to_owned(),
+            Socket::Unix(_) => "unix".to_owned(),
+        };
+        if let Layer::Tls(tls) = &self.transport.layer {
+            text.push_str(match tls.protocol_version() {
+                Some(rustls::ProtocolVersion::TLSv1_2) => "+tls1.2",
+                Some(rustls::ProtocolVersion::TLSv1_3) => "+tls1.3",
+                _ => "+tls",
+            });
+        }
+        if self.frames.is_some() {
+            text.push_str("+websocket");
+        }
+        text
+    }
+
+    /// Says that this is the end, as far as the socket has room for it.
+    pub(crate) fn close(&mut self) {
+        if let Some(frames) = &mut self.frames {
+            let _ = frames.context.close(&mut self.transport, None);
+        }
+        if let Layer::Tls(tls) = &mut self.transport.layer {
+            tls.send_close_notify();
+        }
+        let _ = self.flush();
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.transport.socket.as_fd()
+    }
+}
+
+/// What an error of the WebSocket means for the bytes: their end (`Ok`), or an error.
+fn meaning(error: tungstenite::Error) -> io::Result<()> {
+    match error {
+        tungstenite::Error::ConnectionClosed | tungstenite::Error::AlreadyClosed => Ok(()),
+        tungstenite::Error::Io(error) => Err(error),
+        error => Err(io::Error::new(io::ErrorKind::InvalidData, error)),
+    }
+}
+
+/// The same while writing, where the end is one of the errors.
+fn ended(error: tungstenite::Error) -> io::Result<()> {
+    meaning(error).and_then(|()| Err(io::ErrorKind::BrokenPipe.into()))
+}
