@@ -61,6 +61,11 @@ pub enum CliError {
     Device(#[from] SpecError),
 }
 
+/// The keys of `--spice`.
+const SPICE: &str = "ADDRESS:PORT|unix:PATH[,password-file=FILE][,clients=exclusive|refuse|shared]\
+[,tls-cert-file=FILE,tls-key-file=FILE[,tls-port=PORT][,tls-channels=all|none|NAME+NAME]]\
+[,unix=PATH][,unix-mode=OCTAL]";
+
 #[derive(Debug, Parser)]
 #[command(name = "drago-vmm", version, about = "A virtual machine monitor for graphical microVMs")]
 #[command(args_override_self = true, args_conflicts_with_subcommands = true)]
@@ -109,7 +114,7 @@ struct MachineArgs {
     #[arg(long, value_name = "NAME=FILE", action = ArgAction::Append)]
     credential: Vec<CredentialConfig>,
     /// Serve the screen to SPICE clients
-    #[arg(long, value_name = "ADDRESS:PORT[,password-file=FILE][,clients=POLICY]")]
+    #[arg(long, value_name = SPICE)]
     spice: Option<String>,
     /// Serve the screen to VNC clients
     #[arg(long, value_name = "ADDRESS:PORT[,password-file=FILE]")]

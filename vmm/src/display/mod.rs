@@ -7,13 +7,14 @@
 //! | [`input`] | keys and pointer: viewers → virtio-input |
 //! | [`agent`] | clipboard and files: spice-vdagent in the guest ↔ viewers |
 //! | [`vnc`] | the same for VNC viewers, which see display 0 |
-//! | [`options`] | `--spice`, `--vnc` |
+//! | [`spice`], [`options`] | `--spice`, `--vnc` |
 
 mod agent;
 mod counters;
 mod input;
 mod options;
 mod screen;
+mod spice;
 mod vnc;
 
 use std::{
@@ -35,8 +36,9 @@ use vnc_server::VncServer;
 use crate::control::ControlError;
 use agent::Port;
 use input::Inputs;
-pub use options::{SpiceConfig, VncConfig};
+pub use options::VncConfig;
 use screen::{Screen, Through};
+pub use spice::SpiceConfig;
 
 /// The run-time handles of the devices that have one.
 #[derive(Default)]
@@ -56,7 +58,7 @@ pub struct Identity {
 
 /// What the control socket may do with a display.
 pub trait DisplayControl: Send + Sync {
-    /// `address:port` of the SPICE server.
+    /// `address:port` of the SPICE server, or `unix:path`.
     fn address(&self) -> Option<String>;
     /// `address:port` of the VNC server.
     fn vnc_address(&self) -> Option<String>;
@@ -93,6 +95,13 @@ pub enum DisplayError {
     Password {
         /// The file.
         path: PathBuf,
+        /// Why.
+        #[source]
+        source: spice_server::Error,
+    },
+    /// TLS cannot be offered.
+    #[error("--spice tls-cert-file=, tls-key-file=: TLS cannot be offered with these files")]
+    Certificate {
         /// Why.
         #[source]
         source: spice_server::Error,
@@ -157,9 +166,6 @@ pub fn start(
             let events = Arc::new(Viewers { screens: screens.clone() });
             let mut builder = SpiceServer::builder()
                 .name(identity.name.clone())
-                .listen(config.address()?)
-                .password(config.password()?)
-                .client_policy(config.clients)
                 .displays(gpu.scanouts())
                 .input(inputs.clone())
                 .display_events(events);
@@ -169,7 +175,7 @@ pub fn start(
             if let Some(port) = &agent_port {
                 builder = builder.agent(Arc::new(Port(port.clone())));
             }
-            Some(Arc::new(builder.start()?))
+            Some(Arc::new(config.apply(builder)?.start()?))
         }
     };
     if let Some(server) = &server {
@@ -186,12 +192,13 @@ pub fn start(
             tracing::info!(%address, "SPICE server listens");
         }
     }
+    let spice_socket = config.and_then(|config| Some(config.unix.as_ref()?.0.clone()));
     let vnc = match (vnc, screens.first()) {
         (Some(config), Some(screen)) => Some(vnc::start(config, identity.name, screen, &inputs)?),
         _ => None,
     };
     gpu.set_sink(Arc::new(screen::Sink::new(screens.clone(), server.as_ref())));
-    Ok(Some(Arc::new(Display { server, vnc, screens, inputs })))
+    Ok(Some(Arc::new(Display { server, spice_socket, vnc, screens, inputs })))
 }
 
 fn show_leds(keyboard: &InputHandle, server: Weak<SpiceServer>) {
@@ -233,6 +240,7 @@ impl DisplayEvents for Viewers {
 /// Everything that makes a running display.
 struct Display {
     server: Option<Arc<SpiceServer>>,
+    spice_socket: Option<PathBuf>,
     vnc: Option<VncServer>,
     screens: Vec<Arc<Screen>>,
     inputs: Arc<Inputs>,
@@ -249,8 +257,10 @@ impl Display {
 
 impl DisplayControl for Display {
     fn address(&self) -> Option<String> {
-        let address: Option<SocketAddr> = self.server.as_ref()?.local_addr();
-        address.map(|address| address.to_string())
+        match self.server.as_ref()?.local_addr() {
+            Some(address) => Some(address.to_string()),
+            None => self.spice_socket.as_ref().map(|path| format!("unix:{}", path.display())),
+        }
     }
 
     fn clients(&self) -> Vec<String> {

@@ -1,0 +1,253 @@
+//! The `--spice` option: where SPICE clients come in, who may, and how they are protected.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use devices::spec::{Spec, SpecError};
+use spice_server::{ClientPolicy, Secret, SecureChannels, ServerBuilder, TlsConfig};
+
+use super::{DisplayError, options::resolve};
+
+/// Permissions of the Unix socket unless told otherwise: its user's.
+const UNIX_MODE: u32 = 0o600;
+
+/// Where to listen, and who may come in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SpiceConfig {
+    /// `address:port`, for clients with and without TLS.
+    pub listen: Option<String>,
+    /// A Unix socket and its permissions.
+    pub unix: Option<(PathBuf, u32)>,
+    /// File whose first line is the password; without one anybody may connect.
+    pub password_file: Option<PathBuf>,
+    /// What happens when a second viewer comes.
+    pub clients: ClientPolicy,
+    /// TLS, if it is offered.
+    pub tls: Option<TlsFiles>,
+}
+
+/// What TLS needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// The certificate chain.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+    /// A second port, for TLS only.
+    pub port: Option<u16>,
+    /// What must not be in the clear.
+    pub channels: SecureChannels,
+}
+
+impl SpiceConfig {
+    /// Parses the value of `--spice` (see `docs/cli.md`).
+    pub fn parse(mut spec: Spec) -> Result<Self, SpecError> {
+        let word = spec.take_word();
+        let mut unix = spec.take_path("unix")?;
+        let listen = match word {
+            Some(word) => match word.strip_prefix("unix:") {
+                Some(path) if path.is_empty() || unix.is_some() => {
+                    return Err(spec.invalid("unix", path, "expected one path, unix:PATH"));
+                }
+                Some(path) => {
+                    unix = Some(path.into());
+                    None
+                }
+                None => Some(word),
+            },
+            None => None,
+        };
+        if listen.is_none() && unix.is_none() {
+            return Err(SpecError::MissingKey {
+                option: spec.option().to_owned(),
+                key: "ADDRESS:PORT".to_owned(),
+            });
+        }
+        let unix_mode = take_mode(&mut spec, unix.is_some())?;
+        let password_file = spec.take_path("password-file")?;
+        let clients = match spec.take("clients")?.as_deref() {
+            None | Some("exclusive") => ClientPolicy::Exclusive,
+            Some("refuse") => ClientPolicy::Refuse,
+            Some("shared") => ClientPolicy::Shared,
+            Some(other) => {
+                return Err(spec.invalid("clients", other, "expected exclusive, refuse or shared"));
+            }
+        };
+        let tls = TlsFiles::take(&mut spec, listen.is_some())?;
+        spec.finish()?;
+        Ok(Self { listen, unix: unix.map(|path| (path, unix_mode)), password_file, clients, tls })
+    }
+
+    /// The address to listen on.
+    fn address(&self) -> Result<Option<SocketAddr>, DisplayError> {
+        self.listen.as_deref().map(|text| resolve("spice", text)).transpose()
+    }
+
+    /// The password, read now so that it is in no command line.
+    fn password(&self) -> Result<Option<Secret>, DisplayError> {
+        let Some(path) = &self.password_file else { return Ok(None) };
+        let secret = Secret::from_file(path)
+            .map_err(|source| DisplayError::Password { path: path.clone(), source })?;
+        Ok(Some(secret))
+    }
+
+    /// Sets up a server accordingly.
+    pub(super) fn apply(&self, mut builder: ServerBuilder) -> Result<ServerBuilder, DisplayError> {
+        let address = self.address()?;
+        if let Some(address) = address {
+            builder = builder.listen(address);
+        }
+        if let Some((path, mode)) = &self.unix {
+            builder = builder.listen_unix(path, *mode);
+        }
+        if let Some(tls) = &self.tls {
+            let config = TlsConfig::from_files(&tls.certificate, &tls.key)
+                .map_err(|source| DisplayError::Certificate { source })?;
+            builder = builder.tls(Some(config)).secure_channels(tls.channels);
+            if let (Some(mut address), Some(port)) = (address, tls.port) {
+                address.set_port(port);
+                builder = builder.listen_tls(address);
+            }
+        }
+        Ok(builder.password(self.password()?).client_policy(self.clients))
+    }
+}
+
+/// `unix-mode=`, in octal.
+fn take_mode(spec: &mut Spec, has_socket: bool) -> Result<u32, SpecError> {
+    let Some(text) = spec.take("unix-mode")? else { return Ok(UNIX_MODE) };
+    if !has_socket {
+        return Err(spec.invalid("unix-mode", &text, "there is no Unix socket: add unix=PATH"));
+    }
+    match u32::from_str_radix(&text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err(spec.invalid("unix-mode", &text, "expected octal digits such as 0660")),
+    }
+}
+
+impl TlsFiles {
+    fn take(spec: &mut Spec, has_address: bool) -> Result<Option<Self>, SpecError> {
+        let certificate = spec.take_path("tls-cert-file")?;
+        let key = spec.take_path("tls-key-file")?;
+        let port = spec.take_parsed::<u16>("tls-port")?;
+        let channels = spec.take("tls-channels")?;
+        let missing = |key: &str| SpecError::MissingKey {
+            option: spec.option().to_owned(),
+            key: key.to_owned(),
+        };
+        let (certificate, key) = match (certificate, key) {
+            (Some(certificate), Some(key)) => (certificate, key),
+            (Some(_), None) => return Err(missing("tls-key-file")),
+            (None, Some(_)) => return Err(missing("tls-cert-file")),
+            (None, None) if port.is_some() || channels.is_some() => {
+                return Err(missing("tls-cert-file"));
+            }
+            (None, None) => return Ok(None),
+        };
+        if let Some(port) = port
+            && !has_address
+        {
+            let reason = "there is no address: begin with ADDRESS:PORT";
+            return Err(spec.invalid("tls-port", &port.to_string(), reason));
+        }
+        let channels = match channels.as_deref() {
+            None | Some("all") => SecureChannels::ALL,
+            Some("none") => SecureChannels::NONE,
+            Some(text) => {
+                let mut channels = SecureChannels::NONE;
+                for name in text.split('+') {
+                    if !channels.add(name) {
+                        let names: Vec<_> = SecureChannels::names().collect();
+                        let reason =
+                            format!("expected all, none, or names with + ({})", names.join("+"));
+                        return Err(spec.invalid("tls-channels", text, reason));
+                    }
+                }
+                channels
+            }
+        };
+        Ok(Some(Self { certificate, key, port, channels }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use spice_server::SpiceServer;
+
+    use super::*;
+
+    fn parse(text: &str) -> Result<SpiceConfig, SpecError> {
+        SpiceConfig::parse(Spec::parse("spice", text).unwrap())
+    }
+
+    #[test]
+    fn addresses_and_policies() {
+        let config = parse("[::1]:5901,clients=shared").unwrap();
+        assert_eq!(config.address().unwrap(), Some("[::1]:5901".parse().unwrap()));
+        assert_eq!(config.clients, ClientPolicy::Shared);
+        assert!(parse("clients=shared").is_err(), "the address is missing");
+        assert!(parse("127.0.0.1:1,clients=some").is_err());
+        let error = parse("no-port").unwrap().address().unwrap_err();
+        assert!(error.to_string().starts_with("--spice no-port:"), "{error}");
+    }
+
+    #[test]
+    fn unix_sockets() {
+        let config = parse("unix:/run/spice,unix-mode=0660").unwrap();
+        assert_eq!(config.unix, Some(("/run/spice".into(), 0o660)));
+        assert_eq!(config.listen, None);
+        let config = parse("127.0.0.1:5900,unix=/run/spice").unwrap();
+        assert_eq!(config.unix, Some(("/run/spice".into(), UNIX_MODE)));
+        assert!(config.listen.is_some());
+        for wrong in ["unix:", "unix:/a,unix=/b", "unix:/a,unix-mode=rw", "unix:/a,unix-mode=1777"]
+        {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+        let error = parse("127.0.0.1:1,unix-mode=600").unwrap_err().to_string();
+        assert!(error.starts_with("--spice: unix-mode=600: there is no Unix socket"), "{error}");
+    }
+
+    #[test]
+    fn tls() {
+        let files = "tls-cert-file=/c,tls-key-file=/k";
+        let tls = |text: &str| parse(text).unwrap().tls.unwrap();
+        assert_eq!(tls(&format!("0.0.0.0:1,{files}")).channels, SecureChannels::ALL);
+        let config = tls(&format!("0.0.0.0:1,{files},tls-port=5901,tls-channels=main+inputs"));
+        assert_eq!(config.port, Some(5901));
+        let mut channels = SecureChannels::NONE;
+        assert!(channels.add("main") && channels.add("inputs"));
+        assert_eq!(config.channels, channels);
+        let error = |text: &str| parse(text).unwrap_err().to_string();
+        assert_eq!(error("0.0.0.0:1,tls-key-file=/k"), "--spice: 'tls-cert-file=' is missing");
+        assert_eq!(error("0.0.0.0:1,tls-cert-file=/c"), "--spice: 'tls-key-file=' is missing");
+        assert_eq!(error("0.0.0.0:1,tls-port=5901"), "--spice: 'tls-cert-file=' is missing");
+        assert!(error(&format!("unix:/x,{files},tls-port=1")).contains("there is no address"));
+        assert!(error(&format!("0.0.0.0:1,{files},tls-channels=mian")).contains("main+display"));
+        assert!(error(&format!("0.0.0.0:1,{files},tls-port=70000")).contains("tls-port=70000"));
+    }
+
+    #[test]
+    fn a_certificate_that_cannot_be_had_is_named() {
+        let config = parse("127.0.0.1:0,tls-cert-file=/nonexistent/c,tls-key-file=/k").unwrap();
+        let error = config.apply(SpiceServer::builder()).err().unwrap();
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert!(error.to_string().contains("tls-cert-file"), "{error}");
+        assert!(source.contains("/nonexistent/c"), "{source}");
+    }
+
+    #[test]
+    fn passwords_come_from_a_file_and_are_never_shown() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("password");
+        fs::write(&path, "open sesame\n").unwrap();
+        let config = parse(&format!("127.0.0.1:1,password-file={}", path.display())).unwrap();
+        let secret = config.password().unwrap().unwrap();
+        assert!(!format!("{secret:?}").contains("sesame"));
+        fs::remove_file(&path).unwrap();
+        let error = config.password().unwrap_err();
+        assert!(error.to_string().contains("password-file="), "{error}");
+        fs::write(&path, "\n").unwrap();
+        assert!(config.password().is_err(), "an empty password is a mistake");
+    }
+}
