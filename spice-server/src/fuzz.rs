@@ -4,6 +4,7 @@
 //! small multiple of what it was given.
 
 use crate::{
+    AgentPolicy, Clipboard,
     agent::bridge::Bridge,
     audio::{codec::Decoder, resample::Resampler},
     proto::{
@@ -152,9 +153,19 @@ pub fn fuzz_record_channel(bytes: &[u8]) {
 }
 
 /// Guest agent and client at once: the first bit of every part tells whose it is, the next whether
-/// the guest's port opens or closes or a client comes or goes first.
+/// the guest's port opens or closes or a client comes or goes first. The first byte of all is the policy.
 pub fn fuzz_agent(bytes: &[u8]) {
-    let mut bridge = Bridge::default();
+    let policy = bytes.first().map_or_else(AgentPolicy::default, |byte| AgentPolicy {
+        clipboard: match byte & 3 {
+            0 => Clipboard::Both,
+            1 => Clipboard::ToGuest,
+            2 => Clipboard::ToClient,
+            _ => Clipboard::Off,
+        },
+        max_clipboard: if byte & 4 == 0 { u32::MAX } else { 100 },
+        file_transfer: byte & 8 == 0,
+    });
+    let mut bridge = Bridge::new(policy);
     let mut session = 0;
     for part in parts(bytes) {
         let (first, data) = part.split_first().unwrap_or((&0, &[]));

@@ -31,7 +31,7 @@ mod secret;
 mod server;
 mod tls;
 
-pub use agent::AgentPort;
+pub use agent::{AgentPolicy, AgentPort, Clipboard};
 pub use audio::{PlaybackHandle, RecordHandle};
 pub use display::{
     Codec, CodecStats, CursorImage, DisplayEvents, DisplayHandle, DisplayStats, Frame, MemoryFrame,

@@ -8,8 +8,8 @@ use std::{
 };
 
 use crate::{
-    AgentPort, DisplayEvents, DisplayHandle, DisplayStats, Error, InputSink, Leds, MouseMode, Peer,
-    PlaybackHandle, RecordHandle, Secret, SecureChannels, TlsConfig,
+    AgentPolicy, AgentPort, DisplayEvents, DisplayHandle, DisplayStats, Error, InputSink, Leds,
+    MouseMode, Peer, PlaybackHandle, RecordHandle, Secret, SecureChannels, TlsConfig,
     agent::hub::AgentHub,
     audio::Sound,
     display::state::DisplayShared,
@@ -57,6 +57,7 @@ pub struct ServerBuilder {
     displays: u32,
     input: Option<Arc<dyn InputSink>>,
     agent: Option<Arc<dyn AgentPort>>,
+    agent_policy: AgentPolicy,
     events: Option<Arc<dyn DisplayEvents>>,
     max_size: (u32, u32),
     sound: bool,
@@ -75,6 +76,7 @@ impl Default for ServerBuilder {
             displays: 1,
             input: None,
             agent: None,
+            agent_policy: AgentPolicy::default(),
             events: None,
             max_size: (8192, 8192),
             sound: false,
@@ -166,6 +168,12 @@ impl ServerBuilder {
         self
     }
 
+    /// What clients and the guest's agent may exchange.
+    pub fn agent_policy(mut self, policy: AgentPolicy) -> Self {
+        self.agent_policy = policy;
+        self
+    }
+
     /// The guest agent's port.
     pub fn agent(mut self, agent: Arc<dyn AgentPort>) -> Self {
         self.agent = Some(agent);
@@ -220,7 +228,7 @@ impl ServerBuilder {
             sound: self.sound.then(|| Sound::new(&io)),
         };
         let password = config.password.clone();
-        let agent = AgentHub::new(self.agent);
+        let agent = AgentHub::new(self.agent, self.agent_policy);
         let shared = Arc::new(Shared::new(config, displays, agent, io.clone()));
         let for_keys = Arc::downgrade(&shared);
         let keys = KeyService::start(password, move |event| {

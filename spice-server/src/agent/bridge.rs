@@ -10,14 +10,17 @@
 
 use std::collections::VecDeque;
 
+use super::policy::{AgentPolicy, Sender, Verdict};
 use crate::{
     MonitorConfig,
     proto::{
         DecodeError,
         agent::{
-            ANNOUNCE_CAPABILITIES, ChunkCutter, Cutter, Header, MAX_CHUNK, MONITORS_CONFIG,
-            PORT_CLIENT, PORT_SERVER, Piece, add_server_capabilities, client_disconnected,
-            decode_monitors, put_chunks, server_capabilities, success_reply, wants_capabilities,
+            ANNOUNCE_CAPABILITIES, CAP_CLIPBOARD_SELECTION, CAP_FILE_XFER_DETAILED_ERRORS,
+            ChunkCutter, Cutter, Header, MAX_CHUNK, MONITORS_CONFIG, PORT_CLIENT, PORT_SERVER,
+            Piece, add_server_capabilities, capabilities, change_capabilities, client_disconnected,
+            decode_monitors, file_refused, put_chunks, server_capabilities, success_reply,
+            wants_capabilities,
         },
     },
 };
@@ -64,6 +67,31 @@ enum Action {
     Discard,
     Forward,
     Inspect(Header),
+    /// Clipboard content to be replaced by none; so many bytes in front name the selection.
+    Empty(Header, usize),
+    /// The beginning of a file that may not be sent.
+    Refuse,
+}
+
+impl Action {
+    /// Keeps what this action needs of a message's body.
+    fn keep(self, kept: &mut Vec<u8>, bytes: &[u8]) {
+        let room = match self {
+            Self::Discard | Self::Forward => 0,
+            Self::Inspect(_) => bytes.len(),
+            Self::Empty(_, selection) => selection.saturating_sub(kept.len()),
+            Self::Refuse => 4_usize.saturating_sub(kept.len()),
+        };
+        kept.extend_from_slice(bytes.get(..room).unwrap_or(bytes));
+    }
+}
+
+/// Puts an empty clipboard in place of one whose header this was.
+fn put_empty_clipboard(out: &mut Vec<u8>, header: Header, selection: &[u8]) {
+    const NONE: [u8; 4] = [0; 4];
+    Header { size: (selection.len() + NONE.len()) as u32, ..header }.put(out);
+    out.extend_from_slice(selection);
+    out.extend_from_slice(&NONE);
 }
 
 #[derive(Debug)]
@@ -84,6 +112,8 @@ struct Client {
     cutter: Cutter,
     action: Action,
     inspected: Vec<u8>,
+    /// What it has told the agent it can do.
+    capabilities: u32,
 }
 
 impl Client {
@@ -118,6 +148,7 @@ impl Client {
 /// The bridge between all clients and the guest.
 #[derive(Debug, Default)]
 pub(crate) struct Bridge {
+    policy: AgentPolicy,
     /// Longest connected first: the owner of the guest's agent.
     clients: Vec<Client>,
     guest_open: bool,
@@ -126,12 +157,23 @@ pub(crate) struct Bridge {
     cutter: Cutter,
     action: Action,
     inspected: Vec<u8>,
+    /// What the guest's agent has told it can do.
+    guest_capabilities: u32,
     to_guest: VecDeque<ToGuest>,
     /// Guest data was refused.
     refused: bool,
 }
 
 impl Bridge {
+    pub(crate) fn new(policy: AgentPolicy) -> Self {
+        Self { policy, ..Self::default() }
+    }
+
+    /// Bytes in front of clipboard messages that name a selection.
+    fn selection(guest: u32, client: u32) -> usize {
+        if guest & client & CAP_CLIPBOARD_SELECTION != 0 { 4 } else { 0 }
+    }
+
     fn client(&mut self, session: u32) -> Option<(usize, &mut Client)> {
         self.clients.iter_mut().enumerate().find(|(_, client)| client.session == session)
     }
@@ -154,6 +196,7 @@ impl Bridge {
             cutter: Cutter::default(),
             action: Action::Discard,
             inspected: Vec::new(),
+            capabilities: 0,
         });
         CLIENT_TOKENS
     }
@@ -208,6 +251,8 @@ impl Bridge {
         mut data: &[u8],
     ) -> Result<Option<Vec<Option<MonitorConfig>>>, DecodeError> {
         let guest_open = self.guest_open;
+        let policy = self.policy;
+        let guest_capabilities = self.guest_capabilities;
         let Some((index, client)) = self.client(session) else { return Ok(None) };
         if !client.started {
             // On its way when the agent changed; its tokens are counted anew already.
@@ -224,30 +269,51 @@ impl Bridge {
             match piece {
                 Piece::Begin(header) => {
                     client.inspected.clear();
-                    let own = header.kind == MONITORS_CONFIG
-                        || (header.kind == ANNOUNCE_CAPABILITIES && !forward);
-                    client.action = if own && header.size <= MAX_INSPECTED {
-                        Action::Inspect(header)
-                    } else if own || !forward {
-                        Action::Discard
-                    } else {
-                        header.put(&mut out);
-                        Action::Forward
+                    let own = matches!(header.kind, MONITORS_CONFIG | ANNOUNCE_CAPABILITIES);
+                    client.action = match policy.verdict(Sender::Client, &header) {
+                        _ if own && header.size <= MAX_INSPECTED => Action::Inspect(header),
+                        Verdict::Refuse => Action::Refuse,
+                        _ if own || !forward => Action::Discard,
+                        Verdict::Drop => Action::Discard,
+                        Verdict::Empty => Action::Empty(
+                            header,
+                            Self::selection(guest_capabilities, client.capabilities),
+                        ),
+                        Verdict::Pass => {
+                            header.put(&mut out);
+                            Action::Forward
+                        }
                     };
                 }
                 Piece::Data(bytes) => match client.action {
-                    Action::Discard => {}
                     Action::Forward => out.extend_from_slice(bytes),
-                    Action::Inspect(_) => client.inspected.extend_from_slice(bytes),
+                    action => action.keep(&mut client.inspected, bytes),
                 },
                 Piece::End => {
-                    if let Action::Inspect(header) = client.action {
-                        let body = std::mem::take(&mut client.inspected);
-                        if header.kind == MONITORS_CONFIG {
+                    let mut body = std::mem::take(&mut client.inspected);
+                    match client.action {
+                        Action::Discard | Action::Forward => {}
+                        Action::Inspect(header) if header.kind == MONITORS_CONFIG => {
                             monitors = Some(decode_monitors(&body)?);
                             client.reply(&success_reply(MONITORS_CONFIG));
-                        } else if wants_capabilities(&body) {
-                            client.reply(&server_capabilities());
+                        }
+                        Action::Inspect(header) => {
+                            client.capabilities = capabilities(&body);
+                            if forward {
+                                change_capabilities(&mut body, policy.capabilities().0, 0);
+                                header.put(&mut out);
+                                out.append(&mut body);
+                            } else if wants_capabilities(&body) {
+                                client.reply(&server_capabilities());
+                            }
+                        }
+                        Action::Empty(header, _) => put_empty_clipboard(&mut out, header, &body),
+                        Action::Refuse => {
+                            if let Some(id) = body.first_chunk() {
+                                let detailed =
+                                    client.capabilities & CAP_FILE_XFER_DETAILED_ERRORS != 0;
+                                client.reply(&file_refused(u32::from_le_bytes(*id), detailed));
+                            }
                         }
                     }
                     client.action = Action::Discard;
@@ -342,30 +408,46 @@ impl Bridge {
 
     fn guest_chunk(&mut self, mut data: &[u8], out: &mut Vec<u8>) -> Result<(), DecodeError> {
         let listening = self.clients.first().is_some_and(|owner| owner.started);
+        let client_capabilities = self.clients.first().map_or(0, |owner| owner.capabilities);
         while let Some(piece) = self.cutter.next(&mut data)? {
             match piece {
                 Piece::Begin(header) => {
                     self.inspected.clear();
                     let announce = header.kind == ANNOUNCE_CAPABILITIES;
-                    self.action = if !listening || (announce && header.size > MAX_INSPECTED) {
-                        Action::Discard
-                    } else if announce {
-                        Action::Inspect(header)
-                    } else {
-                        header.put(out);
-                        Action::Forward
+                    self.action = match self.policy.verdict(Sender::Guest, &header) {
+                        _ if announce && header.size <= MAX_INSPECTED => Action::Inspect(header),
+                        _ if announce || !listening => Action::Discard,
+                        Verdict::Drop | Verdict::Refuse => Action::Discard,
+                        Verdict::Empty => Action::Empty(
+                            header,
+                            Self::selection(self.guest_capabilities, client_capabilities),
+                        ),
+                        Verdict::Pass => {
+                            header.put(out);
+                            Action::Forward
+                        }
                     };
                 }
                 Piece::Data(bytes) => match self.action {
-                    Action::Discard => {}
                     Action::Forward => out.extend_from_slice(bytes),
-                    Action::Inspect(_) => self.inspected.extend_from_slice(bytes),
+                    action => action.keep(&mut self.inspected, bytes),
                 },
                 Piece::End => {
-                    if let Action::Inspect(header) = self.action {
-                        add_server_capabilities(&mut self.inspected);
-                        header.put(out);
-                        out.append(&mut self.inspected);
+                    match self.action {
+                        Action::Inspect(header) => {
+                            self.guest_capabilities = capabilities(&self.inspected);
+                            if listening {
+                                let (withdraw, add) = self.policy.capabilities();
+                                change_capabilities(&mut self.inspected, withdraw, add);
+                                add_server_capabilities(&mut self.inspected);
+                                header.put(out);
+                                out.append(&mut self.inspected);
+                            }
+                        }
+                        Action::Empty(header, _) => {
+                            put_empty_clipboard(out, header, &self.inspected);
+                        }
+                        Action::Discard | Action::Forward | Action::Refuse => {}
                     }
                     self.action = Action::Discard;
                 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 pub(crate) use super::bridge::ToClient;
-use super::{AgentPort, bridge::Bridge};
+use super::{AgentPolicy, AgentPort, bridge::Bridge};
 use crate::{MonitorConfig, io::shared::lock, proto::DecodeError};
 
 /// Connects the guest's agent with the clients. The port is never called with the lock held.
@@ -13,8 +13,8 @@ pub(crate) struct AgentHub {
 }
 
 impl AgentHub {
-    pub(crate) fn new(port: Option<Arc<dyn AgentPort>>) -> Self {
-        Self { port, bridge: Mutex::default() }
+    pub(crate) fn new(port: Option<Arc<dyn AgentPort>>, policy: AgentPolicy) -> Self {
+        Self { port, bridge: Mutex::new(Bridge::new(policy)) }
     }
 
     pub(crate) fn is_open(&self) -> bool {

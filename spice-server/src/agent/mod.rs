@@ -2,8 +2,11 @@
 
 pub(crate) mod bridge;
 pub(crate) mod hub;
+mod policy;
 
 use std::sync::Arc;
+
+pub use policy::{AgentPolicy, Clipboard};
 
 /// The program's end of the guest agent's port (`com.redhat.spice.0`).
 ///

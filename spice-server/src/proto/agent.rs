@@ -25,7 +25,14 @@ pub(crate) const PORT_SERVER: u32 = 2;
 /// Message types this server looks at.
 pub(crate) const MONITORS_CONFIG: u32 = 2;
 pub(crate) const REPLY: u32 = 3;
+pub(crate) const CLIPBOARD: u32 = 4;
 pub(crate) const ANNOUNCE_CAPABILITIES: u32 = 6;
+pub(crate) const CLIPBOARD_GRAB: u32 = 7;
+pub(crate) const CLIPBOARD_REQUEST: u32 = 8;
+pub(crate) const CLIPBOARD_RELEASE: u32 = 9;
+pub(crate) const FILE_XFER_START: u32 = 10;
+pub(crate) const FILE_XFER_STATUS: u32 = 11;
+pub(crate) const FILE_XFER_DATA: u32 = 12;
 pub(crate) const CLIENT_DISCONNECTED: u32 = 13;
 
 /// Capabilities of the server's own agent, and of any agent behind this server, because it answers
@@ -193,9 +200,34 @@ pub(crate) fn wants_capabilities(body: &[u8]) -> bool {
 
 /// Adds what the server does itself to the body of a guest agent's `ANNOUNCE_CAPABILITIES`.
 pub(crate) fn add_server_capabilities(body: &mut [u8]) {
+    change_capabilities(body, 0, SERVER_CAPS);
+}
+
+/// Withdraws and adds capabilities in the body of an `ANNOUNCE_CAPABILITIES`.
+pub(crate) fn change_capabilities(body: &mut [u8], withdraw: u32, add: u32) {
     if let Some(word) = body.get_mut(4..).and_then(|rest| rest.first_chunk_mut()) {
-        *word = (u32::from_le_bytes(*word) | SERVER_CAPS).to_le_bytes();
+        *word = (u32::from_le_bytes(*word) & !withdraw | add).to_le_bytes();
     }
+}
+
+/// The first word of capabilities in the body of an `ANNOUNCE_CAPABILITIES`.
+pub(crate) fn capabilities(body: &[u8]) -> u32 {
+    body.get(4..).and_then(|rest| rest.first_chunk()).map_or(0, |word| u32::from_le_bytes(*word))
+}
+
+/// The capability to name a selection (clipboard, primary) in clipboard messages: four bytes in front.
+pub(crate) const CAP_CLIPBOARD_SELECTION: u32 = 1 << 6;
+/// The capability to be told exactly why a file is not taken.
+pub(crate) const CAP_FILE_XFER_DETAILED_ERRORS: u32 = 1 << 14;
+
+/// A whole `FILE_XFER_STATUS` that refuses the transfer with this number.
+pub(crate) fn file_refused(id: u32, detailed: bool) -> Vec<u8> {
+    const CANCELLED: u32 = 1;
+    const DISABLED: u32 = 7;
+    let mut body = Vec::new();
+    body.put_u32(id);
+    body.put_u32(if detailed { DISABLED } else { CANCELLED });
+    message(FILE_XFER_STATUS, &body)
 }
 
 /// Decodes the body of `MONITORS_CONFIG`: one entry per display, `None` for a disabled one.

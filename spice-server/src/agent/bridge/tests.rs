@@ -1,7 +1,7 @@
 use super::*;
 use crate::proto::{agent::HEADER_SIZE, wire::Put};
 
-const CLIPBOARD: u32 = 4;
+use crate::proto::agent::CLIPBOARD;
 
 fn message(kind: u32, body: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
@@ -258,4 +258,68 @@ fn nonsense_from_the_guest_closes_its_agent_only() {
     assert_eq!(bridge.next_for_client(1), Some(ToClient::Disconnected));
     bridge.guest_opened(true);
     assert!(bridge.guest_is_open());
+}
+
+/// A bridge whose client and guest both name selections and take detailed errors.
+fn with_policy(policy: AgentPolicy) -> Bridge {
+    let mut bridge = Bridge::new(policy);
+    bridge.attach(1);
+    bridge.guest_opened(true);
+    while bridge.next_for_client(1).is_some() {}
+    bridge.start(1, u32::MAX);
+    let announce = message(ANNOUNCE_CAPABILITIES, &[0, 0, 0, 0, 0x78, 0x40, 0, 0]);
+    bridge.client_data(1, &announce).unwrap();
+    bridge.guest_data(&chunked(&announce));
+    bridge
+}
+
+/// The first word of capabilities in an announcement.
+fn announced(message: &[u8]) -> u32 {
+    capabilities(&message[HEADER_SIZE..])
+}
+
+#[test]
+fn a_clipboard_that_is_off_is_not_announced_and_does_not_pass() {
+    let policy = AgentPolicy { clipboard: super::super::Clipboard::Off, ..AgentPolicy::default() };
+    let mut bridge = with_policy(policy);
+    let to_guest = drain_guest(&mut bridge);
+    assert_eq!(announced(&to_guest[0].1) & 0x78, 0x10, "only DISPLAY_CONFIG is left");
+    assert_eq!(announced(&drain_client(&mut bridge, 1)) & 0x78, 0x10);
+    bridge.client_data(1, &message(CLIPBOARD, &[1; 100])).unwrap();
+    bridge.guest_data(&chunked(&message(CLIPBOARD, &[1; 100])));
+    assert!(drain_guest(&mut bridge).is_empty());
+    assert!(drain_client(&mut bridge, 1).is_empty());
+    assert_eq!(bridge.take_returned(1), Some(2), "tokens come back for what was dropped");
+}
+
+#[test]
+fn too_long_a_clipboard_becomes_an_empty_one() {
+    let mut bridge = with_policy(AgentPolicy { max_clipboard: 1000, ..AgentPolicy::default() });
+    drain_guest(&mut bridge);
+    drain_client(&mut bridge, 1);
+    let mut body = vec![2, 0, 0, 0, 1, 0, 0, 0];
+    body.resize(1001, b'x');
+    let empty = message(CLIPBOARD, &[2, 0, 0, 0, 0, 0, 0, 0]);
+    for part in message(CLIPBOARD, &body).chunks(300) {
+        bridge.client_data(1, part).unwrap();
+    }
+    assert_eq!(drain_guest(&mut bridge), [(PORT_CLIENT, empty.clone())]);
+    bridge.guest_data(&chunked(&message(CLIPBOARD, &body)));
+    assert_eq!(drain_client(&mut bridge, 1), empty);
+    body.pop();
+    bridge.guest_data(&chunked(&message(CLIPBOARD, &body)));
+    assert_eq!(drain_client(&mut bridge, 1), message(CLIPBOARD, &body));
+}
+
+#[test]
+fn a_file_that_may_not_be_sent_is_refused() {
+    const FILE_XFER_START: u32 = 10;
+    const FILE_XFER_STATUS: u32 = 11;
+    let mut bridge = with_policy(AgentPolicy { file_transfer: false, ..AgentPolicy::default() });
+    drain_guest(&mut bridge);
+    assert_ne!(announced(&drain_client(&mut bridge, 1)) & 1 << 13, 0, "FILE_XFER_DISABLED");
+    bridge.client_data(1, &message(FILE_XFER_START, &[5, 0, 0, 0, b'x', 0])).unwrap();
+    let refused = message(FILE_XFER_STATUS, &[5, 0, 0, 0, 7, 0, 0, 0]);
+    assert_eq!(drain_client(&mut bridge, 1), refused);
+    assert!(drain_guest(&mut bridge).is_empty());
 }
