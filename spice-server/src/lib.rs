@@ -41,7 +41,7 @@ pub use error::Error;
 pub use input::{
     Button, InputSink, KeyEvent, Leds, MouseMode, PointerPosition, Scancode, ScancodePrefix,
 };
-pub use io::stream::Peer;
+pub use io::{stream::Peer, sys::ask_for_short_turns};
 pub use secret::{MAX_PASSWORD, Secret};
 pub use server::{
     AgentHandle, ChannelStatus, ClientPolicy, ClientStatus, ServerBuilder, ServerStatus, Severity,

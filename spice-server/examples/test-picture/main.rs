@@ -17,10 +17,11 @@ use spice_server::{ClientPolicy, DisplayStats, Secret, SpiceServer};
 const USAGE: &str = "\
 test-picture [--listen ADDRESS:PORT] [--password-file FILE] [--mode MODE] [--size WxH]
              [--fps N] [--policy exclusive|refuse|shared] [--whole] [--quiet] [--stats]
-             [--into FILE --offset BYTES]
+             [--sound HZ] [--into FILE --offset BYTES]
   MODE: moving (default), noise, texture, key, static, window, scroll, typing, film, pan
   --whole: every frame says that everything changed
   --stats: prints every second what the display channels did
+  --sound: plays a tone of so many hertz, and prints how loud the client's microphone is
   --into: no server; the frames are written into a file, for another server to show";
 
 struct Options {
@@ -33,6 +34,7 @@ struct Options {
     quiet: bool,
     stats: bool,
     whole: bool,
+    sound: Option<f64>,
     into: Option<PathBuf>,
     offset: u64,
 }
@@ -48,6 +50,7 @@ fn options() -> Result<Options, String> {
         quiet: false,
         stats: false,
         whole: false,
+        sound: None,
         into: None,
         offset: 0,
     };
@@ -73,6 +76,7 @@ fn options() -> Result<Options, String> {
         match name.as_str() {
             "--listen" => options.listen.push(value.parse().map_err(|e| wrong(&e))?),
             "--password-file" => options.password = Some(value.clone().into()),
+            "--sound" => options.sound = Some(value.parse().map_err(|e| wrong(&e))?),
             "--into" => options.into = Some(value.clone().into()),
             "--offset" => options.offset = value.parse().map_err(|e| wrong(&e))?,
             "--mode" => options.mode = value.parse().map_err(|e: String| wrong(&e))?,
@@ -141,6 +145,33 @@ fn write_frames(path: &std::path::Path, options: &Options) -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// Plays a tone and records, 10 ms at a time, for ever.
+fn play(server: &SpiceServer, tone: f64) {
+    const RATE: u32 = 48_000;
+    const TICK: Duration = Duration::from_millis(10);
+    let speaker = server.playback().expect("sound is on");
+    let microphone = server.record().expect("sound is on");
+    let _ = spice_server::ask_for_short_turns();
+    speaker.start(RATE);
+    microphone.start(RATE);
+    let began = Instant::now();
+    let mut loudest = 0;
+    for tick in 0u32.. {
+        std::thread::sleep((began + TICK * tick).saturating_duration_since(Instant::now()));
+        let mut frames = [[0; 2]; RATE as usize / 100];
+        microphone.read(&mut frames);
+        loudest = frames.iter().map(|frame| frame[0].unsigned_abs()).fold(loudest, u16::max);
+        for (i, frame) in frames.iter_mut().enumerate() {
+            let time = (f64::from(tick) * 480.0 + i as f64) / f64::from(RATE);
+            *frame = [(8000.0 * (time * tone * std::f64::consts::TAU).sin()) as i16; 2];
+        }
+        speaker.play(&frames);
+        if tick % 100 == 99 && std::mem::take(&mut loudest) > 0 {
+            println!("the microphone hears something");
+        }
+    }
+}
+
 fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let options = match options() {
@@ -158,6 +189,7 @@ fn main() -> ExitCode {
     let mut builder = SpiceServer::builder()
         .name("test picture")
         .client_policy(options.policy)
+        .sound(options.sound.is_some())
         .input(reporter.clone())
         .display_events(reporter);
     for address in options.listen {
@@ -194,6 +226,10 @@ fn main() -> ExitCode {
                 }
             }
         });
+    }
+    if let Some(tone) = options.sound {
+        let server = server.clone();
+        std::thread::spawn(move || play(&server, tone));
     }
     let display = server.display(0).expect("one display");
     let mut picture = Picture::new(display, options.mode, options.size);

@@ -59,6 +59,7 @@ pub(crate) struct State {
     pub(crate) mute: Option<bool>,
     /// Number of the packet that comes next.
     pub(crate) next: u64,
+    /// Of the stream that plays, or else of the last one.
     packets: VecDeque<Packet>,
     /// From the newest answers of the clients: how long a packet is on its way to the one that
     /// answered last.
@@ -139,10 +140,7 @@ impl Playback {
         let mut maker = lock(&self.maker);
         if maker.playing {
             *maker = Maker::default();
-            let mut state = self.state();
-            state.playing = None;
-            state.packets.clear();
-            drop(state);
+            self.state().playing = None;
             self.io.wake();
         }
     }

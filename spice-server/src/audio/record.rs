@@ -21,7 +21,7 @@ const fn ms(milliseconds: u32) -> usize {
 }
 
 /// How much is in store at first; more after it ran dry, to a limit.
-const STORE: (usize, usize) = (ms(25), ms(55));
+const STORE: (usize, usize) = (ms(30), ms(60));
 const STORE_STEP: usize = ms(10);
 /// Beyond the store: a client that stalled and catches up. What is older is dropped.
 const MOST_BEYOND: usize = ms(60);

@@ -40,6 +40,13 @@ pub(crate) struct Context<'a> {
     pub(crate) out: &'a mut Vec<u8>,
 }
 
+impl Context<'_> {
+    /// A moment on the multimedia clock.
+    pub(super) fn time(&self, moment: Instant) -> u32 {
+        moment.saturating_duration_since(self.shared.clock).as_millis() as u32
+    }
+}
+
 /// A channel of an authenticated client.
 pub(crate) struct Channel {
     id: u8,

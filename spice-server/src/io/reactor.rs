@@ -18,6 +18,7 @@ use super::{
     listen::Listener,
     shared::{Command, Session, Shared, Traffic, lock},
     stream::{Peer, Stream},
+    sys::ask_for_short_turns,
     viewer::{NewViewer, ViewerHandle, is_hangup},
 };
 use crate::{
@@ -127,6 +128,11 @@ impl Reactor {
 
     /// Serves until the server stops.
     pub(crate) fn run(mut self) {
+        if self.shared.config.sound.is_some()
+            && let Err(error) = ask_for_short_turns()
+        {
+            tracing::debug!(%error, "sound goes at the pace of everything else");
+        }
         let mut events = [epoll::Event {
             flags: epoll::EventFlags::empty(),
             data: epoll::EventData::new_u64(0),

@@ -11,7 +11,7 @@ use crate::{
     audio::{
         PlaybackHandle, Sound,
         codec::Decoder,
-        playback::{PACKET_TIME, Playback},
+        playback::{PACKET_TIME, Playback, State},
         record::Record,
     },
     proto::{
@@ -87,8 +87,6 @@ impl PlaybackChannel {
         let now = Instant::now();
         // Otherwise packets wait where they are, grow old and are forgotten.
         let room = context.out.is_empty() && !self.line.is_full(now);
-        let clock = context.shared.clock;
-        let stamp = |time: Instant| time.saturating_duration_since(clock).as_millis() as u32;
         let shared = self.shared.clone();
         let state = shared.state();
         if self.takes_volume && state.volume != self.volume {
@@ -99,46 +97,55 @@ impl PlaybackChannel {
             self.mute = state.mute;
             state.mute.into_iter().for_each(|mute| playback::put_mute(framer, context.out, mute));
         }
-        if state.playing != self.stream {
-            if self.stream.take().is_some() {
-                playback::put_stop(framer, context.out);
-            }
-            // Not before the first packet, so that the client does not wait for it in vain.
-            let first = state.packet(self.next);
-            if let (Some(stream), Some((number, packet))) = (state.playing, first) {
-                let time = stamp(packet.time);
-                playback::put_mode(framer, context.out, time, self.mode);
-                playback::put_start(framer, context.out, time);
-                if self.takes_latency {
-                    let store = PlaybackHandle::STORE.as_millis() as u32;
-                    playback::put_latency(framer, context.out, store);
-                }
-                self.stream = Some(stream);
-                self.next = number;
-                self.plays_until = None;
-            }
+        if self.stream.is_some() && state.playing != self.stream {
+            // What is left of the old stream, unless there is a new one already.
+            self.give_packets(&state, room, now, framer, context);
+            playback::put_stop(framer, context.out);
+            self.stream = None;
         }
         if self.stream.is_none() {
-            return;
+            // Not before the first packet, so that the client does not wait for it in vain.
+            let first = state.packet(self.next);
+            let (Some(stream), Some((_, packet))) = (state.playing, first) else { return };
+            let time = context.time(packet.time);
+            playback::put_mode(framer, context.out, time, self.mode);
+            playback::put_start(framer, context.out, time);
+            if self.takes_latency {
+                let store = PlaybackHandle::STORE.as_millis() as u32;
+                playback::put_latency(framer, context.out, store);
+            }
+            self.stream = Some(stream);
+            self.plays_until = None;
         }
+        self.give_packets(&state, room, now, framer, context);
+        if let Some(id) = self.line.ping(now) {
+            put_ping(framer, context.out, id);
+        }
+    }
+
+    fn give_packets(
+        &mut self,
+        state: &State,
+        room: bool,
+        now: Instant,
+        framer: &mut Framer,
+        context: &mut Context<'_>,
+    ) {
         while room && let Some((number, packet)) = state.packet(self.next) {
             self.next = number + 1;
             let ahead = self.plays_until.map(|until| until.saturating_duration_since(now));
             if ahead.is_some_and(|ahead| ahead >= MOST_AHEAD) {
                 continue;
             }
-            let from = self.plays_until.map_or(now, |until| until.max(now));
-            self.plays_until = Some(from + PACKET_TIME);
             let data = match (self.mode, &packet.opus) {
                 (Mode::Opus, Some(data)) => data,
                 // Coded before this client came.
                 (Mode::Opus, None) => continue,
                 (Mode::Raw, _) => &packet.raw,
             };
-            playback::put_data(framer, context.out, stamp(packet.time), data);
-        }
-        if let Some(id) = self.line.ping(now) {
-            put_ping(framer, context.out, id);
+            let from = self.plays_until.map_or(now, |until| until.max(now));
+            self.plays_until = Some(from + PACKET_TIME);
+            playback::put_data(framer, context.out, context.time(packet.time), data);
         }
     }
 }

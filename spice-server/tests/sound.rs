@@ -1,0 +1,373 @@
+//! Sound to and from spice-gtk: a sine stays a sine.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod support;
+
+use std::{
+    f64::consts::TAU,
+    io::{BufRead, BufReader},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, channel},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use spice_server::{ClientPolicy, PlaybackHandle, ask_for_short_turns};
+use support::{PATIENCE, have_client, setup};
+
+const RATE: usize = 48_000;
+/// Not a whole number of periods in any packet, so that a lost one shows.
+const TONE: f64 = 431.7;
+const TICK: Duration = Duration::from_millis(10);
+
+/// `tests/sound_client.py`.
+struct Ear {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    events: Receiver<Value>,
+    played: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+impl Ear {
+    fn new(address: SocketAddr, opus: bool, speed: f64) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let played = folder.path().join("played");
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sound_client.py");
+        let mut command = Command::new("/usr/bin/python3");
+        command.arg(script).arg(address.ip().to_string()).arg(address.port().to_string());
+        command.arg(&played).arg(TONE.to_string()).arg(speed.to_string());
+        if !opus {
+            command.env("SPICE_DISABLE_OPUS", "1");
+        }
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        let (sender, events) = channel();
+        thread::spawn(move || {
+            for line in stdout.lines().map_while(Result::ok) {
+                let Ok(value) = serde_json::from_str(&line) else { continue };
+                if sender.send(value).is_err() {
+                    break;
+                }
+            }
+        });
+        let stdin = child.stdin.take();
+        Self { child, stdin, events, played, _folder: folder }
+    }
+
+    /// The next event of this name.
+    fn event(&self, name: &str) -> Value {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let event = self.events.recv_timeout(end.saturating_duration_since(Instant::now()));
+            let event = event.unwrap_or_else(|error| panic!("no {name}: {error}"));
+            if event["ev"] == name {
+                return event;
+            }
+        }
+    }
+
+    fn wait_open(&self, channels: &[&str]) {
+        let mut missing = channels.to_vec();
+        while !missing.is_empty() {
+            let event = self.event("channel");
+            if event["event"] == "opened" {
+                missing.retain(|name| event["channel"] != *name);
+            }
+        }
+    }
+
+    /// The left samples that it played so far.
+    fn played(&self) -> Vec<f64> {
+        let bytes = std::fs::read(&self.played).unwrap();
+        bytes.chunks_exact(4).map(|f| i16::from_le_bytes([f[0], f[1]]).into()).collect()
+    }
+
+    /// Ends the client, so that everything it got is in the file.
+    fn finish(mut self) -> Vec<f64> {
+        self.stdin = None;
+        self.child.wait().unwrap();
+        self.played()
+    }
+}
+
+impl Drop for Ear {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn tone(from: usize, count: usize) -> Vec<[i16; 2]> {
+    (from..from + count)
+        .map(|i| {
+            let angle = i as f64 * TONE * TAU / RATE as f64;
+            [(10_000.0 * angle.sin()) as i16, (5_000.0 * angle.cos()) as i16]
+        })
+        .collect()
+}
+
+/// Plays what `frames` makes, given the number of the next frame, for so long, as time goes by.
+fn play(
+    handle: &PlaybackHandle,
+    time: Duration,
+    mut frames: impl FnMut(usize, usize) -> Vec<[i16; 2]>,
+) {
+    ask_for_short_turns().unwrap();
+    let began = Instant::now();
+    for tick in 0..(time.as_millis() / TICK.as_millis()) as u32 {
+        thread::sleep((began + TICK * tick).saturating_duration_since(Instant::now()));
+        handle.play(&frames(tick as usize * RATE / 100, RATE / 100));
+    }
+}
+
+/// Amplitude and phase of a tone in overlapping windows of 20 ms.
+fn demodulate(samples: &[f64], frequency: f64) -> Vec<(f64, f64)> {
+    const WINDOW: usize = 960;
+    let starts = (0..samples.len().saturating_sub(WINDOW)).step_by(WINDOW / 4);
+    starts
+        .map(|start| {
+            let (mut re, mut im) = (0.0, 0.0);
+            for i in 0..WINDOW {
+                let hann = 1.0 - (i as f64 * TAU / WINDOW as f64).cos();
+                let angle = (start + i) as f64 * frequency * TAU / RATE as f64;
+                re += samples[start + i] * hann * angle.cos();
+                im += samples[start + i] * hann * angle.sin();
+            }
+            ((re * re + im * im).sqrt() * 2.0 / WINDOW as f64, im.atan2(re))
+        })
+        .collect()
+}
+
+/// The longest time without a crackle, in seconds: amplitude within 6 % (Opus varies by 4), and no
+/// jump of the phase larger than `jump` (one lost sample is 0.056).
+fn clean(samples: &[f64], amplitude: f64, jump: f64) -> f64 {
+    let windows = demodulate(samples, TONE);
+    let (mut longest, mut run, mut last) = (0, 0, None);
+    for (loud, phase) in windows {
+        let turned = last.map_or(0.0, |last: f64| {
+            let turn = (phase - last).rem_euclid(TAU);
+            turn.min(TAU - turn)
+        });
+        last = Some(phase);
+        if (loud / amplitude - 1.0).abs() < 0.06 && turned < jump {
+            run += 1;
+        } else {
+            run = 0;
+        }
+        longest = longest.max(run);
+    }
+    longest as f64 * 240.0 / RATE as f64
+}
+
+#[test]
+fn a_cut_sine_is_noticed() {
+    let whole: Vec<f64> = tone(0, RATE * 2).iter().map(|frame| frame[0].into()).collect();
+    assert!(clean(&whole, 10_000.0, 0.02) > 1.9);
+    let cut = |lost: usize| [&whole[..RATE], &whole[RATE + lost..]].concat();
+    for lost in [1, 480, 960] {
+        let clean = clean(&cut(lost), 10_000.0, 0.02);
+        assert!(clean < 1.1, "{lost} samples were lost, but {clean} s are clean");
+    }
+    let silence = [&whole[..RATE], &[0.0; 100], &whole[RATE + 100..]].concat();
+    assert!(clean(&silence, 10_000.0, 0.02) < 1.1);
+}
+
+/// What clients with raw samples and with Opus get, all processors being busy if `load`.
+fn play_a_sine(load: bool) {
+    if !have_client() {
+        return;
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    let workers: Vec<_> =
+        (0..if load { thread::available_parallelism().unwrap().get() * 2 } else { 0 })
+            .map(|_| {
+                let stop = stop.clone();
+                thread::spawn(move || while !stop.load(Ordering::Relaxed) {})
+            })
+            .collect();
+    let setup = setup(|builder| builder.sound(true).client_policy(ClientPolicy::Shared));
+    let handle = setup.server.playback().unwrap();
+    let ears = [true, false].map(|opus| Ear::new(setup.address(), opus, 1.0));
+    ears.iter().for_each(|ear| ear.wait_open(&["PlaybackChannel"]));
+    handle.start(RATE as u32);
+    play(&handle, Duration::from_secs(4), tone);
+    handle.stop();
+    for (ear, what) in ears.into_iter().zip(["Opus", "raw"]) {
+        let start = ear.event("start");
+        assert_eq!((&start["format"], &start["channels"]), (&1.into(), &2.into()));
+        assert_eq!(start["rate"], RATE);
+        assert_eq!(ear.event("latency")["ms"], 40);
+        ear.event("stop");
+        let samples = ear.finish();
+        let clean = clean(&samples, 10_000.0, 0.02);
+        println!("{what}: {} samples, {clean:.2} s clean", samples.len());
+        // Others may use the machine as well, and nobody can promise anything then.
+        assert!(load || samples.len() == RATE * 4, "{what}");
+        assert!(clean > if load { 1.0 } else { 3.8 }, "{what}: only {clean} s without a crackle");
+    }
+    stop.store(true, Ordering::Relaxed);
+    workers.into_iter().for_each(|worker| worker.join().unwrap());
+}
+
+#[test]
+fn a_played_sine_stays_a_sine() {
+    play_a_sine(false);
+}
+
+#[test]
+#[ignore = "keeps all processors busy; shows what comes through"]
+fn a_played_sine_stays_a_sine_under_load() {
+    play_a_sine(true);
+}
+
+#[test]
+fn a_client_that_comes_later_hears_the_rest_at_any_rate() {
+    if !have_client() {
+        return;
+    }
+    let setup = setup(|builder| builder.sound(true));
+    let handle = setup.server.playback().unwrap();
+    handle.set_volume([0x8000, 0x4000]);
+    handle.set_mute(true);
+    handle.start(44_100);
+    let ear = Ear::new(setup.address(), true, 1.0);
+    let stop = Arc::new(AtomicBool::new(false));
+    let player = {
+        let (handle, stop) = (handle.clone(), stop.clone());
+        thread::spawn(move || {
+            let began = Instant::now();
+            for tick in 0.. {
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+                thread::sleep((began + TICK * tick).saturating_duration_since(Instant::now()));
+                let frames = (0..441).map(|i| {
+                    let angle = f64::from(tick * 441 + i) * TONE * TAU / 44_100.0;
+                    [(10_000.0 * angle.sin()) as i16, 0]
+                });
+                handle.play(&frames.collect::<Vec<_>>());
+            }
+        })
+    };
+    assert_eq!(ear.event("volume")["channels"], 2);
+    assert_eq!(ear.event("mute")["mute"], true);
+    assert_eq!(ear.event("start")["rate"], RATE);
+    support::eventually("two seconds of sound", || ear.played().len() > RATE * 2);
+    stop.store(true, Ordering::Relaxed);
+    player.join().unwrap();
+    assert!(clean(&ear.played(), 10_000.0, 0.02) > 1.5);
+}
+
+#[test]
+fn one_client_records_for_the_program() {
+    if !have_client() {
+        return;
+    }
+    for opus in [true, false] {
+        let setup = setup(|builder| builder.sound(true).client_policy(ClientPolicy::Shared));
+        let handle = setup.server.record().unwrap();
+        // Its clock is 0.1 % faster than ours.
+        let ear = Ear::new(setup.address(), opus, 1.001);
+        ear.wait_open(&["RecordChannel"]);
+        let other = Ear::new(setup.address(), opus, 1.0);
+        other.wait_open(&["RecordChannel"]);
+        handle.start(RATE as u32);
+        let start = ear.event("record-start");
+        assert_eq!((&start["channels"], &start["rate"]), (&2.into(), &RATE.into()));
+        let mut heard = Vec::new();
+        let began = Instant::now();
+        for tick in 0..500 {
+            thread::sleep((began + TICK * tick).saturating_duration_since(Instant::now()));
+            let mut frames = [[0; 2]; RATE / 100];
+            handle.read(&mut frames);
+            heard.extend(frames.map(|frame| f64::from(frame[0])));
+        }
+        handle.stop();
+        ear.event("record-stop");
+        // Half a percent of 431.7 Hz in 5 ms is 0.07.
+        let clean = clean(&heard, 10_000.0, 0.08);
+        println!("opus {opus}: {clean:.2} s clean");
+        assert!(clean > 3.0, "opus {opus}: only {clean} s without a crackle");
+        // When the first client goes the other one records.
+        handle.start(RATE as u32);
+        drop(ear);
+        other.event("record-start");
+    }
+}
+
+#[test]
+fn a_click_arrives_at_once() {
+    if !have_client() {
+        return;
+    }
+    let setup = setup(|builder| builder.sound(true));
+    let handle = setup.server.playback().unwrap();
+    for opus in [true, false] {
+        let ear = Ear::new(setup.address(), opus, 1.0);
+        ear.wait_open(&["PlaybackChannel"]);
+        handle.start(RATE as u32);
+        let mut said = Vec::new();
+        play(&handle, Duration::from_secs(2), |from, count| {
+            let mut frames = vec![[0; 2]; count];
+            if (from / count) % 20 == 10 {
+                // The clock of Python's time.monotonic().
+                let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+                said.push(now.tv_sec as f64 + now.tv_nsec as f64 / 1e9);
+                // A burst of 5 ms at the end of the packet, which Opus cannot smooth away.
+                for (i, frame) in frames[count / 2..].iter_mut().enumerate() {
+                    *frame = [if i / 24 % 2 == 0 { 25_000 } else { -25_000 }; 2];
+                }
+            }
+            frames
+        });
+        handle.stop();
+        let mut late: Vec<f64> =
+            said.iter().map(|said| ear.event("loud")["at"].as_f64().unwrap() - said).collect();
+        late.sort_by(f64::total_cmp);
+        println!(
+            "opus {opus}: from play() to the client p50 {:.2} ms, worst {:.2} ms",
+            late[late.len() / 2] * 1e3,
+            late[late.len() - 1] * 1e3
+        );
+        assert!(late[0] > 0.0, "{late:?}");
+    }
+}
+
+/// A client that reads nothing costs the others nothing.
+#[test]
+fn a_client_that_stalls_is_left_behind() {
+    if !have_client() {
+        return;
+    }
+    let setup = setup(|builder| builder.sound(true).client_policy(ClientPolicy::Shared));
+    let handle = setup.server.playback().unwrap();
+    let ear = Ear::new(setup.address(), false, 1.0);
+    let stalled = Ear::new(setup.address(), false, 1.0);
+    for ear in [&ear, &stalled] {
+        ear.wait_open(&["PlaybackChannel"]);
+    }
+    handle.start(RATE as u32);
+    let pid = rustix::process::Pid::from_child(&stalled.child);
+    play(&handle, Duration::from_millis(500), tone);
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    play(&handle, Duration::from_secs(3), |from, count| tone(from + RATE / 2, count));
+    rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    play(&handle, Duration::from_millis(500), |from, count| tone(from + RATE * 7 / 2, count));
+    handle.stop();
+    ear.event("stop");
+    stalled.event("stop");
+    let heard = ear.finish();
+    assert!(clean(&heard, 10_000.0, 0.02) > 3.5);
+    // What it missed it does not get afterwards, but for what was on the line.
+    let heard = stalled.finish().len() as f64 / RATE as f64;
+    println!("the one that stalled for 3 s heard {heard:.2} s");
+    assert!(heard < 1.8, "{heard} s");
+}
