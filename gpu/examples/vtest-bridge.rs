@@ -6,8 +6,8 @@
 //!  LIBGL_ALWAYS_SOFTWARE=1 GALLIUM_DRIVER=virpipe glmark2-es2 ──/tmp/.virgl_test── bridge ──queues── drago-gpu
 //! ```
 //!
-//! Usage: `vtest-bridge [SOCKET [DRAGO-GPU ARGUMENTS…]]`. Clients are served one after the other, each
-//! with a context of its own, until the bridge is killed.
+//! Usage: `vtest-bridge [SOCKET [DRAGO-GPU ARGUMENTS…]]`. Each client gets a device of its own, as it
+//! gets a process of its own from `virgl_test_server`: Mesa's clients open more than one connection.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test program")]
 
@@ -23,6 +23,8 @@ use std::{
         unix::net::{UnixListener, UnixStream},
     },
     path::Path,
+    sync::Arc,
+    thread,
 };
 
 use gpu_protocol::virtio::{
@@ -432,37 +434,43 @@ fn main() {
     }
     let own = std::env::current_exe().unwrap();
     let program = own.parent().and_then(Path::parent).unwrap().join("drago-gpu");
-    let options: Vec<&str> = options.iter().map(String::as_str).collect();
-    let mut front = FrontEnd::spawn(&program, &options, 0);
-    // Anew, with notifications as sparse as Linux has them.
-    front.vhost_stop();
-    front.event_idx = true;
-    front.start(front.features);
+    let options = Arc::new(options);
     let _ = std::fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).unwrap();
     println!("listening at {socket}");
     loop {
         let (client, _) = listener.accept().unwrap();
-        let mut session = Session {
-            socket: client,
-            front: &mut front,
-            heap: Heap::new(),
-            resources: HashMap::new(),
-            context: false,
-            fence: 0,
-            submitted: None,
-            commands: Vec::new(),
-        };
-        let error = session.serve().unwrap_err();
-        if error.kind() != io::ErrorKind::UnexpectedEof {
-            eprintln!("{error}");
-        }
-        for (id, resource) in std::mem::take(&mut session.resources) {
-            session.forget(id, &resource);
-        }
-        if session.context {
-            session.front.destroy_context(CONTEXT);
-        }
-        println!("client gone, {} commands refused so far", front.refused);
+        let (program, options) = (program.clone(), options.clone());
+        thread::spawn(move || serve(client, &program, &options));
     }
+}
+
+fn serve(client: UnixStream, program: &Path, options: &[String]) {
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let mut front = FrontEnd::spawn(program, &options, 0);
+    // Anew, with notifications as sparse as Linux has them.
+    front.vhost_stop();
+    front.event_idx = true;
+    front.start(front.features);
+    let mut session = Session {
+        socket: client,
+        front: &mut front,
+        heap: Heap::new(),
+        resources: HashMap::new(),
+        context: false,
+        fence: 0,
+        submitted: None,
+        commands: Vec::new(),
+    };
+    let error = session.serve().unwrap_err();
+    if error.kind() != io::ErrorKind::UnexpectedEof {
+        eprintln!("{error}");
+    }
+    for (id, resource) in std::mem::take(&mut session.resources) {
+        session.forget(id, &resource);
+    }
+    if session.context {
+        session.front.destroy_context(CONTEXT);
+    }
+    println!("client gone, {} commands were refused", front.refused);
 }

@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use drago_tests::{
+    debian::Release,
     paths,
     progress::{note, step},
 };
@@ -95,7 +96,32 @@ fn fast() -> Result<()> {
     })?;
     // Binaries first: device tests start drago-gpu, which is not their crate's.
     step("build", || cargo(&["build", "--quiet", "--workspace", "--all-targets"]))?;
-    step("tests", || cargo(&["test", "--workspace", "--no-fail-fast"]))
+    step("tests", || cargo(&["test", "--workspace", "--no-fail-fast"]))?;
+    step("OpenGL on Debian 13's libraries", newer_opengl)
+}
+
+/// What drago-gpu draws with on Debian 13, for the tests to run on it whatever this machine has.
+const GRAPHICS: &[&str] = &[
+    "libvirglrenderer1",
+    "virgl-server",
+    "libegl1",
+    "libgl1-mesa-dri",
+    "mesa-vulkan-drivers",
+    "vulkan-tools",
+];
+
+/// The same pictures as in the step before, with virglrenderer 1.1 and Mesa 25.
+fn newer_opengl() -> Result<()> {
+    let root = Release::open("trixie")?.tree("graphics", GRAPHICS)?;
+    let program = env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let status = command(&program)
+        .args(["test", "--quiet", "-p", "drago-gpu", "--test", "virgl"])
+        .env("DRAGO_TEST_ROOT", &root)
+        .env("DRAGO_TEST_DRIVER", "LLVM 19")
+        .status()
+        .context("cannot run cargo")?;
+    ensure!(status.success(), "drago-gpu's tests failed on the libraries in {}", root.display());
+    Ok(())
 }
 
 fn nested(suites: &[&str]) -> Result<()> {

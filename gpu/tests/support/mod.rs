@@ -17,10 +17,10 @@ use std::{
     io::{IoSlice, Read, Write},
     mem::MaybeUninit,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::UnixStream,
     },
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{Ordering, fence},
 };
@@ -45,7 +45,10 @@ use vhost::{
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 };
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::{
+    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
+    eventfd::EventFd,
+};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Where guest memory starts.
@@ -86,12 +89,19 @@ pub struct Queue {
     kick: EventFd,
     /// The device's interrupt.
     pub call: EventFd,
+    /// The interrupt, or the end of the process.
+    wake: Epoll,
 }
+
+/// Of [`Queue::wake`]: the device hung up.
+const DEATH: u64 = 1;
 
 /// `drago-gpu` and what it is connected to.
 pub struct FrontEnd {
     pub child: Child,
     pub vhost: Frontend,
+    /// The socket of `vhost`, which keeps it to itself.
+    direct: UnixStream,
     pub gpu: UnixStream,
     pub memory: GuestMemoryMmap,
     pub queues: [Queue; 2],
@@ -108,6 +118,22 @@ pub struct FrontEnd {
 pub struct Ticket {
     slot: u16,
     serial: u64,
+}
+
+/// Starts a program of ours; with `DRAGO_TEST_ROOT`, on the libraries of the system unpacked there.
+pub fn command(program: &Path) -> Command {
+    let Some(root) = std::env::var_os("DRAGO_TEST_ROOT").map(PathBuf::from) else {
+        return Command::new(program);
+    };
+    let libraries = root.join("usr/lib/x86_64-linux-gnu");
+    let mut command = Command::new(libraries.join("ld-linux-x86-64.so.2"));
+    command
+        .arg(program)
+        .env("LD_LIBRARY_PATH", &libraries)
+        .env("__EGL_VENDOR_LIBRARY_DIRS", root.join("usr/share/glvnd/egl_vendor.d"))
+        .env("LIBGL_DRIVERS_PATH", libraries.join("dri"))
+        .env("GBM_BACKENDS_PATH", libraries.join("gbm"));
+    command
 }
 
 impl Drop for FrontEnd {
@@ -129,7 +155,7 @@ impl FrontEnd {
     pub fn spawn(program: &Path, arguments: &[&str], extra_features: u64) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let verbose = std::env::var_os("DRAGO_LOG").is_some();
-        let child = Command::new(program)
+        let child = command(program)
             .args(["--fd", "0"])
             .args(arguments)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
@@ -171,10 +197,20 @@ impl FrontEnd {
             last: 0,
             kick: fd(),
             call: fd(),
+            wake: Epoll::new().unwrap(),
         });
+        for queue in &queues {
+            let add = |fd: i32, events, data| {
+                let event = EpollEvent::new(events, data);
+                queue.wake.ctl(ControlOperation::Add, fd, event).unwrap();
+            };
+            add(queue.call.as_raw_fd(), EventSet::IN, 0);
+            add(direct.as_raw_fd(), EventSet::HANG_UP, DEATH);
+        }
         let mut front = Self {
             child,
             vhost,
+            direct,
             gpu,
             memory,
             queues,
@@ -323,6 +359,11 @@ impl FrontEnd {
             if self.used(queue) != seen {
                 return;
             }
+        }
+        let mut events = [EpollEvent::default(); 2];
+        let count = self.queues[queue].wake.wait(-1, &mut events).unwrap();
+        if events[..count].iter().any(|event| event.data() == DEATH) {
+            panic!("drago-gpu died: {:?}", self.child.wait());
         }
         self.queues[queue].call.read().unwrap();
     }

@@ -13,9 +13,9 @@ pub const BIND_RENDER_TARGET: u32 = 1 << 1;
 pub const BIND_SAMPLER_VIEW: u32 = 1 << 3;
 pub const BIND_SCANOUT: u32 = 1 << 18;
 
-pub const TARGET_BUFFER: u32 = 0;
-pub const BIND_VERTEX_BUFFER: u32 = 1 << 4;
-pub const R8: u32 = 64;
+const TARGET_BUFFER: u32 = 0;
+const BIND_VERTEX_BUFFER: u32 = 1 << 4;
+const R8: u32 = 64;
 const R32G32B32A32_FLOAT: u32 = 31;
 const MODE_TRIANGLES: u32 = 4;
 
@@ -24,12 +24,19 @@ const SET_VIEWPORT_STATE: u32 = 4;
 const SET_VERTEX_BUFFERS: u32 = 6;
 const DRAW_VBO: u32 = 8;
 const RESOURCE_INLINE_WRITE: u32 = 9;
+const SET_SAMPLER_VIEWS: u32 = 10;
+const BIND_SAMPLER_STATES: u32 = 18;
 const BIND_SHADER: u32 = 31;
 const OBJECT_BLEND: u32 = 1;
 const OBJECT_RASTERIZER: u32 = 2;
 const OBJECT_DSA: u32 = 3;
 const OBJECT_SHADER: u32 = 4;
 const OBJECT_VERTEX_ELEMENTS: u32 = 5;
+const OBJECT_SAMPLER_VIEW: u32 = 6;
+const OBJECT_SAMPLER_STATE: u32 = 7;
+const SHADER_VERTEX: u32 = 0;
+const SHADER_FRAGMENT: u32 = 1;
+const MIP_NONE: u32 = 2;
 
 const CREATE_OBJECT: u32 = 1;
 const SET_FRAMEBUFFER_STATE: u32 = 5;
@@ -87,19 +94,22 @@ fn shader(handle: u32, kind: u32, text: &str) -> Vec<u32> {
         .concat()
 }
 
-/// Draws triangles of one colour (red first): four floats a vertex, from a buffer.
-pub fn triangles(buffer: u32, vertices: u32, size: (u32, u32), colour: [f32; 4]) -> Vec<u32> {
+/// Draws triangles with these shaders from a buffer whose vertices are `inputs` times four floats.
+fn draw(
+    buffer: u32,
+    vertices: u32,
+    inputs: u32,
+    size: (u32, u32),
+    vertex: &str,
+    fragment: &str,
+) -> Vec<u32> {
     let [width, height] = [size.0, size.1].map(|side| (side as f32 / 2.0).to_bits());
     let half = 0.5_f32.to_bits();
-    let [r, g, b, a] = colour;
-    let vertex = "VERT\nDCL IN[0]\nDCL OUT[0], POSITION\n  0: MOV OUT[0], IN[0]\n  1: END\n";
-    let fragment = format!(
-        "FRAG\nDCL OUT[0], COLOR\nIMM[0] FLT32 {{ {r:.8}, {g:.8}, {b:.8}, {a:.8} }}\n  \
-         0: MOV OUT[0], IMM[0]\n  1: END\n"
-    );
     // All channels of the first target are written; pixel centres lie at halves.
     let blend = [101, 0, 0, 0xf << 27, 0, 0, 0, 0, 0, 0, 0];
     let rasterizer = [102, 1 << 1 | 1 << 29, 1_f32.to_bits(), 0, 0, 1_f32.to_bits(), 0, 0, 0];
+    let element = |input: u32| [input * 16, 0, 0, R32G32B32A32_FLOAT];
+    let elements: Vec<u32> = [104].into_iter().chain((0..inputs).flat_map(element)).collect();
     [
         command(CREATE_OBJECT, OBJECT_BLEND, &blend),
         command(BIND_OBJECT, OBJECT_BLEND, &[101]),
@@ -107,13 +117,51 @@ pub fn triangles(buffer: u32, vertices: u32, size: (u32, u32), colour: [f32; 4])
         command(BIND_OBJECT, OBJECT_RASTERIZER, &[102]),
         command(CREATE_OBJECT, OBJECT_DSA, &[103, 0, 0, 0, 0]),
         command(BIND_OBJECT, OBJECT_DSA, &[103]),
-        command(CREATE_OBJECT, OBJECT_VERTEX_ELEMENTS, &[104, 0, 0, 0, R32G32B32A32_FLOAT]),
+        command(CREATE_OBJECT, OBJECT_VERTEX_ELEMENTS, &elements),
         command(BIND_OBJECT, OBJECT_VERTEX_ELEMENTS, &[104]),
-        command(SET_VERTEX_BUFFERS, 0, &[16, 0, buffer]),
+        command(SET_VERTEX_BUFFERS, 0, &[inputs * 16, 0, buffer]),
         command(SET_VIEWPORT_STATE, 0, &[0, width, height, half, width, height, half]),
-        shader(105, 0, vertex),
-        shader(106, 1, &fragment),
+        shader(105, SHADER_VERTEX, vertex),
+        shader(106, SHADER_FRAGMENT, fragment),
         command(DRAW_VBO, 0, &[0, vertices, MODE_TRIANGLES, 0, 1, 0, 0, 0, 0, 0, vertices - 1, 0]),
+    ]
+    .concat()
+}
+
+/// Draws triangles of one colour (red first): four floats a vertex, from a buffer.
+pub fn triangles(buffer: u32, vertices: u32, size: (u32, u32), colour: [f32; 4]) -> Vec<u32> {
+    let [r, g, b, a] = colour;
+    let vertex = "VERT\nDCL IN[0]\nDCL OUT[0], POSITION\n  0: MOV OUT[0], IN[0]\n  1: END\n";
+    let fragment = format!(
+        "FRAG\nDCL OUT[0], COLOR\nIMM[0] FLT32 {{ {r:.8}, {g:.8}, {b:.8}, {a:.8} }}\n  \
+         0: MOV OUT[0], IMM[0]\n  1: END\n"
+    );
+    draw(buffer, vertices, 1, size, vertex, &fragment)
+}
+
+/// Draws triangles with a texture that repeats itself, each pixel that of the nearest texel: position
+/// and place in the texture, four floats each, from a buffer.
+pub fn textured(
+    buffer: u32,
+    vertices: u32,
+    size: (u32, u32),
+    texture: u32,
+    format: u32,
+) -> Vec<u32> {
+    let vertex = "VERT\nDCL IN[0]\nDCL IN[1]\nDCL OUT[0], POSITION\nDCL OUT[1], GENERIC[0]\n  \
+                  0: MOV OUT[0], IN[0]\n  1: MOV OUT[1], IN[1]\n  2: END\n";
+    let fragment = "FRAG\nDCL IN[0], GENERIC[0], PERSPECTIVE\nDCL OUT[0], COLOR\nDCL SAMP[0]\n\
+                    DCL SVIEW[0], 2D, FLOAT\n  0: TEX OUT[0], IN[0], SAMP[0], 2D\n  1: END\n";
+    // Red, green, blue and alpha each from where they are.
+    let swizzle = 1 << 3 | 2 << 6 | 3 << 9;
+    let view = [107, texture, TARGET_2D << 24 | format, 0, 0, swizzle];
+    let sampler = [108, MIP_NONE << 11, 0, 0, 0, 0, 0, 0, 0];
+    [
+        command(CREATE_OBJECT, OBJECT_SAMPLER_VIEW, &view),
+        command(SET_SAMPLER_VIEWS, 0, &[SHADER_FRAGMENT, 0, 107]),
+        command(CREATE_OBJECT, OBJECT_SAMPLER_STATE, &sampler),
+        command(BIND_SAMPLER_STATES, 0, &[SHADER_FRAGMENT, 0, 108]),
+        draw(buffer, vertices, 2, size, vertex, fragment),
     ]
     .concat()
 }
@@ -139,6 +187,21 @@ pub fn fenced(kind: u32, context: u32, fence: u64, ring: Option<u8>) -> CtrlHdr 
 }
 
 impl FrontEnd {
+    /// A buffer for vertices, of this many bytes.
+    pub fn create_vertices(&mut self, resource: u32, bytes: u32) {
+        let buffer = Create3d {
+            target: TARGET_BUFFER,
+            format: R8,
+            bind: BIND_VERTEX_BUFFER,
+            width: bytes,
+            height: 1,
+            depth: 1,
+            array_size: 1,
+            ..Create3d::default()
+        };
+        assert_eq!(self.try_create_3d(resource, &buffer), kind::OK_NODATA);
+    }
+
     /// A context; returns the kind of the answer.
     pub fn create_context(&mut self, context: u32, capset: u32) -> u32 {
         let mut debug_name = [0; 64];
