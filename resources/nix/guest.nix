@@ -89,6 +89,20 @@ in
                 refused, or shares the screen. Null: drago-vmm's default.
               '';
             };
+            settings = mkOption {
+              type = types.attrsOf (types.oneOf [ types.bool types.int types.str ]);
+              default = { };
+              example = {
+                copy-paste = "to-guest";
+                file-transfer = false;
+                tls-cert-file = "/run/secrets/spice-chain.pem";
+                tls-key-file = "/run/secrets/spice-key.pem";
+              };
+              description = ''
+                Further keys of drago-vmm's option `--spice`. Files are named as strings: a path would
+                be copied into the store, where everybody can read it.
+              '';
+            };
           };
         });
       };

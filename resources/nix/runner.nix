@@ -123,7 +123,8 @@ let
       "--spice"
       (device [
         spiceAddress
-        { password-file = cfg.spice.passwordFile; inherit (cfg.spice) clients; }
+        ((cfg.spice.settings or { })
+          // { password-file = cfg.spice.passwordFile; inherit (cfg.spice) clients; })
       ])
     ]
     ++ cfg.extraArgs;

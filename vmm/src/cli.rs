@@ -64,7 +64,8 @@ pub enum CliError {
 /// The keys of `--spice`.
 const SPICE: &str = "ADDRESS:PORT|unix:PATH[,password-file=FILE][,clients=exclusive|refuse|shared]\
 [,tls-cert-file=FILE,tls-key-file=FILE[,tls-port=PORT][,tls-channels=all|none|NAME+NAME]]\
-[,unix=PATH][,unix-mode=OCTAL]";
+[,unix=PATH][,unix-mode=OCTAL][,copy-paste=on|off|to-guest|to-client][,copy-paste-limit=MIB]\
+[,file-transfer=on|off]";
 
 #[derive(Debug, Parser)]
 #[command(name = "drago-vmm", version, about = "A virtual machine monitor for graphical microVMs")]

@@ -102,6 +102,7 @@ in
         address = "100.64.0.6";
         passwordFile = "/run/secrets/spice";
         clients = "shared";
+        settings = { copy-paste = "to-guest"; file-transfer = false; };
       };
       drago-vmm.gpu = { renderer = "2d"; size = "1920x1080"; scanouts = 2; };
       drago-vmm.guestAgent.enable = true;

@@ -3,7 +3,9 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use devices::spec::{Spec, SpecError};
-use spice_server::{ClientPolicy, Secret, SecureChannels, ServerBuilder, TlsConfig};
+use spice_server::{
+    AgentPolicy, ClientPolicy, Clipboard, Secret, SecureChannels, ServerBuilder, TlsConfig,
+};
 
 use super::{DisplayError, options::resolve};
 
@@ -23,6 +25,8 @@ pub struct SpiceConfig {
     pub clients: ClientPolicy,
     /// TLS, if it is offered.
     pub tls: Option<TlsFiles>,
+    /// What viewers and the guest may exchange.
+    pub agent: AgentPolicy,
 }
 
 /// What TLS needs.
@@ -73,8 +77,10 @@ impl SpiceConfig {
             }
         };
         let tls = TlsFiles::take(&mut spec, listen.is_some())?;
+        let agent = take_agent(&mut spec)?;
         spec.finish()?;
-        Ok(Self { listen, unix: unix.map(|path| (path, unix_mode)), password_file, clients, tls })
+        let unix = unix.map(|path| (path, unix_mode));
+        Ok(Self { listen, unix, password_file, clients, tls, agent })
     }
 
     /// The address to listen on.
@@ -108,8 +114,32 @@ impl SpiceConfig {
                 builder = builder.listen_tls(address);
             }
         }
-        Ok(builder.password(self.password()?).client_policy(self.clients))
+        Ok(builder.password(self.password()?).client_policy(self.clients).agent_policy(self.agent))
     }
+}
+
+/// `copy-paste=`, `copy-paste-limit=` and `file-transfer=`.
+fn take_agent(spec: &mut Spec) -> Result<AgentPolicy, SpecError> {
+    const MIB: u32 = 1 << 20;
+    let clipboard = match spec.take("copy-paste")?.as_deref() {
+        None | Some("on") => Clipboard::Both,
+        Some("off") => Clipboard::Off,
+        Some("to-guest") => Clipboard::ToGuest,
+        Some("to-client") => Clipboard::ToClient,
+        Some(other) => {
+            let reason = "expected on, off, to-guest or to-client";
+            return Err(spec.invalid("copy-paste", other, reason));
+        }
+    };
+    let file_transfer = spec.take_switch("file-transfer")?.unwrap_or(true);
+    let mut policy = AgentPolicy { clipboard, file_transfer, ..AgentPolicy::default() };
+    if let Some(mib) = spec.take_parsed::<u32>("copy-paste-limit")? {
+        policy.max_clipboard =
+            mib.checked_mul(MIB).filter(|bytes| *bytes > 0).ok_or_else(|| {
+                spec.invalid("copy-paste-limit", &mib.to_string(), "expected 1 to 4095 MiB")
+            })?;
+    }
+    Ok(policy)
 }
 
 /// `unix-mode=`, in octal.
@@ -190,6 +220,23 @@ mod tests {
         assert!(parse("127.0.0.1:1,clients=some").is_err());
         let error = parse("no-port").unwrap().address().unwrap_err();
         assert!(error.to_string().starts_with("--spice no-port:"), "{error}");
+    }
+
+    #[test]
+    fn what_viewers_and_guest_may_exchange() {
+        let agent = |text: &str| parse(&format!("127.0.0.1:1{text}")).map(|config| config.agent);
+        assert_eq!(agent("").unwrap(), AgentPolicy::default());
+        let policy = agent(",copy-paste=to-guest,copy-paste-limit=2,file-transfer=off").unwrap();
+        let wanted = AgentPolicy {
+            clipboard: Clipboard::ToGuest,
+            max_clipboard: 2 << 20,
+            file_transfer: false,
+        };
+        assert_eq!(policy, wanted);
+        for wrong in ["copy-paste=some", "copy-paste-limit=0", "copy-paste-limit=4096"] {
+            let error = agent(&format!(",{wrong}")).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("--spice: {wrong}")), "{error}");
+        }
     }
 
     #[test]
