@@ -15,12 +15,15 @@ use crate::console::Console;
 use crate::guest::Guest;
 use crate::paths;
 use crate::picture::{Picture, reads};
-use crate::progress::{note, step};
+use crate::progress::note;
 use crate::testbed::{Options, RemoteChild, RemoteCommand, RemoteOutput, Stream, Testbed};
 
 /// How long anything may take. Nested on a busy machine everything is some 50 times slower than life, so
 /// this only ends what hangs.
 pub const PATIENCE: Duration = Duration::from_secs(300);
+
+/// A guest's disk in a test host booted with one.
+pub const GUEST_DISK: &str = "/dev/vda";
 
 /// The port inside on which the suites' machines serve SPICE.
 pub const SPICE_PORT: u16 = 5900;
@@ -73,6 +76,25 @@ impl Host {
     /// # Errors
     /// If the programs are not built or the test host does not boot.
     pub fn boot(suite: &str, agent: &Path, memory_mib: u32) -> Result<Self> {
+        Self::boot_with(suite, agent, memory_mib, Vec::new())
+    }
+
+    /// The same with a guest's disk, which is [`GUEST_DISK`] in the test host. What the guest writes to
+    /// it is lost at the end.
+    ///
+    /// # Errors
+    /// As above, and if the guest has no disk.
+    pub fn boot_with_disk(
+        suite: &str,
+        agent: &Path,
+        memory_mib: u32,
+        guest: &Guest,
+    ) -> Result<Self> {
+        let disk = guest.disk.clone().context("this guest has no disk")?;
+        Self::boot_with(suite, agent, memory_mib, vec![disk])
+    }
+
+    fn boot_with(suite: &str, agent: &Path, memory_mib: u32, disks: Vec<PathBuf>) -> Result<Self> {
         let programs = match std::env::var_os("DRAGO_PROGRAMS") {
             Some(dir) => PathBuf::from(dir),
             None => agent.parent().context("the agent has no folder")?.to_path_buf(),
@@ -95,6 +117,7 @@ impl Host {
         }
         let mut options = Options::new(agent.to_path_buf());
         options.memory_mib = memory_mib;
+        options.disks = disks;
         options.forward = vec![(0, SPICE_PORT), (0, VNC_PORT), (0, SSH_PORT)];
         let testbed = Testbed::boot(&options)?;
         // Not below the checkout: a socket's path has room for 108 bytes.
@@ -167,19 +190,6 @@ impl Host {
             name: name.to_owned(),
             shots: 0,
         })
-    }
-
-    /// A copy of a guest's disk that the machine may write to.
-    ///
-    /// # Errors
-    /// If the copy fails.
-    pub fn disk(&self, guest: &Guest) -> Result<PathBuf> {
-        let from = guest.disk.as_ref().context("this guest has no disk")?;
-        let copy = self.results.join("root.img");
-        let mut cp = Command::new("cp");
-        cp.args(["--reflink=auto", "--sparse=always"]).arg(from).arg(&copy);
-        step("copying the guest's disk", || crate::debian::check(&mut cp))?;
-        Ok(copy)
     }
 
     /// Connects a real SPICE client to the machine.

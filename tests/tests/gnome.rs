@@ -14,7 +14,7 @@ use drago_tests::guest::{Desktop, Guest};
 use drago_tests::keys;
 use drago_tests::picture::{Picture, reads};
 use drago_tests::progress::step;
-use drago_tests::vm::{Host, PATIENCE, Vm};
+use drago_tests::vm::{GUEST_DISK, Host, PATIENCE, Vm};
 use serde_json::json;
 
 /// A desktop of this size takes many minutes to come up on an emulated CPU.
@@ -35,8 +35,8 @@ struct World {
 fn gnome_is_seen_and_used_by_a_real_client() {
     let guest = Guest::desktop(Desktop::Gnome).unwrap();
     let agent = Path::new(env!("CARGO_BIN_EXE_drago-testbed-agent"));
-    let host = Host::boot("gnome", agent, 6144).unwrap();
-    let disk = format!("path={}", host.disk(&guest).unwrap().display());
+    let host = Host::boot_with_disk("gnome", agent, 6144, &guest).unwrap();
+    let disk = format!("path={GUEST_DISK}");
     let options = ["--cpus", "2", "--disk", &disk, "--net", "user,hostfwd=tcp::2223-:22"];
     let options = [&options[..], &["--gpu", "2d", "--spice", "127.0.0.1:5900"]].concat();
     let vm = host.start("gnome", &guest, &options).unwrap();

@@ -11,7 +11,7 @@ use std::time::Duration;
 use drago_tests::desktop::{WESTON_BACKGROUND, is_shown};
 use drago_tests::guest::{Desktop, Guest};
 use drago_tests::progress::step;
-use drago_tests::vm::{Host, PATIENCE};
+use drago_tests::vm::{GUEST_DISK, Host, PATIENCE};
 use serde_json::json;
 
 /// Two emulated CPUs draw for the guest and run it.
@@ -23,10 +23,10 @@ fn weston_draws_with_opengl() {
     let mut guest = Guest::desktop(Desktop::Weston).unwrap();
     guest.cmdline.push_str(" guest.renderer=gl");
     let agent = Path::new(env!("CARGO_BIN_EXE_drago-testbed-agent"));
-    let host = Host::boot("virgl", agent, 4096).unwrap();
+    let host = Host::boot_with_disk("virgl", agent, 4096, &guest).unwrap();
     // The test host's only render node is vgem's, which cannot draw.
     assert_eq!(host.run("mount -t tmpfs none /dev/dri").unwrap().code, 0);
-    let disk = format!("path={}", host.disk(&guest).unwrap().display());
+    let disk = format!("path={GUEST_DISK}");
     let options = ["--cpus", "2", "--disk", &disk, "--net", "user,hostfwd=tcp::2223-:22"];
     let options = [&options[..], &["--gpu", "virgl", "--spice", "127.0.0.1:5900"]].concat();
     let mut vm = host.start("virgl", &guest, &options).unwrap();

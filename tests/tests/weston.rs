@@ -13,7 +13,7 @@ use drago_tests::desktop::{WESTON_BACKGROUND, is_shown};
 use drago_tests::guest::{Desktop, Guest};
 use drago_tests::progress::step;
 use drago_tests::viewer::RemoteViewer;
-use drago_tests::vm::{Host, PATIENCE, Vm};
+use drago_tests::vm::{GUEST_DISK, Host, PATIENCE, Vm};
 use serde_json::json;
 
 /// The guest's boot: 45 s on an idle machine, six times that on a busy one.
@@ -31,8 +31,8 @@ struct World {
 fn a_desktop_is_seen_and_driven_by_real_clients() {
     let guest = Guest::desktop(Desktop::Weston).unwrap();
     let agent = Path::new(env!("CARGO_BIN_EXE_drago-testbed-agent"));
-    let host = Host::boot("weston", agent, 4096).unwrap();
-    let disk = format!("path={}", host.disk(&guest).unwrap().display());
+    let host = Host::boot_with_disk("weston", agent, 4096, &guest).unwrap();
+    let disk = format!("path={GUEST_DISK}");
     let options = [
         "--cpus",
         "2",

@@ -19,6 +19,7 @@ use drago_tests::{
     picture::Picture,
     progress::{note, step},
     testbed::{Options, RemoteChild, Stream, Testbed},
+    vm::GUEST_DISK,
 };
 use serde_json::json;
 
@@ -58,8 +59,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let kind = if args.minimal { Kind::Minimal } else { args.guest };
     let guest = kind.make()?;
     let folder = paths::cache(&format!("demo/{}", guest.name))?;
-    let disk = guest.disk.as_deref().map(|disk| copy_disk(disk, &folder)).transpose()?;
     let native = kvm_is_native(&vmm)?;
+    let disk = match &guest.disk {
+        Some(disk) if native => Some(copy_disk(disk, &folder)?),
+        // A disk of the test host, which keeps nothing of what is written to it.
+        Some(_) => Some(GUEST_DISK.into()),
+        None => None,
+    };
     // Inside the test host the documented ports are free whatever is taken outside.
     let (spice, ssh) = if native { (args.spice_port, args.ssh_port) } else { (5900, 2223) };
     let command = vmm_command(&vmm, &guest, disk.as_deref(), spice, ssh);
@@ -69,7 +75,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     } else {
         note("this machine has no KVM that can run a stock kernel (see `drago-vmm doctor`):");
         note("the same command runs inside an emulated machine that has one, some 20 times slower");
-        Machine::start_nested(&command, &folder, args)?
+        Machine::start_nested(&command, &guest, &folder, args)?
     };
     note(format_args!("running: {}", shell_line(&command)));
     machine.log.wait_for(0, "SPICE server listens", PATIENCE).context("drago-vmm did not start")?;
@@ -193,10 +199,11 @@ impl Machine {
         Ok(Self { log, place: Place::Native(child) })
     }
 
-    fn start_nested(command: &[String], folder: &Path, args: &Args) -> Result<Self> {
+    fn start_nested(command: &[String], guest: &Guest, folder: &Path, args: &Args) -> Result<Self> {
         let log = Console::default();
         let mut options = Options::new(build::agent()?);
         options.memory_mib = 6144;
+        options.disks.extend(guest.disk.clone());
         options.forward = vec![(args.spice_port, 5900), (args.ssh_port, 2223)];
         let host = Box::new(Testbed::boot(&options)?);
         let mut serial = File::create(folder.join("serial.log"))?;

@@ -30,14 +30,24 @@ pub struct Options {
     pub cpus: u32,
     /// Folders that are writable inside, under the same path. The checkout always is.
     pub rw: Vec<PathBuf>,
+    /// Disk images, inside `/dev/vda` and so on. What is written to them is lost at the end. (Files in
+    /// shared folders can be disks too, but Linux 6.12 may lock up when it writes much to 9p.)
+    pub disks: Vec<PathBuf>,
     /// TCP ports (this machine's 127.0.0.1:first → second inside); 0 as first picks a free one.
     pub forward: Vec<(u16, u16)>,
 }
 
 impl Options {
-    /// 4 GiB, 2 CPUs, nothing forwarded.
+    /// 4 GiB, 2 CPUs, no disks, nothing forwarded.
     pub fn new(agent: PathBuf) -> Self {
-        Self { agent, memory_mib: 4096, cpus: 2, rw: Vec::new(), forward: Vec::new() }
+        Self {
+            agent,
+            memory_mib: 4096,
+            cpus: 2,
+            rw: Vec::new(),
+            disks: Vec::new(),
+            forward: Vec::new(),
+        }
     }
 }
 
@@ -123,6 +133,16 @@ impl Testbed {
                 ))
                 .args(["-device", &format!("virtio-9p-pci,fsdev=rw{n},mount_tag=rw{n}")]);
         }
+        for (n, disk) in options.disks.iter().enumerate() {
+            let disk =
+                disk.canonicalize().with_context(|| format!("no disk {}", disk.display()))?;
+            qemu.arg("-drive")
+                .arg(format!(
+                    "if=none,id=disk{n},format=raw,cache=unsafe,snapshot=on,file={}",
+                    disk.display()
+                ))
+                .args(["-device", &format!("virtio-blk-pci,drive=disk{n}")]);
+        }
         let mut qemu = qemu
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -183,14 +203,26 @@ impl Drop for Testbed {
 
 /// Copies the serial console to the log until the agent listens; goes on copying in the background.
 fn wait_ready(console: ChildStdout, log: &Path) -> Result<()> {
+    /// What a kernel writes when it is broken, which under emulation now and then happens.
+    const FAILURES: [&str; 4] = ["soft lockup", "Oops", "BUG:", "Kernel panic"];
+    let path = log.to_path_buf();
     let mut log = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
     let (said, heard) = mpsc::channel();
     std::thread::spawn(move || {
         let mut lines = BufReader::new(console);
         let mut line = Vec::new();
+        let mut failed = false;
         while let Ok(1..) = lines.read_until(b'\n', &mut line) {
             let _ = log.write_all(&line);
             let text = String::from_utf8_lossy(&line);
+            if !failed && FAILURES.iter().any(|words| text.contains(words)) {
+                failed = true;
+                progress::note(format_args!(
+                    "the test host's own kernel fails, expect no more of it: {} ({})",
+                    text.trim(),
+                    path.display()
+                ));
+            }
             if let Some(at) = text.find("drago-testbed: ") {
                 let _ = said.send(text[at..].trim_end().to_owned());
             }
