@@ -22,6 +22,7 @@ mod agent;
 mod audio;
 mod display;
 mod error;
+mod events;
 #[doc(hidden)]
 pub mod fuzz;
 mod input;
@@ -38,13 +39,14 @@ pub use display::{
     MonitorConfig, PixelFormat, Rect, Snapshot, SurfaceInfo,
 };
 pub use error::Error;
+pub use events::{EventSink, Refusal, ServerEvent};
 pub use input::{
     Button, InputSink, KeyEvent, Leds, MouseMode, PointerPosition, Scancode, ScancodePrefix,
 };
 pub use io::{stream::Peer, sys::ask_for_short_turns};
 pub use secret::{MAX_PASSWORD, Secret};
 pub use server::{
-    AgentHandle, ChannelStatus, ClientPolicy, ClientStatus, ServerBuilder, ServerStatus, Severity,
-    SpiceServer,
+    AgentHandle, ChannelStatus, ClientPolicy, ClientStatus, Expiry, ServerBuilder, ServerStatus,
+    Severity, SpiceServer,
 };
 pub use tls::{SecureChannels, TlsConfig};

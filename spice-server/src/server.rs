@@ -5,19 +5,22 @@ use std::{
     path::PathBuf,
     sync::{Arc, atomic::Ordering},
     thread::{self, JoinHandle},
+    time::{Duration, SystemTime},
 };
 
 use crate::{
-    AgentPolicy, AgentPort, DisplayEvents, DisplayHandle, DisplayStats, Error, InputSink, Leds,
-    MouseMode, Peer, PlaybackHandle, RecordHandle, Secret, SecureChannels, TlsConfig,
+    AgentPolicy, AgentPort, DisplayEvents, DisplayHandle, DisplayStats, Error, EventSink,
+    InputSink, Leds, MouseMode, Peer, PlaybackHandle, RecordHandle, Secret, SecureChannels,
+    ServerEvent, TlsConfig,
     agent::hub::AgentHub,
     audio::Sound,
     display::state::DisplayShared,
     io::{
         keys::KeyService,
         listen::Listener,
+        password::Password,
         reactor::Reactor,
-        shared::{Command, Config, Shared, lock},
+        shared::{Command, Config, Session, Shared, lock},
         wake::Wake,
     },
 };
@@ -36,6 +39,31 @@ pub enum ClientPolicy {
     /// Several clients see and drive the displays together. The guest agent talks to the one that
     /// has been connected longest.
     Shared,
+    /// Several clients see the displays, and the one that has been connected longest drives them;
+    /// when it goes, the next one does.
+    ViewOnly,
+}
+
+/// Until when a password is good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Expiry {
+    /// For ever.
+    #[default]
+    Never,
+    /// It is good no more.
+    Now,
+    /// Up to this moment, by the clock on the wall.
+    At(SystemTime),
+}
+
+impl Expiry {
+    pub(crate) fn is_over(self, now: SystemTime) -> bool {
+        match self {
+            Self::Never => false,
+            Self::Now => true,
+            Self::At(end) => now >= end,
+        }
+    }
 }
 
 /// Where to listen.
@@ -53,12 +81,14 @@ pub struct ServerBuilder {
     tls: Option<TlsConfig>,
     secure: SecureChannels,
     password: Option<Secret>,
+    password_required: bool,
     policy: ClientPolicy,
     displays: u32,
     input: Option<Arc<dyn InputSink>>,
     agent: Option<Arc<dyn AgentPort>>,
     agent_policy: AgentPolicy,
     events: Option<Arc<dyn DisplayEvents>>,
+    observer: Option<Arc<dyn EventSink>>,
     max_size: (u32, u32),
     sound: bool,
 }
@@ -72,12 +102,14 @@ impl Default for ServerBuilder {
             tls: None,
             secure: SecureChannels::NONE,
             password: None,
+            password_required: false,
             policy: ClientPolicy::default(),
             displays: 1,
             input: None,
             agent: None,
             agent_policy: AgentPolicy::default(),
             events: None,
+            observer: None,
             max_size: (8192, 8192),
             sound: false,
         }
@@ -136,6 +168,12 @@ impl ServerBuilder {
         self
     }
 
+    /// Without a password nobody comes in, until [`SpiceServer::set_password`].
+    pub fn password_required(mut self, required: bool) -> Self {
+        self.password_required = required;
+        self
+    }
+
     /// What happens when a second client comes.
     pub fn client_policy(mut self, policy: ClientPolicy) -> Self {
         self.policy = policy;
@@ -186,6 +224,12 @@ impl ServerBuilder {
         self
     }
 
+    /// Who hears who comes, goes and fails.
+    pub fn observer(mut self, observer: Arc<dyn EventSink>) -> Self {
+        self.observer = Some(observer);
+        self
+    }
+
     /// Listens and starts the server's threads.
     pub fn start(self) -> Result<SpiceServer, Error> {
         if self.addresses.is_empty() {
@@ -206,7 +250,7 @@ impl ServerBuilder {
             };
             listeners.push(listener);
         }
-        if self.password.is_none() {
+        if self.password.is_none() && !self.password_required {
             tracing::warn!(
                 "no SPICE password: everybody who reaches {addresses:?} sees and drives the display"
             );
@@ -218,20 +262,21 @@ impl ServerBuilder {
         let config = Config {
             name: self.name,
             uuid: self.uuid,
-            password: self.password,
             policy: self.policy,
             tls: self.tls.map(|tls| tls.0),
             secure: self.secure,
             input: self.input,
             events: self.events,
+            observer: self.observer,
             max_size: self.max_size,
             sound: self.sound.then(|| Sound::new(&io)),
         };
-        let password = config.password.clone();
+        let password = Password::new(self.password, self.password_required);
+        let rotate = password.is_required();
         let agent = AgentHub::new(self.agent, self.agent_policy);
-        let shared = Arc::new(Shared::new(config, displays, agent, io.clone()));
+        let shared = Arc::new(Shared::new(config, password, displays, agent, io.clone()));
         let for_keys = Arc::downgrade(&shared);
-        let keys = KeyService::start(password, move |event| {
+        let keys = KeyService::start(rotate, move |event| {
             if let Some(shared) = for_keys.upgrade() {
                 shared.command(Command::Key(event));
             }
@@ -311,10 +356,28 @@ impl SpiceServer {
         *lock(&self.shared.mouse_mode)
     }
 
+    /// From now on clients have to know this password. Those that are in stay in.
+    pub fn set_password(&self, password: Secret, expires: Expiry) {
+        lock(&self.shared.password).set(password, expires);
+        self.shared.command(Command::PasswordChanged);
+    }
+
+    /// Until when the password is good. Without one, nobody else comes in once it is over.
+    pub fn expire_password(&self, expires: Expiry) {
+        lock(&self.shared.password).expire(expires);
+    }
+
+    /// Disconnects all clients.
+    pub fn disconnect(&self) {
+        self.shared.command(Command::Disconnect);
+    }
+
     /// Who is connected.
     pub fn status(&self) -> ServerStatus {
+        let sessions = lock(&self.shared.sessions).clone();
+        let status = |session: &Arc<Session>| session.status(self.shared.drives(session.id));
         ServerStatus {
-            clients: lock(&self.shared.sessions).iter().map(|s| s.status()).collect(),
+            clients: sessions.iter().map(status).collect(),
             pending_connections: self.shared.pending_links.load(Ordering::Relaxed),
             agent_open: self.shared.agent.is_open(),
         }
@@ -359,6 +422,9 @@ impl AgentHandle {
 
     /// The guest opened (`true`) or closed its end of the port.
     pub fn guest_opened(&self, open: bool) {
+        if self.shared.agent.is_open() != open {
+            self.shared.emit(ServerEvent::Agent { open });
+        }
         self.shared.agent.guest_opened(open);
         self.shared.io.wake();
     }
@@ -387,6 +453,10 @@ pub struct ClientStatus {
     pub session: u32,
     /// Where it connected from.
     pub peer: Peer,
+    /// How long it has been connected.
+    pub connected_for: Duration,
+    /// Whether its keys, pointer and wishes count, or it only watches.
+    pub drives: bool,
     /// Its open channels.
     pub channels: Vec<ChannelStatus>,
     /// Bytes sent on all its channels.

@@ -62,7 +62,8 @@ pub enum CliError {
 }
 
 /// The keys of `--spice`.
-const SPICE: &str = "ADDRESS:PORT|unix:PATH[,password-file=FILE][,clients=exclusive|refuse|shared]\
+const SPICE: &str = "ADDRESS:PORT|unix:PATH[,password-file=FILE][,password-required=on]\
+[,clients=exclusive|refuse|shared|view-only]\
 [,tls-cert-file=FILE,tls-key-file=FILE[,tls-port=PORT][,tls-channels=all|none|NAME+NAME]]\
 [,unix=PATH][,unix-mode=OCTAL][,copy-paste=on|off|to-guest|to-client][,copy-paste-limit=MIB]\
 [,file-transfer=on|off]";

@@ -17,13 +17,18 @@ use devices::{
     virtio::{balloon::BalloonHandle, registry::BuildError, vsock::VsockHandle},
 };
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use spice_server::Expiry;
 use vm_memory::GuestMemoryError;
 
 use crate::{
     acpi,
     boot::{self, LoadError},
     config::{ConfigError, VmConfig},
-    control::{self, ControlError, ControlTarget, SocketError, server::ControlServer},
+    control::{
+        self, ControlError, ControlTarget, SocketError,
+        events::{EventHub, Subscription},
+        server::ControlServer,
+    },
     credentials::{self, CredentialError},
     display::{self, DisplayControl, DisplayError, Handles, Identity},
     exit::{Exit, ExitReason},
@@ -194,9 +199,10 @@ impl Machine {
             }
         }
         smbios::write(&memory, config.uuid, &strings).map_err(Error::Tables)?;
+        let observed = Arc::<EventHub>::default();
         let identity = Identity { name: config.name.clone(), uuid: config.uuid };
         let (spice, vnc) = (config.spice.as_ref(), config.vnc.as_ref());
-        let display = display::start(spice, vnc, identity, &handles)?;
+        let display = display::start(spice, vnc, identity, &handles, &observed)?;
 
         let balloon: Option<BalloonHandle> =
             handles.by_option.iter().find_map(|(_, handle)| handle.downcast_ref().cloned());
@@ -213,6 +219,7 @@ impl Machine {
             power,
             exit: exit.clone(),
             display: display.clone(),
+            events: observed,
             balloon,
         };
         let control = match &config.control {
@@ -416,6 +423,7 @@ struct Target {
     power: Arc<Power>,
     exit: Arc<Exit>,
     display: Option<Arc<dyn DisplayControl>>,
+    events: Arc<EventHub>,
     balloon: Option<BalloonHandle>,
 }
 
@@ -446,6 +454,23 @@ impl ControlTarget for Target {
 
     fn spice_clients(&self) -> Vec<serde_json::Value> {
         self.display.as_ref().map_or_else(Vec::new, |display| display.spice_counters())
+    }
+
+    fn set_password(
+        &self,
+        password: &str,
+        expires: Expiry,
+        disconnect: bool,
+    ) -> Result<(), ControlError> {
+        self.display()?.set_password(password, expires, disconnect)
+    }
+
+    fn expire_password(&self, expires: Expiry) -> Result<(), ControlError> {
+        self.display()?.expire_password(expires)
+    }
+
+    fn events(&self) -> Subscription {
+        self.events.subscribe()
     }
 
     fn power_button(&self) {

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::MonitorConfig;
-use crate::io::shared::Shared;
+use crate::{ServerEvent, io::shared::Shared};
 
 /// How long wishes are collected: a window being dragged makes many.
 const COLLECT: Duration = Duration::from_millis(100);
@@ -43,6 +43,8 @@ impl Resizer {
                 continue;
             }
             *asked = Some(monitor);
+            let (width, height) = (monitor.width, monitor.height);
+            shared.emit(ServerEvent::Resize { display: id, width, height });
             if let Some(events) = &shared.config.events {
                 events.resize_requested(id, monitor);
             }

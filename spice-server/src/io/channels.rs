@@ -166,7 +166,10 @@ impl Channel {
             }
             Body::Record(record) => {
                 while let Some((kind, body)) = self.deframer.next_message(record::limit)? {
-                    record.message(record::decode(kind, body)?)?;
+                    let message = record::decode(kind, body)?;
+                    if context.shared.drives(context.session) {
+                        record.message(message)?;
+                    }
                 }
             }
         }
@@ -269,9 +272,11 @@ impl MainChannel {
         context: &mut Context<'_>,
     ) -> Result<(), DecodeError> {
         let shared = context.shared;
+        let drives = shared.drives(context.session);
         match message {
             // Answered before it was asked.
             main::ClientMessage::AttachChannels => {}
+            main::ClientMessage::MouseModeRequest(_) if !drives => {}
             main::ClientMessage::MouseModeRequest(mode) => {
                 *lock(&shared.mouse_mode) = mode;
             }
@@ -279,7 +284,9 @@ impl MainChannel {
                 shared.agent.start(context.session, tokens);
             }
             main::ClientMessage::AgentData(data) => {
-                if let Some(monitors) = shared.agent.client_data(context.session, data)? {
+                if let Some(monitors) = shared.agent.client_data(context.session, data)?
+                    && drives
+                {
                     self.resizer.wanted(monitors, Instant::now());
                 }
             }
@@ -337,6 +344,13 @@ impl InputsChannel {
         context: &mut Context<'_>,
     ) {
         let shared = context.shared;
+        if !shared.drives(context.session) {
+            use inputs::ClientMessage::{Motion, Position};
+            if matches!(message, Motion { .. } | Position { .. }) {
+                self.acknowledge(framer, context);
+            }
+            return;
+        }
         match message {
             inputs::ClientMessage::Scancodes(bytes) => {
                 for byte in bytes.as_slice() {

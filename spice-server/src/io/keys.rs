@@ -40,6 +40,7 @@ struct Ticket {
     token: u64,
     key: Arc<TicketKey>,
     bytes: Box<[u8; TICKET_SIZE]>,
+    wanted: Secret,
 }
 
 /// The reactor's end of the threads. Dropping it ends them.
@@ -47,7 +48,6 @@ pub(crate) struct KeyService {
     tickets: Option<Sender<Ticket>>,
     pool: Arc<Pool>,
     threads: Vec<JoinHandle<()>>,
-    rotate: bool,
     current: Option<Arc<TicketKey>>,
     /// Links served by the current key.
     used: u32,
@@ -63,6 +63,8 @@ struct Pool {
 struct PoolState {
     keys: VecDeque<Arc<TicketKey>>,
     stop: bool,
+    /// There is a password to protect: keys are replaced after a few links.
+    rotate: bool,
 }
 
 impl Pool {
@@ -76,13 +78,13 @@ impl Pool {
         key
     }
 
-    /// Fills the pool; with `rotate` for ever, else with one key.
-    fn fill(&self, rotate: bool, report: &impl Fn(KeyEvent)) {
+    /// Fills the pool, for ever; with one key until keys are to be replaced.
+    fn fill(&self, report: &impl Fn(KeyEvent)) {
         let mut first = true;
         loop {
             {
                 let mut state = self.lock();
-                while !state.stop && state.keys.len() >= SPARE_KEYS {
+                while !state.stop && (state.keys.len() >= SPARE_KEYS || !(first || state.rotate)) {
                     state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
                 if state.stop {
@@ -95,9 +97,6 @@ impl Pool {
             };
             self.lock().keys.push_back(Arc::new(key));
             report(KeyEvent::Ready);
-            if !rotate {
-                return;
-            }
             // Only the first is urgent.
             if std::mem::take(&mut first) {
                 let thread = rustix::thread::gettid();
@@ -112,28 +111,26 @@ impl Pool {
 impl KeyService {
     /// Starts the threads; the first key is made at once. `report` is called from them.
     pub(crate) fn start(
-        password: Option<Secret>,
+        rotate: bool,
         report: impl Fn(KeyEvent) + Clone + Send + 'static,
     ) -> io::Result<Self> {
         let (tickets, inbox) = channel();
         let pool = Arc::<Pool>::default();
-        let rotate = password.is_some();
+        pool.lock().rotate = rotate;
         let mut service = Self {
             tickets: Some(tickets),
             pool: pool.clone(),
             threads: Vec::new(),
-            rotate,
             current: None,
             used: 0,
         };
         let for_keys = report.clone();
-        let keys = thread::Builder::new()
-            .name("spice-keys".into())
-            .spawn(move || pool.fill(rotate, &for_keys))?;
+        let keys =
+            thread::Builder::new().name("spice-keys".into()).spawn(move || pool.fill(&for_keys))?;
         service.threads.push(keys);
         let tickets = thread::Builder::new()
             .name("spice-tickets".into())
-            .spawn(move || verify(&inbox, password.as_ref(), report))?;
+            .spawn(move || verify(&inbox, report))?;
         service.threads.push(tickets);
         Ok(service)
     }
@@ -141,7 +138,7 @@ impl KeyService {
     /// The key for one more link; `None` until the first one is ready. A key is used longer than it
     /// should be rather than not at all.
     pub(crate) fn key_for_link(&mut self) -> Option<Arc<TicketKey>> {
-        let is_old = self.rotate && self.used >= LINKS_PER_KEY;
+        let is_old = self.pool.lock().rotate && self.used >= LINKS_PER_KEY;
         if (self.current.is_none() || is_old)
             && let Some(next) = self.pool.take()
         {
@@ -152,10 +149,22 @@ impl KeyService {
         self.current.clone()
     }
 
-    /// Asks whether a ticket carries the password.
-    pub(crate) fn verify(&self, token: u64, key: Arc<TicketKey>, ticket: Box<[u8; TICKET_SIZE]>) {
+    /// Whether keys are to be replaced after a few links.
+    pub(crate) fn rotate(&self, rotate: bool) {
+        self.pool.lock().rotate = rotate;
+        self.pool.changed.notify_all();
+    }
+
+    /// Asks whether a ticket carries the password `wanted`.
+    pub(crate) fn verify(
+        &self,
+        token: u64,
+        key: Arc<TicketKey>,
+        ticket: Box<[u8; TICKET_SIZE]>,
+        wanted: Secret,
+    ) {
         if let Some(tickets) = &self.tickets {
-            let _ = tickets.send(Ticket { token, key, bytes: ticket });
+            let _ = tickets.send(Ticket { token, key, bytes: ticket, wanted });
         }
     }
 }
@@ -171,9 +180,9 @@ impl Drop for KeyService {
     }
 }
 
-fn verify(inbox: &Receiver<Ticket>, password: Option<&Secret>, report: impl Fn(KeyEvent)) {
-    while let Ok(Ticket { token, key, bytes }) = inbox.recv() {
-        let ok = password.is_none_or(|password| key.verify(&bytes, password));
+fn verify(inbox: &Receiver<Ticket>, report: impl Fn(KeyEvent)) {
+    while let Ok(Ticket { token, key, bytes, wanted }) = inbox.recv() {
+        let ok = key.verify(&bytes, &wanted);
         report(KeyEvent::Verified { token, ok });
     }
 }
@@ -187,8 +196,7 @@ mod tests {
     #[test]
     fn keys_are_made_ahead_and_replaced_where_there_is_a_password() {
         let (tx, rx) = mpsc::channel();
-        let password = Some(Secret::new("x").unwrap());
-        let mut keys = KeyService::start(password, move |event| tx.send(event).unwrap()).unwrap();
+        let mut keys = KeyService::start(true, move |event| tx.send(event).unwrap()).unwrap();
         let ready = |count: usize| {
             for _ in 0..count {
                 assert_eq!(rx.recv().unwrap(), KeyEvent::Ready);
@@ -211,24 +219,26 @@ mod tests {
     #[test]
     fn without_a_password_one_key_will_do() {
         let (tx, rx) = mpsc::channel();
-        let mut keys = KeyService::start(None, move |event| tx.send(event).unwrap()).unwrap();
+        let mut keys = KeyService::start(false, move |event| tx.send(event).unwrap()).unwrap();
         assert_eq!(rx.recv().unwrap(), KeyEvent::Ready);
         let first = *keys.key_for_link().unwrap().public();
         for _ in 0..3 * LINKS_PER_KEY {
             assert_eq!(*keys.key_for_link().unwrap().public(), first);
         }
+        // A password at run time changes that.
+        keys.rotate(true);
+        assert_eq!(rx.recv().unwrap(), KeyEvent::Ready);
+        assert_ne!(*keys.key_for_link().unwrap().public(), first);
         drop(keys);
-        assert!(rx.recv().is_err(), "no other key was made");
     }
 
     #[test]
     fn wrong_tickets_are_reported() {
         let (tx, rx) = mpsc::channel();
-        let password = Some(Secret::new("pw").unwrap());
-        let mut keys = KeyService::start(password, move |event| tx.send(event).unwrap()).unwrap();
+        let mut keys = KeyService::start(true, move |event| tx.send(event).unwrap()).unwrap();
         assert_eq!(rx.recv().unwrap(), KeyEvent::Ready);
         let key = keys.key_for_link().unwrap();
-        keys.verify(5, key, Box::new([9; TICKET_SIZE]));
+        keys.verify(5, key, Box::new([9; TICKET_SIZE]), Secret::new("pw").unwrap());
         let verdict = rx.iter().find(|event| *event != KeyEvent::Ready);
         assert_eq!(verdict, Some(KeyEvent::Verified { token: 5, ok: false }));
     }

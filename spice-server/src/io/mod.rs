@@ -6,9 +6,11 @@
 
 pub(crate) mod channels;
 pub(crate) mod flow;
+pub(crate) mod guard;
 pub(crate) mod keys;
 pub(crate) mod links;
 pub(crate) mod listen;
+pub(crate) mod password;
 pub(crate) mod reactor;
 pub(crate) mod shared;
 mod sound;

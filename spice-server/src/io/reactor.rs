@@ -1,8 +1,11 @@
 //! The I/O thread: accepts connections, runs links, and serves all channels but display.
 
+mod handshake;
+
 use std::{
     collections::HashMap,
     io,
+    net::IpAddr,
     os::fd::AsFd,
     sync::{Arc, atomic::Ordering},
     thread::JoinHandle,
@@ -13,29 +16,23 @@ use rustix::event::{Timespec, epoll};
 
 use super::{
     channels::{Channel, Context},
+    guard::{self, Guard, source},
     keys::{KeyEvent, KeyService},
     links::{FailureDelay, PendingLink},
     listen::Listener,
     shared::{Command, Session, Shared, Traffic, lock},
     stream::{Peer, Stream},
     sys::ask_for_short_turns,
-    viewer::{NewViewer, ViewerHandle, is_hangup},
+    viewer::{ViewerHandle, is_hangup},
 };
 use crate::{
-    ClientPolicy, MouseMode,
-    proto::{
-        channel::{ChannelType, cap_word},
-        display, inputs,
-        link::{LinkCode, LinkEvent, LinkRequest},
-        main, playback, record,
-        ticket::TicketKey,
-    },
+    MouseMode, Refusal, ServerEvent,
+    proto::{channel::ChannelType, link::LinkCode},
 };
 
-/// Most connections that have not authenticated; one more pushes the oldest out.
-const MAX_PENDING: usize = 32;
-/// Most clients at a time under [`ClientPolicy::Shared`].
-const MAX_SESSIONS: usize = 16;
+/// Most connections that have not authenticated; one more pushes one out, of the address that has
+/// most of them.
+const MAX_PENDING: usize = 96;
 /// How long a client may take to authenticate.
 const LINK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a connection may take to accept its last bytes.
@@ -95,6 +92,7 @@ pub(crate) struct Reactor {
     next_token: u64,
     keys: KeyService,
     failures: FailureDelay,
+    guard: Guard,
 }
 
 impl Reactor {
@@ -123,6 +121,7 @@ impl Reactor {
             next_token: TOKEN_CONNECTIONS,
             keys,
             failures: FailureDelay::default(),
+            guard: Guard::default(),
         })
     }
 
@@ -199,7 +198,13 @@ impl Reactor {
                 return;
             }
         };
-        self.make_room();
+        if !self.guard.connection(&peer, Instant::now()) {
+            // Dropped without a word, which is the cheapest.
+            tracing::debug!(%peer, "too many connections from there");
+            let reason = Refusal::TooManyConnections;
+            return self.shared.emit(ServerEvent::Refused { peer, reason });
+        }
+        self.make_room(&peer);
         let token = self.next_token;
         self.next_token += 1;
         let data = epoll::EventData::new_u64(token);
@@ -230,15 +235,22 @@ impl Reactor {
         }
     }
 
-    /// Pushes the oldest connection out that has not authenticated, if there are too many.
-    fn make_room(&mut self) {
-        let pending = |c: &Connection| !matches!(c.stage, Stage::Channel(..));
-        if self.connections.values().filter(|c| pending(c)).count() < MAX_PENDING {
-            return;
+    /// Pushes a connection out that has not authenticated, if there are too many: the oldest one of
+    /// this peer's address, or of the address that has most of them.
+    fn make_room(&mut self, peer: &Peer) {
+        let mut pending: HashMap<Option<IpAddr>, (usize, u64)> = HashMap::new();
+        for (token, connection) in &self.connections {
+            if !matches!(connection.stage, Stage::Channel(..)) {
+                let entry = pending.entry(source(&connection.peer)).or_insert((0, *token));
+                *entry = (entry.0 + 1, entry.1.min(*token));
+            }
         }
-        let oldest = self.connections.iter().filter(|(_, c)| pending(c)).map(|(t, _)| *t).min();
-        if let Some(token) = oldest {
-            tracing::debug!("too many pending connections, the oldest is dropped");
+        let own = pending.get(&source(peer)).filter(|own| own.0 >= guard::MAX_PENDING);
+        let all: usize = pending.values().map(|(count, _)| count).sum();
+        let most = pending.values().max_by_key(|(count, _)| *count);
+        let out = own.or(most.filter(|_| all >= MAX_PENDING)).map(|(_, oldest)| *oldest);
+        if let Some(token) = out {
+            tracing::debug!("too many pending connections, an old one is dropped");
             self.drop_connection(token);
         }
     }
@@ -398,263 +410,6 @@ impl Reactor {
         }
     }
 
-    // ---- links ----
-
-    fn run_link(&mut self, token: u64) {
-        loop {
-            let Some(connection) = self.connections.get_mut(&token) else { return };
-            let Stage::Link(pending) = &mut connection.stage else { return };
-            match pending.link.poll() {
-                None => break,
-                Some(LinkEvent::Request(request)) => self.link_request(token, request),
-                Some(LinkEvent::Ticket(ticket)) => {
-                    let key = pending.key.take();
-                    match key.filter(|_| self.shared.config.password.is_some()) {
-                        Some(key) => self.keys.verify(token, key, ticket),
-                        None => return self.link_done(token),
-                    }
-                }
-                Some(LinkEvent::Failure(code)) => {
-                    tracing::debug!(peer = %connection.peer, ?code, "not a SPICE client");
-                    pending.link.fail(code, &mut connection.out);
-                    return self.close_after_flush(token);
-                }
-            }
-        }
-        self.flush(token);
-    }
-
-    fn link_request(&mut self, token: u64, request: LinkRequest) {
-        let refusal = self.in_the_clear(token, &request).or_else(|| self.refusal(&request));
-        let Some(connection) = self.connections.get_mut(&token) else { return };
-        let Stage::Link(pending) = &mut connection.stage else { return };
-        if let Some(code) = refusal {
-            tracing::info!(peer = %connection.peer, ?code, "link refused");
-            pending.link.reject(code, &mut connection.out);
-            return self.close_after_flush(token);
-        }
-        pending.request = Some(request);
-        match self.keys.key_for_link() {
-            Some(key) => self.offer_key(token, key),
-            None => pending.waits_for_key = true,
-        }
-    }
-
-    /// Whether a link cannot be because it is not encrypted.
-    fn in_the_clear(&self, token: u64, request: &LinkRequest) -> Option<LinkCode> {
-        let connection = self.connections.get(&token)?;
-        let secure = &self.shared.config.secure;
-        let needed = connection.tls_only
-            || request.known_type().is_some_and(|channel| secure.contains(channel));
-        (needed && !connection.stream.is_secure()).then_some(LinkCode::NeedSecured)
-    }
-
-    /// Why a link cannot be, if it cannot.
-    fn refusal(&self, request: &LinkRequest) -> Option<LinkCode> {
-        let Some(kind) = request.known_type() else { return Some(LinkCode::ChannelNotAvailable) };
-        if kind == ChannelType::Main {
-            return match request.connection_id {
-                0 => self.session_refusal(),
-                // A main channel of an existing session would be a migration's second half.
-                _ => Some(LinkCode::BadConnectionId),
-            };
-        }
-        let known = |entry: &&SessionEntry| entry.session.id == request.connection_id;
-        let Some(entry) = self.sessions.iter().find(known) else {
-            return Some(LinkCode::BadConnectionId);
-        };
-        let exists = match kind {
-            ChannelType::Inputs => request.channel_id == 0,
-            ChannelType::Playback | ChannelType::Record => {
-                self.shared.config.sound.is_some() && request.channel_id == 0
-            }
-            _ => usize::from(request.channel_id) < self.shared.displays.len(),
-        };
-        let open = entry.session.has_open(kind, request.channel_id);
-        (!exists || open).then_some(LinkCode::ChannelNotAvailable)
-    }
-
-    /// Why a new session cannot be, if it cannot.
-    fn session_refusal(&self) -> Option<LinkCode> {
-        let full = match self.shared.config.policy {
-            ClientPolicy::Exclusive => false,
-            ClientPolicy::Refuse => !self.sessions.is_empty(),
-            ClientPolicy::Shared => self.sessions.len() >= MAX_SESSIONS,
-        };
-        full.then_some(LinkCode::Error)
-    }
-
-    fn offer_key(&mut self, token: u64, key: Arc<TicketKey>) {
-        let Some(connection) = self.connections.get_mut(&token) else { return };
-        let Stage::Link(pending) = &mut connection.stage else { return };
-        let kind = pending.request.as_ref().and_then(LinkRequest::known_type);
-        let caps = match kind {
-            Some(ChannelType::Main) => {
-                cap_word(&[main::CAP_NAME_AND_UUID, main::CAP_AGENT_CONNECTED_TOKENS])
-            }
-            Some(ChannelType::Display) => cap_word(&[
-                display::CAP_MONITORS_CONFIG,
-                display::CAP_STREAM_REPORT,
-                display::CAP_PREF_COMPRESSION,
-            ]),
-            Some(ChannelType::Inputs) => cap_word(&[inputs::CAP_KEY_SCANCODE]),
-            Some(ChannelType::Playback) => cap_word(&[playback::CAP_VOLUME, playback::CAP_OPUS]),
-            Some(ChannelType::Record) => cap_word(&[record::CAP_VOLUME, record::CAP_OPUS]),
-            Some(ChannelType::Cursor) | None => 0,
-        };
-        pending.waits_for_key = false;
-        pending.link.accept(key.public(), caps, &mut connection.out);
-        pending.key = Some(key);
-    }
-
-    fn ticket_verified(&mut self, token: u64, ok: bool) {
-        if ok {
-            self.failures.success();
-            return self.link_done(token);
-        }
-        let until = Instant::now() + self.failures.failure();
-        let Some(connection) = self.connections.get_mut(&token) else { return };
-        let Stage::Link(pending) = &mut connection.stage else { return };
-        tracing::warn!(peer = %connection.peer, "wrong SPICE password");
-        pending.answer_failure_at = Some(until);
-    }
-
-    /// The ticket is right: the connection becomes a channel, unless things changed meanwhile.
-    fn link_done(&mut self, token: u64) {
-        let Some(connection) = self.connections.get_mut(&token) else { return };
-        let Stage::Link(pending) = &mut connection.stage else { return };
-        let Some(request) = pending.request.take() else { return };
-        if let Some(code) = self.refusal(&request) {
-            let Some(connection) = self.connections.get_mut(&token) else { return };
-            let Stage::Link(pending) = &mut connection.stage else { return };
-            pending.link.finish(code, &mut connection.out);
-            return self.close_after_flush(token);
-        }
-        match request.known_type() {
-            Some(ChannelType::Main) => self.open_main(token, &request),
-            Some(kind) => self.open_channel(token, &request, kind),
-            None => self.drop_connection(token),
-        }
-    }
-
-    fn open_main(&mut self, token: u64, request: &LinkRequest) {
-        if self.shared.config.policy == ClientPolicy::Exclusive {
-            let others: Vec<u32> = self.sessions.iter().map(|entry| entry.session.id).collect();
-            for session in others {
-                tracing::info!(session, "another client takes over");
-                self.disconnect_session(session);
-            }
-        }
-        let Some(connection) = self.connections.get(&token) else { return };
-        let mut id = 0;
-        while id == 0 || self.sessions.iter().any(|entry| entry.session.id == id) {
-            id = rand::random();
-        }
-        let session = Arc::new(Session::new(id, connection.peer));
-        tracing::info!(peer = %session.peer, session = id, "client connected");
-        lock(&self.shared.sessions).push(session.clone());
-        self.sessions.push(SessionEntry {
-            session: session.clone(),
-            main: token,
-            viewers: HashMap::new(),
-        });
-        let clock = self.shared.clock.elapsed().as_millis() as u32;
-        let channel = Channel::main(request, &self.shared, id, clock);
-        self.become_channel(token, request, &session, channel);
-    }
-
-    fn open_channel(&mut self, token: u64, request: &LinkRequest, kind: ChannelType) {
-        let known = |entry: &&mut SessionEntry| entry.session.id == request.connection_id;
-        let Some(entry) = self.sessions.iter_mut().find(known) else { return };
-        let session = entry.session.clone();
-        let channel = match kind {
-            ChannelType::Inputs => Channel::inputs(request, &self.shared),
-            ChannelType::Cursor => {
-                let Some(display) = self.shared.displays.get(usize::from(request.channel_id))
-                else {
-                    return;
-                };
-                Channel::cursor(request, display.clone())
-            }
-            ChannelType::Playback | ChannelType::Record => {
-                let Some(sound) = &self.shared.config.sound else { return };
-                match kind {
-                    ChannelType::Playback => Channel::playback(request, sound),
-                    _ => Channel::record(request, sound, session.id),
-                }
-            }
-            ChannelType::Display | ChannelType::Main => return self.open_display(token, request),
-        };
-        self.become_channel(token, request, &session, channel);
-    }
-
-    fn become_channel(
-        &mut self,
-        token: u64,
-        request: &LinkRequest,
-        session: &Arc<Session>,
-        channel: Channel,
-    ) {
-        let Some(connection) = self.connections.get_mut(&token) else { return };
-        let (kind, id) = channel.key();
-        let traffic = session.open(kind, id, connection.stream.describe());
-        let stage = Stage::Channel(session.clone(), traffic, Box::new(channel));
-        let Stage::Link(mut pending) = std::mem::replace(&mut connection.stage, stage) else {
-            return;
-        };
-        pending.link.finish(LinkCode::Ok, &mut connection.out);
-        let unsent = connection.out.len() - connection.sent;
-        connection.stream.begin_messages(request.header_kind(), unsent);
-        let rest = pending.link.into_rest();
-        let Stage::Channel(_, _, channel) = &mut connection.stage else { return };
-        let mut context =
-            Context { shared: &self.shared, session: session.id, out: &mut connection.out };
-        channel.opened(&mut context);
-        if let Err(error) = channel.receive(&rest, &mut context) {
-            return self.hang_up(token, &io::Error::new(io::ErrorKind::InvalidData, error));
-        }
-        self.flush(token);
-    }
-
-    /// Hands a display connection to a thread of its own.
-    fn open_display(&mut self, token: u64, request: &LinkRequest) {
-        let Some(mut connection) = self.connections.remove(&token) else { return };
-        let _ = epoll::delete(&self.epoll, &connection.stream);
-        let known = |entry: &&mut SessionEntry| entry.session.id == request.connection_id;
-        let Some(entry) = self.sessions.iter_mut().find(known) else { return };
-        let Stage::Link(mut pending) = connection.stage else { return };
-        let mut unsent = connection.out;
-        unsent.drain(..connection.sent);
-        pending.link.finish(LinkCode::Ok, &mut unsent);
-        connection.stream.begin_messages(request.header_kind(), unsent.len());
-        let viewer = NewViewer {
-            shared: self.shared.clone(),
-            session: entry.session.clone(),
-            display: request.channel_id,
-            traffic: entry.session.open(
-                ChannelType::Display,
-                request.channel_id,
-                connection.stream.describe(),
-            ),
-            stream: connection.stream,
-            header: request.header_kind(),
-            caps: request.channel_caps.clone(),
-            received: pending.link.into_rest(),
-            unsent,
-        };
-        match viewer.spawn() {
-            Ok((handle, thread)) => {
-                self.viewer_threads.retain(|thread| !thread.is_finished());
-                self.viewer_threads.push(thread);
-                entry.viewers.insert(request.channel_id, handle);
-            }
-            Err(error) => {
-                tracing::error!(%error, "cannot start a display channel's thread");
-                entry.session.closed(ChannelType::Display, request.channel_id);
-            }
-        }
-    }
-
     // ---- sessions ----
 
     /// Tells a client that it is being disconnected and closes all its channels.
@@ -677,6 +432,7 @@ impl Reactor {
         };
         let entry = self.sessions.remove(index);
         tracing::info!(peer = %entry.session.peer, session = id, "client disconnected");
+        self.shared.emit(entry.session.gone());
         lock(&self.shared.sessions).retain(|session| session.id != id);
         entry.viewers.values().for_each(ViewerHandle::close);
         if self.sessions.is_empty() {
@@ -696,6 +452,14 @@ impl Reactor {
         let commands = std::mem::take(&mut *lock(&self.shared.commands));
         for command in commands {
             match command {
+                Command::PasswordChanged => {
+                    let required = lock(&self.shared.password).is_required();
+                    self.keys.rotate(required);
+                }
+                Command::Disconnect => {
+                    let all: Vec<u32> = self.sessions.iter().map(|e| e.session.id).collect();
+                    all.into_iter().for_each(|session| self.disconnect_session(session));
+                }
                 Command::Key(KeyEvent::Ready) => self.serve_key_waiters(),
                 Command::Key(KeyEvent::Verified { token, ok }) => self.ticket_verified(token, ok),
                 Command::ViewerGone { session, display } => {

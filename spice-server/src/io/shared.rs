@@ -9,10 +9,15 @@ use std::{
     time::Instant,
 };
 
-use super::{keys::KeyEvent, stream::Peer, wake::Wake};
+use super::{
+    keys::KeyEvent,
+    password::{Password, Ticket},
+    stream::Peer,
+    wake::Wake,
+};
 use crate::{
-    ChannelStatus, ClientPolicy, ClientStatus, DisplayEvents, InputSink, Leds, MouseMode, Secret,
-    SecureChannels, Severity,
+    ChannelStatus, ClientPolicy, ClientStatus, DisplayEvents, EventSink, InputSink, Leds,
+    MouseMode, SecureChannels, ServerEvent, Severity,
     agent::hub::AgentHub,
     audio::Sound,
     display::{state::DisplayShared, stats::Counters},
@@ -28,7 +33,6 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(crate) struct Config {
     pub(crate) name: Option<String>,
     pub(crate) uuid: Option<[u8; 16]>,
-    pub(crate) password: Option<Secret>,
     pub(crate) policy: ClientPolicy,
     /// Offered to clients that begin with TLS.
     pub(crate) tls: Option<Arc<rustls::ServerConfig>>,
@@ -36,6 +40,7 @@ pub(crate) struct Config {
     pub(crate) secure: SecureChannels,
     pub(crate) input: Option<Arc<dyn InputSink>>,
     pub(crate) events: Option<Arc<dyn DisplayEvents>>,
+    pub(crate) observer: Option<Arc<dyn EventSink>>,
     pub(crate) sound: Option<Sound>,
     /// Largest width and height a client may ask for.
     pub(crate) max_size: (u32, u32),
@@ -44,6 +49,9 @@ pub(crate) struct Config {
 /// What other threads tell the reactor.
 pub(crate) enum Command {
     Key(KeyEvent),
+    PasswordChanged,
+    /// All clients are to go.
+    Disconnect,
     /// A display channel's thread is over.
     ViewerGone {
         session: u32,
@@ -53,6 +61,7 @@ pub(crate) enum Command {
 
 pub(crate) struct Shared {
     pub(crate) config: Config,
+    pub(crate) password: Mutex<Password>,
     pub(crate) displays: Vec<Arc<DisplayShared>>,
     pub(crate) agent: AgentHub,
     /// Wakes the reactor.
@@ -101,6 +110,9 @@ impl Notices {
 pub(crate) struct Session {
     pub(crate) id: u32,
     pub(crate) peer: Peer,
+    /// What let it in, and its other channels.
+    pub(crate) ticket: Ticket,
+    since: Instant,
     channels: Mutex<Vec<Arc<Traffic>>>,
     sent: AtomicU64,
     received: AtomicU64,
@@ -131,10 +143,12 @@ impl Traffic {
 }
 
 impl Session {
-    pub(crate) fn new(id: u32, peer: Peer) -> Self {
+    pub(crate) fn new(id: u32, peer: Peer, ticket: Ticket) -> Self {
         Self {
             id,
             peer,
+            ticket,
+            since: Instant::now(),
             channels: Mutex::default(),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
@@ -175,7 +189,18 @@ impl Session {
         self.received.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    pub(crate) fn status(&self) -> ClientStatus {
+    /// That it is gone.
+    pub(crate) fn gone(&self) -> ServerEvent {
+        ServerEvent::ClientDisconnected {
+            session: self.id,
+            peer: self.peer,
+            after: self.since.elapsed(),
+            bytes_sent: self.sent.load(Ordering::Relaxed),
+            bytes_received: self.received.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(crate) fn status(&self, drives: bool) -> ClientStatus {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let channel = |traffic: &Arc<Traffic>| ChannelStatus {
             name: traffic.name(),
@@ -187,6 +212,8 @@ impl Session {
         ClientStatus {
             session: self.id,
             peer: self.peer,
+            connected_for: self.since.elapsed(),
+            drives,
             channels: lock(&self.channels).iter().map(channel).collect(),
             bytes_sent: read(&self.sent),
             bytes_received: read(&self.received),
@@ -198,12 +225,14 @@ impl Session {
 impl Shared {
     pub(crate) fn new(
         config: Config,
+        password: Password,
         displays: Vec<Arc<DisplayShared>>,
         agent: AgentHub,
         io: Arc<Wake>,
     ) -> Self {
         Self {
             config,
+            password: Mutex::new(password),
             displays,
             agent,
             io,
@@ -217,6 +246,19 @@ impl Shared {
             viewers: Mutex::default(),
             clock: Instant::now(),
         }
+    }
+
+    /// Tells the program.
+    pub(crate) fn emit(&self, event: ServerEvent) {
+        if let Some(observer) = &self.config.observer {
+            observer.event(event);
+        }
+    }
+
+    /// Whether a client's keys, pointer and wishes count, or it only watches.
+    pub(crate) fn drives(&self, session: u32) -> bool {
+        self.config.policy != ClientPolicy::ViewOnly
+            || lock(&self.sessions).first().is_some_and(|first| first.id == session)
     }
 
     /// Hands the reactor a command.

@@ -128,6 +128,14 @@ impl Drop for Screen {
     }
 }
 
+/// A password as a ticket for this public key (DER).
+pub fn seal(key: &[u8], password: &str) -> Vec<u8> {
+    use rsa::{Oaep, RsaPublicKey, pkcs8::DecodePublicKey, rand_core::OsRng};
+    let key = RsaPublicKey::from_public_key_der(key).expect("a key");
+    let text = [password.as_bytes(), b"\0"].concat();
+    key.encrypt(&mut OsRng, Oaep::new::<sha1::Sha1>(), &text).expect("fits")
+}
+
 const PYTHON: &str = "/usr/bin/python3";
 
 /// Whether the spice-gtk client can run; says that the test is skipped if not.

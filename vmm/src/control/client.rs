@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Greeting, MAX_LINE, PROTOCOL_VERSION, Request, Response};
+use super::{Greeting, MAX_LINE, PROTOCOL_VERSION, Password, Request, Response};
 
 /// A picture larger than this is refused: 16384 x 16384 pixels need less as PNG.
 const MAX_PICTURE: usize = 1 << 30;
@@ -53,6 +53,24 @@ pub enum Action {
     },
     /// Print what the SPICE server counts, one line of JSON per client
     SpiceClients,
+    /// Set another password for SPICE clients; those that are connected stay
+    SetPassword {
+        /// File whose first line is the password (- for standard input)
+        file: PathBuf,
+        /// Until when it is good: never, now, +SECONDS, or seconds since 1970
+        #[arg(long, default_value = "never")]
+        expires: String,
+        /// Disconnect those that are connected
+        #[arg(long)]
+        disconnect: bool,
+    },
+    /// Say until when the password for SPICE clients is good
+    ExpirePassword {
+        /// never, now, +SECONDS, or seconds since 1970
+        expires: String,
+    },
+    /// Print what happens, one line of JSON per event, until the virtual machine ends
+    Events,
     /// End the virtual machine at once, as if unplugged (disks are flushed)
     Quit,
 }
@@ -95,6 +113,15 @@ pub enum ClientError {
     /// The virtual machine refused.
     #[error("{0}")]
     Refused(String),
+    /// The password could not be read.
+    #[error("{}: the password could not be read", file.display())]
+    Password {
+        /// The file.
+        file: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
     /// The picture could not be written.
     #[error("{}: the picture could not be written", file.display())]
     Write {
@@ -128,6 +155,12 @@ pub fn run(path: &Path, action: &Action, out: &mut impl Write) -> Result<(), Cli
         }
         Action::Balloon { mib } => (Request::Balloon { mib }, None),
         Action::SpiceClients => (Request::SpiceClients {}, None),
+        Action::SetPassword { file, expires, disconnect } => {
+            let password = read_password(&file)?;
+            (Request::SetPassword { password, expires: Some(expires), disconnect }, None)
+        }
+        Action::ExpirePassword { expires } => (Request::ExpirePassword { expires }, None),
+        Action::Events => (Request::Events {}, None),
         Action::Quit => (Request::Quit {}, None),
     };
     match connection.ask(&request)? {
@@ -153,10 +186,26 @@ pub fn run(path: &Path, action: &Action, out: &mut impl Write) -> Result<(), Cli
         Response::Done {} => {}
         Response::Error { message } => return Err(ClientError::Refused(message)),
     }
+    if *action == Action::Events {
+        return connection.copy_lines(out);
+    }
     if matches!(action, Action::Shutdown { wait: true }) {
         connection.wait_for_end()?;
     }
     Ok(())
+}
+
+/// The first line of a file, or of standard input.
+fn read_password(file: &Path) -> Result<Password, ClientError> {
+    let failed = |source| ClientError::Password { file: file.to_owned(), source };
+    let mut reader: Box<dyn Read> = if file == Path::new("-") {
+        Box::new(io::stdin())
+    } else {
+        Box::new(fs::File::open(file).map_err(failed)?)
+    };
+    let mut text = String::new();
+    reader.by_ref().take(MAX_LINE as u64 / 2).read_to_string(&mut text).map_err(failed)?;
+    Ok(Password(text.lines().next().unwrap_or_default().to_owned()))
 }
 
 impl ClientError {
@@ -219,6 +268,20 @@ impl<'a> Connection<'a> {
         Ok(data)
     }
 
+    /// Hands on what comes, line by line, until the end.
+    fn copy_lines(&mut self, out: &mut impl Write) -> Result<(), ClientError> {
+        loop {
+            let mut line = Vec::new();
+            match self.reader.read_until(b'\n', &mut line) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
+                Err(source) => return Err(self.io_error(source)),
+            }
+            out.write_all(&line).and_then(|()| out.flush()).map_err(|e| self.io_error(e))?;
+        }
+    }
+
     fn wait_for_end(&mut self) -> Result<(), ClientError> {
         match io::copy(&mut self.reader, &mut io::sink()) {
             Ok(_) => Ok(()),
@@ -273,6 +336,27 @@ mod tests {
         let mut out = Vec::new();
         run(&path, &Action::SpiceClients, &mut out).unwrap();
         assert_eq!(String::from_utf8(out).unwrap(), "{\"peer\":\"somebody\"}\n");
+
+        let file = folder.path().join("password");
+        fs::write(&file, "open sesame\nand more\n").unwrap();
+        let expires = "never".to_owned();
+        let action = Action::SetPassword { file: file.clone(), expires, disconnect: true };
+        run(&path, &action, &mut io::sink()).unwrap();
+        assert_eq!(calls.recv().unwrap(), "password open sesame Never true");
+        let expire = |when: &str| {
+            run(&path, &Action::ExpirePassword { expires: when.into() }, &mut io::sink())
+        };
+        expire("now").unwrap();
+        assert_eq!(calls.recv().unwrap(), "expire Now");
+        expire("+3600").unwrap();
+        assert!(calls.recv().unwrap().starts_with("expire At("));
+        let error = expire("tomorrow").unwrap_err().to_string();
+        assert!(error.contains("expires=tomorrow: expected never"), "{error}");
+
+        let mut out = Vec::new();
+        run(&path, &Action::Events, &mut out).unwrap();
+        let event: serde_json::Value = serde_json::from_slice(&out).unwrap();
+        assert_eq!((&event["event"], &event["answer"]), (&"test".into(), &42.into()));
 
         let error = run(&path, &Action::CtrlAltDel, &mut io::sink()).unwrap_err();
         assert_eq!(error.to_string(), "there is no keyboard");

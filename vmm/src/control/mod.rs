@@ -6,13 +6,21 @@
 //! | this one | the messages, shared by both sides |
 //! | [`server`] | the VMM's side, over the [`ControlTarget`] trait |
 //! | [`client`] | `drago-vmm ctl` |
+//! | [`events`] | what `ctl events` hears |
 
 pub mod client;
+pub mod events;
 pub mod server;
 
-use std::{fmt, path::PathBuf};
+use std::{
+    fmt,
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
 
+use events::Subscription;
 use serde::{Deserialize, Serialize};
+use spice_server::Expiry;
 
 /// Version of the protocol, in the greeting. It grows when a client has to know about a change.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -66,8 +74,54 @@ pub enum Request {
     },
     /// What the SPICE server counts, by client.
     SpiceClients {},
+    /// Another password for SPICE clients.
+    SetPassword {
+        /// 1 to 60 bytes.
+        password: Password,
+        /// Until when it is good, see [`expiry`].
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        expires: Option<String>,
+        /// Whether clients that are connected have to go.
+        #[serde(default)]
+        disconnect: bool,
+    },
+    /// Until when the password for SPICE clients is good.
+    ExpirePassword {
+        /// See [`expiry`].
+        expires: String,
+    },
+    /// From now on the connection carries events, one a line.
+    Events {},
     /// End the virtual machine at once (disks are flushed).
     Quit {},
+}
+
+/// A password on its way; not shown by `Debug`.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Password(pub String);
+
+impl fmt::Debug for Password {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Password(..)")
+    }
+}
+
+/// Until when a password is good, as QEMU's `expire_password` has it: `never`, `now`, `+SECONDS` from
+/// now, or seconds since 1970.
+pub fn expiry(text: &str) -> Result<Expiry, ControlError> {
+    let wrong = || {
+        let known = "never, now, +SECONDS, or seconds since 1970";
+        ControlError(format!("expires={text}: expected {known}"))
+    };
+    let seconds = |text: &str| text.parse().map(Duration::from_secs).map_err(|_| wrong());
+    let moment = match (text, text.strip_prefix('+')) {
+        ("never", _) => return Ok(Expiry::Never),
+        ("now", _) => return Ok(Expiry::Now),
+        (_, Some(after)) => SystemTime::now().checked_add(seconds(after)?),
+        (_, None) => SystemTime::UNIX_EPOCH.checked_add(seconds(text)?),
+    };
+    moment.map(Expiry::At).ok_or_else(wrong)
 }
 
 /// One line from the server, the answer to one request.
@@ -148,6 +202,17 @@ pub trait ControlTarget: Send + Sync {
     fn resize(&self, display: u32, width: u32, height: u32) -> Result<(), ControlError>;
     /// Answers [`Request::SpiceClients`].
     fn spice_clients(&self) -> Vec<serde_json::Value>;
+    /// Answers [`Request::SetPassword`].
+    fn set_password(
+        &self,
+        password: &str,
+        expires: Expiry,
+        disconnect: bool,
+    ) -> Result<(), ControlError>;
+    /// Answers [`Request::ExpirePassword`].
+    fn expire_password(&self, expires: Expiry) -> Result<(), ControlError>;
+    /// Answers [`Request::Events`].
+    fn events(&self) -> Subscription;
     /// Answers [`Request::Balloon`].
     fn balloon(&self, mib: Option<u32>) -> Result<u32, ControlError>;
 }

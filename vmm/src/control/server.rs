@@ -13,9 +13,16 @@ use std::{
     time::Duration,
 };
 
-use rustix::io::Errno;
+use rustix::{
+    io::Errno,
+    net::{RecvFlags, recv},
+};
 
-use super::{ControlTarget, Greeting, MAX_LINE, PROTOCOL_VERSION, Request, Response, SocketError};
+use super::{
+    ControlTarget, Greeting, MAX_LINE, PROTOCOL_VERSION, Request, Response, SocketError,
+    events::{Next, Subscription},
+    expiry,
+};
 
 /// More clients than this at once are turned away: each has a thread.
 const MAX_CONNECTIONS: usize = 16;
@@ -23,6 +30,9 @@ const MAX_CONNECTIONS: usize = 16;
 /// How long the guest gets before the power button is pressed again: a guest that is still booting
 /// has nobody listening to it yet.
 const POWER_BUTTON_INTERVAL: Duration = Duration::from_secs(3);
+
+/// How often it is looked whether a listener has left while nothing happens.
+const EVENT_PAUSE: Duration = Duration::from_secs(2);
 
 /// A listening control socket. Dropping it removes the socket file.
 #[derive(Debug)]
@@ -156,13 +166,41 @@ fn serve(
             Request::Shutdown {} => shutdown.begin(shared),
             // Only after the answer is out: the process may end before this thread runs again.
             Request::Quit {} => target.quit(),
+            Request::Events {} => return stream_events(writer, &target.events()),
             _ => {}
         }
     }
 }
 
+/// Writes events until the client leaves.
+fn stream_events(mut stream: &UnixStream, events: &Subscription) -> io::Result<()> {
+    loop {
+        let event = match events.next(EVENT_PAUSE) {
+            Next::Event(event) => event,
+            Next::Lost(count) => serde_json::json!({ "event": "lost", "count": count }),
+            Next::End => return Ok(()),
+            Next::Quiet => {
+                // A client that has left is not noticed by writing to it while nothing happens.
+                let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+                match recv(stream, &mut [0u8; 1], flags) {
+                    Ok((0, _)) => return Ok(()),
+                    _ => continue,
+                }
+            }
+        };
+        write_line(&mut stream, &event)?;
+    }
+}
+
 fn answer(request: &Request, target: &dyn ControlTarget) -> (Response, Vec<u8>) {
     let result = match *request {
+        Request::SetPassword { ref password, ref expires, disconnect } => {
+            expiry(expires.as_deref().unwrap_or("never"))
+                .and_then(|expires| target.set_password(&password.0, expires, disconnect))
+        }
+        Request::ExpirePassword { ref expires } => {
+            expiry(expires).and_then(|expires| target.expire_password(expires))
+        }
         Request::Status {} => return (Response::Status(target.status()), Vec::new()),
         Request::Screenshot { display } => match target.screenshot(display) {
             Ok(png) => return (Response::Screenshot { bytes: png.len() }, png),
@@ -177,7 +215,7 @@ fn answer(request: &Request, target: &dyn ControlTarget) -> (Response, Vec<u8>) 
         Request::SpiceClients {} => {
             return (Response::SpiceClients { clients: target.spice_clients() }, Vec::new());
         }
-        Request::Shutdown {} | Request::Quit {} => Ok(()),
+        Request::Shutdown {} | Request::Quit {} | Request::Events {} => Ok(()),
     };
     match result {
         Ok(()) => (Response::Done {}, Vec::new()),
@@ -248,7 +286,8 @@ pub(super) mod tests {
     use std::sync::mpsc;
 
     use super::*;
-    use crate::control::{ControlError, Status};
+    use crate::control::{ControlError, Status, events::EventHub};
+    use spice_server::Expiry;
 
     /// Reports every call on a channel.
     pub(in crate::control) struct Recorder(pub(in crate::control) mpsc::SyncSender<String>);
@@ -281,6 +320,28 @@ pub(super) mod tests {
 
         fn spice_clients(&self) -> Vec<serde_json::Value> {
             vec![serde_json::json!({ "peer": "somebody" })]
+        }
+
+        fn set_password(
+            &self,
+            password: &str,
+            expires: Expiry,
+            disconnect: bool,
+        ) -> Result<(), ControlError> {
+            let _ = self.0.try_send(format!("password {password} {expires:?} {disconnect}"));
+            Ok(())
+        }
+
+        fn expire_password(&self, expires: Expiry) -> Result<(), ControlError> {
+            let _ = self.0.try_send(format!("expire {expires:?}"));
+            Ok(())
+        }
+
+        fn events(&self) -> Subscription {
+            let events = EventHub::default();
+            let subscription = events.subscribe();
+            events.publish("test", serde_json::json!({ "answer": 42 }));
+            subscription
         }
 
         fn balloon(&self, mib: Option<u32>) -> Result<u32, ControlError> {

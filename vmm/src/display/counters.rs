@@ -8,6 +8,8 @@ pub(super) fn client(client: &ClientStatus) -> Value {
     json!({
         "peer": client.peer.to_string(),
         "session": client.session,
+        "connected_seconds": client.connected_for.as_secs_f64(),
+        "drives": client.drives,
         "channels": client.channels.iter().map(channel).collect::<Vec<_>>(),
         "bytes_sent": client.bytes_sent,
         "bytes_received": client.bytes_received,

@@ -12,6 +12,7 @@
 mod agent;
 mod counters;
 mod input;
+mod observer;
 mod options;
 mod screen;
 mod spice;
@@ -30,12 +31,13 @@ use devices::virtio::{
     gpu::GpuHandle,
     input::InputHandle,
 };
-use spice_server::{DisplayEvents, Leds, MonitorConfig, SpiceServer};
+use spice_server::{DisplayEvents, Expiry, Leds, MonitorConfig, Secret, SpiceServer};
 use vnc_server::VncServer;
 
-use crate::control::ControlError;
+use crate::control::{ControlError, events::EventHub};
 use agent::Port;
 use input::Inputs;
+use observer::Observer;
 pub use options::VncConfig;
 use screen::{Screen, Through};
 pub use spice::SpiceConfig;
@@ -66,6 +68,15 @@ pub trait DisplayControl: Send + Sync {
     fn clients(&self) -> Vec<String>;
     /// What the SPICE server counts, by client.
     fn spice_counters(&self) -> Vec<serde_json::Value>;
+    /// Another password for SPICE clients.
+    fn set_password(
+        &self,
+        password: &str,
+        expires: Expiry,
+        disconnect: bool,
+    ) -> Result<(), ControlError>;
+    /// Until when it is good.
+    fn expire_password(&self, expires: Expiry) -> Result<(), ControlError>;
     /// Connected VNC viewers.
     fn vnc_clients(&self) -> Vec<String>;
     /// A display's picture as a PNG file.
@@ -138,6 +149,7 @@ pub fn start(
     vnc: Option<&VncConfig>,
     identity: Identity,
     handles: &Handles,
+    observers: &Arc<EventHub>,
 ) -> Result<Option<Arc<dyn DisplayControl>>, DisplayError> {
     let mut inputs = Inputs::default();
     let mut gpu = None;
@@ -166,6 +178,7 @@ pub fn start(
             let events = Arc::new(Viewers { screens: screens.clone() });
             let mut builder = SpiceServer::builder()
                 .name(identity.name.clone())
+                .observer(Arc::new(Observer(observers.clone())))
                 .displays(gpu.scanouts())
                 .input(inputs.clone())
                 .display_events(events);
@@ -255,6 +268,14 @@ impl Display {
     }
 }
 
+impl Display {
+    fn spice(&self) -> Result<&SpiceServer, ControlError> {
+        let none =
+            || ControlError("this machine has no SPICE server; start it with --spice".into());
+        self.server.as_deref().ok_or_else(none)
+    }
+}
+
 impl DisplayControl for Display {
     fn address(&self) -> Option<String> {
         match self.server.as_ref()?.local_addr() {
@@ -271,6 +292,26 @@ impl DisplayControl for Display {
     fn spice_counters(&self) -> Vec<serde_json::Value> {
         let Some(server) = &self.server else { return Vec::new() };
         server.status().clients.iter().map(counters::client).collect()
+    }
+
+    fn set_password(
+        &self,
+        password: &str,
+        expires: Expiry,
+        disconnect: bool,
+    ) -> Result<(), ControlError> {
+        let server = self.spice()?;
+        let secret = Secret::new(password).map_err(|error| ControlError(error.to_string()))?;
+        server.set_password(secret, expires);
+        if disconnect {
+            server.disconnect();
+        }
+        Ok(())
+    }
+
+    fn expire_password(&self, expires: Expiry) -> Result<(), ControlError> {
+        self.spice()?.expire_password(expires);
+        Ok(())
     }
 
     fn vnc_address(&self) -> Option<String> {

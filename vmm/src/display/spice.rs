@@ -21,6 +21,8 @@ pub struct SpiceConfig {
     pub unix: Option<(PathBuf, u32)>,
     /// File whose first line is the password; without one anybody may connect.
     pub password_file: Option<PathBuf>,
+    /// Without a password nobody may connect, until one is set at run time.
+    pub password_required: bool,
     /// What happens when a second viewer comes.
     pub clients: ClientPolicy,
     /// TLS, if it is offered.
@@ -68,19 +70,22 @@ impl SpiceConfig {
         }
         let unix_mode = take_mode(&mut spec, unix.is_some())?;
         let password_file = spec.take_path("password-file")?;
+        let password_required = spec.take_switch("password-required")?.unwrap_or_default();
         let clients = match spec.take("clients")?.as_deref() {
             None | Some("exclusive") => ClientPolicy::Exclusive,
             Some("refuse") => ClientPolicy::Refuse,
             Some("shared") => ClientPolicy::Shared,
+            Some("view-only") => ClientPolicy::ViewOnly,
             Some(other) => {
-                return Err(spec.invalid("clients", other, "expected exclusive, refuse or shared"));
+                let reason = "expected exclusive, refuse, shared or view-only";
+                return Err(spec.invalid("clients", other, reason));
             }
         };
         let tls = TlsFiles::take(&mut spec, listen.is_some())?;
         let agent = take_agent(&mut spec)?;
         spec.finish()?;
         let unix = unix.map(|path| (path, unix_mode));
-        Ok(Self { listen, unix, password_file, clients, tls, agent })
+        Ok(Self { listen, unix, password_file, password_required, clients, tls, agent })
     }
 
     /// The address to listen on.
@@ -114,6 +119,7 @@ impl SpiceConfig {
                 builder = builder.listen_tls(address);
             }
         }
+        let builder = builder.password_required(self.password_required);
         Ok(builder.password(self.password()?).client_policy(self.clients).agent_policy(self.agent))
     }
 }
@@ -216,6 +222,8 @@ mod tests {
         let config = parse("[::1]:5901,clients=shared").unwrap();
         assert_eq!(config.address().unwrap(), Some("[::1]:5901".parse().unwrap()));
         assert_eq!(config.clients, ClientPolicy::Shared);
+        let config = parse("[::1]:5901,clients=view-only,password-required").unwrap();
+        assert_eq!((config.clients, config.password_required), (ClientPolicy::ViewOnly, true));
         assert!(parse("clients=shared").is_err(), "the address is missing");
         assert!(parse("127.0.0.1:1,clients=some").is_err());
         let error = parse("no-port").unwrap().address().unwrap_err();
