@@ -25,7 +25,7 @@ loop = GLib.MainLoop()
 channels = {}
 primary = {}
 state = {"agent": False, "mouse": 0, "marked": False, "invalidated": 0, "clipboard": None, "grabbed": False,
-         "requested": False}
+         "requested": False, "cursor": None}
 offered = ""
 
 
@@ -100,6 +100,8 @@ def clipboard_request(channel, selection, kind):
 
 
 def cursor_set(channel, width, height, hot_x, hot_y, rgba):
+    pixels = data_bytes(rgba, width * height * 4).hex() if rgba else None
+    state["cursor"] = {"width": width, "height": height, "hot": [hot_x, hot_y], "rgba": pixels}
     say(ev="cursor", width=width, height=height, hot=[hot_x, hot_y])
 
 
