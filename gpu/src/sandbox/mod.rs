@@ -16,7 +16,7 @@ mod namespaces;
 mod seccomp;
 mod sys;
 
-use std::{io, path::PathBuf, str::FromStr};
+use std::{fmt, io, path::PathBuf, str::FromStr};
 
 use host::seccomp::Violation;
 
@@ -103,25 +103,25 @@ impl Sandbox {
         sandbox
     }
 
-    /// Filters the system calls of all threads, and logs what stands.
-    pub fn close(mut self) {
+    /// Filters the system calls of all threads; logs and returns what stands.
+    pub fn close(mut self) -> Walls {
         let violation = match self.mode {
             Mode::Off => {
                 tracing::warn!("no sandbox: --sandbox off");
-                return;
+                return Walls::default();
             }
             Mode::On => Violation::Kill,
             Mode::Log => Violation::Log,
         };
         let filter = seccomp::install(&self.needs, violation).map_err(io::Error::other);
         self.note("system calls", filter);
-        let done = self.done.join(", ");
-        if self.refused.is_empty() {
-            tracing::info!("sandbox: {done}");
+        let walls = Walls { done: self.done.join(", "), refused: self.refused.join(", ") };
+        if walls.refused.is_empty() {
+            tracing::info!("sandbox: {walls}");
         } else {
-            let refused = self.refused.join(", ");
-            tracing::warn!("sandbox: {done}; this system refused: {refused}");
+            tracing::warn!("sandbox: {walls}");
         }
+        walls
     }
 
     /// Notes how a layer went.
@@ -130,6 +130,25 @@ impl Sandbox {
             Ok(()) => self.done.push(what.to_owned()),
             Err(error) => self.refused.push(format!("{what} ({error})")),
         }
+    }
+}
+
+/// What stands of a sandbox, and what the system refused, in words; empty for none.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Walls {
+    /// The layers in force.
+    pub done: String,
+    /// The others, with their errors.
+    pub refused: String,
+}
+
+impl fmt::Display for Walls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.done)?;
+        if !self.refused.is_empty() {
+            write!(f, "; this system refused: {}", self.refused)?;
+        }
+        Ok(())
     }
 }
 

@@ -66,6 +66,7 @@ pub fn examine() -> Vec<Finding> {
         kvm_finding(),
         memory(),
         gpu_process(),
+        sandbox(),
         render_node(),
         opengl(),
         tun(),
@@ -191,6 +192,31 @@ fn opengl() -> Finding {
             failed(lines.join(" "))
         }
         Err(error) => failed(format!("{}: {error}", program.display())),
+    }
+}
+
+/// Lets `drago-gpu` put up its sandbox and say what stands.
+fn sandbox() -> Finding {
+    const NAME: &str = "sandbox";
+    let tried = gpu_program().map(|program| {
+        Command::new(program)
+            .args(["--self-test", "walls", "--renderer", "2d"])
+            .env("DRAGO_LOG", "off")
+            .stdin(Stdio::null())
+            .output()
+    });
+    match tried {
+        Some(Ok(out)) if out.status.success() => {
+            Finding::ok(NAME, format!("drago-gpu: {}", String::from_utf8_lossy(&out.stdout).trim()))
+        }
+        Some(Ok(out)) => Finding::limited(
+            NAME,
+            format!("drago-gpu: {}", String::from_utf8_lossy(&out.stdout).trim()),
+            "the layers that stand are used; allow unprivileged user namespaces (sysctl \
+             kernel.unprivileged_userns_clone=1 or kernel.apparmor_restrict_unprivileged_userns=0) \
+             and enable Landlock (lsm=…,landlock) for the others",
+        ),
+        _ => Finding::limited(NAME, "drago-gpu is not there to try it", "see gpu-process above"),
     }
 }
 

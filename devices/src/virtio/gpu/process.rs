@@ -95,8 +95,11 @@ impl BackEndProcess {
 
     /// Ends it at once, for when it must not touch guest memory any more.
     pub(super) fn kill(&mut self) {
-        if let Err(error) = self.0.kill().and_then(|()| self.0.wait().map(drop)) {
-            tracing::error!(%error, "drago-gpu could not be killed");
+        match self.0.kill().and_then(|()| self.0.wait_for(GRACE)) {
+            Ok(Some(_)) => {}
+            // It runs no instruction of its own any more; the kernel ends it when its driver lets go.
+            Ok(None) => tracing::error!("drago-gpu is held by a driver and cannot end yet"),
+            Err(error) => tracing::error!(%error, "drago-gpu could not be killed"),
         }
     }
 }
@@ -106,7 +109,7 @@ impl Drop for BackEndProcess {
         let ended = match self.0.wait_for(GRACE) {
             Ok(None) => {
                 tracing::warn!("drago-gpu did not end by itself");
-                self.0.kill().and_then(|()| self.0.wait())
+                return self.kill();
             }
             Ok(Some(status)) => Ok(status),
             Err(error) => Err(error),
