@@ -1,5 +1,5 @@
-//! The slow suite's OpenGL: weston draws with the guest's Mesa through virtio-gpu, drago-gpu draws with
-//! virglrenderer and, there being no GPU in the test host, the host's llvmpipe.
+//! The slow suite's OpenGL: weston and GNOME draw with the guest's Mesa through virtio-gpu, drago-gpu draws
+//! with virglrenderer and, there being no GPU in the test host, the host's llvmpipe.
 //!
 //! Run by `cargo xtask test --suite slow`. The steps build on one another's boot, hence one test.
 
@@ -8,8 +8,9 @@
 use std::path::Path;
 use std::time::Duration;
 
-use drago_tests::desktop::{WESTON_BACKGROUND, is_shown};
+use drago_tests::desktop::{WESTON_BACKGROUND, gnome_search_field, is_shown};
 use drago_tests::guest::{Desktop, Guest};
+use drago_tests::picture::reads;
 use drago_tests::progress::step;
 use drago_tests::vm::{GUEST_DISK, Host, PATIENCE};
 use serde_json::json;
@@ -72,6 +73,52 @@ fn weston_draws_with_opengl() {
         vm.wait_picture(&mut client, "the desktop resized", |picture| {
             Ok((picture.width, picture.height) == (1024, 768)
                 && picture.share_of(WESTON_BACKGROUND, 6) > 0.1)
+        })
+    })
+    .unwrap();
+
+    vm.signal(15).unwrap();
+    assert_eq!(vm.wait().unwrap(), 0, "{}", vm.state());
+}
+
+/// GNOME's shell makes a 3D context of its own, its overview comes out of it, and it takes keys.
+#[test]
+#[ignore = "slow"]
+fn gnome_draws_with_opengl() {
+    let guest = Guest::desktop(Desktop::Gnome).unwrap();
+    let agent = Path::new(env!("CARGO_BIN_EXE_drago-testbed-agent"));
+    let host = Host::boot_with_disk("virgl-gnome", agent, 6144, &guest).unwrap();
+    // The test host's only render node is vgem's, which cannot draw.
+    assert_eq!(host.run("mount -t tmpfs none /dev/dri").unwrap().code, 0);
+    let command = host
+        .command(host.program("drago-vmm"))
+        .env("DRAGO_LOG", "info,drago_gpu::control::three_d=debug")
+        .args(["--kernel", &guest.kernel.display().to_string()])
+        .args(["--initrd", &guest.initrd.display().to_string()])
+        .args(["--cmdline", &guest.cmdline, "--memory", &guest.memory_mib.to_string()])
+        .args(["--cpus", "2", "--disk", &format!("path={GUEST_DISK}")])
+        .args(["--net", "user,hostfwd=tcp::2223-:22"])
+        .args(["--gpu", "virgl", "--spice", "127.0.0.1:5900"]);
+    let mut vm = host.spawn("gnome", command).unwrap();
+    vm.log
+        .wait_for(0, "SPICE server listens", PATIENCE)
+        .unwrap_or_else(|error| panic!("{error}\n{}", vm.state()));
+    let mut client = host.spice().unwrap();
+
+    step("the shell makes a 3D context", || vm.log.wait_for(0, "name=gnome-shell", BOOT).map(drop))
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", vm.state()));
+
+    step("the overview is shown", || {
+        vm.wait_picture_within(&mut client, "the overview", BOOT, |picture| {
+            is_shown("gnome", picture)
+        })
+    })
+    .unwrap();
+
+    step("the search field takes typed text", || {
+        client.type_text("foot", PATIENCE)?;
+        vm.wait_picture(&mut client, "the search", |picture| {
+            Ok(reads(&picture.text(Some(gnome_search_field(picture)))?, "foot"))
         })
     })
     .unwrap();

@@ -116,6 +116,8 @@ impl Control {
             return Err(Refusal::OutOfMemory);
         }
         self.renderer.create_context(context, capset, name)?;
+        // The program's name, as Linux gives it.
+        tracing::debug!(context, capset, name = %name.escape_ascii(), "a 3D context is made");
         self.contexts.insert(context);
         Ok(())
     }
