@@ -53,6 +53,23 @@ pub enum Error {
         /// The protocol's limit.
         max: usize,
     },
+    /// The page for browsers cannot be read.
+    #[error("{}: the page for browsers cannot be read", path.display())]
+    WebFolder {
+        /// The folder.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no page for browsers.
+    #[error("{}: there is no page in it (expected one of {expected})", path.display())]
+    WebNothing {
+        /// The folder.
+        path: PathBuf,
+        /// Files that would do.
+        expected: String,
+    },
     /// A certificate or key file cannot be read.
     #[error("{}: this is no PEM file that can be read", path.display())]
     TlsFile {

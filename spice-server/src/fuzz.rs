@@ -11,6 +11,7 @@ use crate::{
         channel::Caps,
         cursor, display,
         framing::{Deframer, Framer, HeaderKind},
+        http,
         image::{Coding, Keep, put_image},
         inputs::{self, ScancodeDecoder},
         link::{LinkCode, LinkEvent, PUBLIC_KEY_SIZE, ServerLink},
@@ -200,6 +201,33 @@ pub fn fuzz_agent(bytes: &[u8]) {
     }
 }
 
+/// A browser: a request, and frames after it where it asks for a WebSocket.
+pub fn fuzz_web(bytes: &[u8]) {
+    let mut head = Vec::new();
+    let mut parts = parts(bytes);
+    while let Some(part) = parts.next() {
+        head.extend_from_slice(part);
+        match http::parse(&head) {
+            Ok(None) => {}
+            Ok(Some(request)) => {
+                assert!(request.length <= head.len() && request.length <= http::MAX_HEAD);
+                let elsewhere = http::redirect(&request.path);
+                assert_eq!(elsewhere.matches("\r\n\r\n").count(), 1, "a second answer");
+                std::hint::black_box(request.is_welcome(&[]));
+                if request.upgrade.is_some() {
+                    let rest = head.split_off(request.length);
+                    crate::io::stream::fuzz_frames(rest, &mut parts);
+                }
+                return;
+            }
+            Err(status) => {
+                std::hint::black_box(http::failure(status, ""));
+                return;
+            }
+        }
+    }
+}
+
 /// Pixels through every image coding: what comes out must be no longer than raw.
 pub fn fuzz_image(bytes: &[u8]) {
     let Some((width, pixels)) = bytes.split_first() else { return };
@@ -232,6 +260,9 @@ mod tests {
             state
         };
         let hello = b"\x10REDQ\x02\0\0\0\x02\0\0\0\x16\0\0\0\0\0\0\0\x01\0\x01\0\0\0\0\0\0\0\x12\0\0\0\x0d\0\0\0";
+        let ask =
+            b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+            Sec-WebSocket-Key: x\r\n\r\n\x82\x85\x01\x02\x03\x04";
         for round in 0..2000 {
             let mut bytes: Vec<u8> = match round % 3 {
                 0 => hello.to_vec(),
@@ -250,6 +281,8 @@ mod tests {
             fuzz_record_channel(&bytes);
             fuzz_agent(&bytes);
             fuzz_image(&bytes);
+            bytes.splice(1..1, ask.iter().copied());
+            fuzz_web(&bytes);
         }
     }
 }

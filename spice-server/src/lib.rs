@@ -31,6 +31,7 @@ mod proto;
 mod secret;
 mod server;
 mod tls;
+mod web;
 
 pub use agent::{AgentPolicy, AgentPort, Clipboard};
 pub use audio::{PlaybackHandle, RecordHandle};
@@ -50,3 +51,4 @@ pub use server::{
     Severity, SpiceServer,
 };
 pub use tls::{SecureChannels, TlsConfig};
+pub use web::WebPage;

@@ -11,7 +11,7 @@ use std::{
 use crate::{
     AgentPolicy, AgentPort, DisplayEvents, DisplayHandle, DisplayStats, Error, EventSink,
     InputSink, Leds, MouseMode, Peer, PlaybackHandle, RecordHandle, Secret, SecureChannels,
-    ServerEvent, TlsConfig,
+    ServerEvent, TlsConfig, WebPage,
     agent::hub::AgentHub,
     audio::Sound,
     display::state::DisplayShared,
@@ -80,6 +80,8 @@ pub struct ServerBuilder {
     addresses: Vec<Address>,
     tls: Option<TlsConfig>,
     secure: SecureChannels,
+    web: Option<WebPage>,
+    origins: Vec<String>,
     password: Option<Secret>,
     password_required: bool,
     policy: ClientPolicy,
@@ -101,6 +103,8 @@ impl Default for ServerBuilder {
             addresses: Vec::new(),
             tls: None,
             secure: SecureChannels::NONE,
+            web: None,
+            origins: Vec::new(),
             password: None,
             password_required: false,
             policy: ClientPolicy::default(),
@@ -159,6 +163,19 @@ impl ServerBuilder {
     /// set.
     pub fn secure_channels(mut self, channels: SecureChannels) -> Self {
         self.secure = channels;
+        self
+    }
+
+    /// Shows browsers this page, on every address. SPICE over WebSockets is spoken with or without it.
+    pub fn web(mut self, page: Option<WebPage>) -> Self {
+        self.web = page;
+        self
+    }
+
+    /// Pages of this origin (`https://desk.example`) may connect, beside those of this server. Others
+    /// may not: a page must not use what its reader can reach.
+    pub fn web_origin(mut self, origin: impl Into<String>) -> Self {
+        self.origins.push(origin.into());
         self
     }
 
@@ -264,6 +281,8 @@ impl ServerBuilder {
             uuid: self.uuid,
             policy: self.policy,
             tls: self.tls.map(|tls| tls.0),
+            web: self.web,
+            origins: self.origins,
             secure: self.secure,
             input: self.input,
             events: self.events,

@@ -13,7 +13,7 @@ use crate::{
     config::VmConfig,
     control::client::Action,
     credentials::CredentialConfig,
-    display::{SpiceConfig, VncConfig},
+    display::{SpiceConfig, VncConfig, WebConfig},
     seccomp, smbios,
     terminal::SerialConfig,
 };
@@ -65,7 +65,7 @@ pub enum CliError {
 const SPICE: &str = "ADDRESS:PORT|unix:PATH[,password-file=FILE][,password-required=on]\
 [,clients=exclusive|refuse|shared|view-only]\
 [,tls-cert-file=FILE,tls-key-file=FILE[,tls-port=PORT][,tls-channels=all|none|NAME+NAME]]\
-[,unix=PATH][,unix-mode=OCTAL][,copy-paste=on|off|to-guest|to-client][,copy-paste-limit=MIB]\
+[,web-origin=ORIGIN][,unix=PATH][,unix-mode=OCTAL][,copy-paste=on|off|to-guest|to-client][,copy-paste-limit=MIB]\
 [,file-transfer=on|off]";
 
 #[derive(Debug, Parser)]
@@ -118,6 +118,10 @@ struct MachineArgs {
     /// Serve the screen to SPICE clients
     #[arg(long, value_name = SPICE)]
     spice: Option<String>,
+    /// Show browsers a page with a SPICE client, on the address of --spice and on this one
+    #[arg(long, value_name = "[ADDRESS:PORT][,dir=FOLDER]", num_args = 0..=1)]
+    #[arg(default_missing_value = "")]
+    web: Option<String>,
     /// Serve the screen to VNC clients
     #[arg(long, value_name = "ADDRESS:PORT[,password-file=FILE]")]
     vnc: Option<String>,
@@ -259,6 +263,10 @@ fn machine(args: MachineArgs, matches: &ArgMatches) -> Result<VmConfig, CliError
         Some(text) => Some(SpiceConfig::parse(Spec::parse("spice", text)?)?),
         None => None,
     };
+    let web = match &args.web {
+        Some(text) => Some(WebConfig::parse(Spec::parse("web", text)?)?),
+        None => None,
+    };
     let vnc = match &args.vnc {
         Some(text) => Some(VncConfig::parse(Spec::parse("vnc", text)?)?),
         None => None,
@@ -281,6 +289,7 @@ fn machine(args: MachineArgs, matches: &ArgMatches) -> Result<VmConfig, CliError
         sandbox: args.sandbox,
         devices: devices(matches, spice.is_some() || vnc.is_some())?,
         spice,
+        web,
         vnc,
     })
 }
@@ -369,6 +378,9 @@ mod tests {
         assert!(text("--kernel a --rng nope=1").starts_with("--rng:"));
         assert!(text("--kernel a --serial x").contains("--serial"));
         assert!(text("--kernel a --spice password-file=x").starts_with("--spice:"));
+        assert!(text("--kernel a --web dri=x").starts_with("--web: unknown key 'dri'"));
+        let error = run("--kernel a --web --memory 64").unwrap().validate().unwrap_err();
+        assert!(error.to_string().starts_with("--web:"), "{error}");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::{
     acpi,
     boot::BootConfig,
     credentials::CredentialConfig,
-    display::{SpiceConfig, VncConfig},
+    display::{SpiceConfig, VncConfig, WebConfig},
     memory, seccomp,
     terminal::SerialConfig,
 };
@@ -36,6 +36,8 @@ pub struct VmConfig {
     pub credentials: Vec<CredentialConfig>,
     /// SPICE server.
     pub spice: Option<SpiceConfig>,
+    /// The SPICE server's page for browsers.
+    pub web: Option<WebConfig>,
     /// VNC server.
     pub vnc: Option<VncConfig>,
     /// Exit status after a guest panic; without it a panic is only logged.
@@ -52,6 +54,9 @@ pub enum ConfigError {
     /// Zero or too many processors.
     #[error("--cpus {0}: expected 1 to {max}", max = acpi::MAX_CPUS)]
     Cpus(u32),
+    /// A page without a server.
+    #[error("--web: there is no SPICE server that could show the page; add --spice")]
+    Web,
     /// More than the guest can do without.
     #[error("--balloon size={size}: of --memory {memory} MiB at most {most} can be taken", most = memory - memory::MINIMUM_MIB)]
     Balloon {
@@ -70,6 +75,9 @@ impl VmConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         if !(1..=acpi::MAX_CPUS).contains(&self.cpus) {
             return Err(ConfigError::Cpus(self.cpus));
+        }
+        if self.web.is_some() && self.spice.is_none() {
+            return Err(ConfigError::Web);
         }
         memory::validate(self.memory_mib, self.huge_pages)?;
         Ok(())

@@ -202,7 +202,8 @@ impl Machine {
         let observed = Arc::<EventHub>::default();
         let identity = Identity { name: config.name.clone(), uuid: config.uuid };
         let (spice, vnc) = (config.spice.as_ref(), config.vnc.as_ref());
-        let display = display::start(spice, vnc, identity, &handles, &observed)?;
+        let display =
+            display::start(spice, config.web.as_ref(), vnc, identity, &handles, &observed)?;
 
         let balloon: Option<BalloonHandle> =
             handles.by_option.iter().find_map(|(_, handle)| handle.downcast_ref().cloned());

@@ -12,12 +12,13 @@ use std::{
 };
 
 use picture::{Event, Mode, Picture, Reporter, Scene};
-use spice_server::{ClientPolicy, DisplayStats, Secret, SpiceServer};
+use spice_server::{ClientPolicy, DisplayStats, Secret, SpiceServer, TlsConfig, WebPage};
 
 const USAGE: &str = "\
 test-picture [--listen ADDRESS:PORT] [--password-file FILE] [--mode MODE] [--size WxH]
-             [--fps N] [--policy exclusive|refuse|shared] [--whole] [--quiet] [--stats]
+             [--fps N] [--policy exclusive|refuse|shared|view-only] [--whole] [--quiet] [--stats]
              [--sound HZ] [--into FILE --offset BYTES]
+             [--tls-cert-file FILE --tls-key-file FILE] [--web FOLDER]
   MODE: moving (default), noise, texture, key, static, window, scroll, typing, film, pan
   --whole: every frame says that everything changed
   --stats: prints every second what the display channels did
@@ -31,6 +32,9 @@ struct Options {
     size: (u32, u32),
     fps: u32,
     policy: ClientPolicy,
+    certificate: Option<PathBuf>,
+    key: Option<PathBuf>,
+    web: Option<PathBuf>,
     quiet: bool,
     stats: bool,
     whole: bool,
@@ -47,6 +51,9 @@ fn options() -> Result<Options, String> {
         size: (1024, 768),
         fps: 60,
         policy: ClientPolicy::Exclusive,
+        certificate: None,
+        key: None,
+        web: None,
         quiet: false,
         stats: false,
         whole: false,
@@ -86,12 +93,16 @@ fn options() -> Result<Options, String> {
                 options.size =
                     (w.parse().map_err(|e| wrong(&e))?, h.parse().map_err(|e| wrong(&e))?);
             }
+            "--tls-cert-file" => options.certificate = Some(value.into()),
+            "--tls-key-file" => options.key = Some(value.into()),
+            "--web" => options.web = Some(value.into()),
             "--policy" => {
                 options.policy = match value.as_str() {
                     "exclusive" => ClientPolicy::Exclusive,
                     "refuse" => ClientPolicy::Refuse,
                     "shared" => ClientPolicy::Shared,
-                    _ => return Err(wrong(&"want exclusive, refuse or shared")),
+                    "view-only" => ClientPolicy::ViewOnly,
+                    _ => return Err(wrong(&"want exclusive, refuse, shared or view-only")),
                 }
             }
             _ => return Err(format!("no option {name}\n{USAGE}")),
@@ -202,6 +213,16 @@ fn main() -> ExitCode {
                 eprintln!("{error}");
                 return ExitCode::FAILURE;
             }
+        }
+    }
+    let tls = options.certificate.zip(options.key);
+    let tls = tls.map(|(certificate, key)| TlsConfig::from_files(&certificate, &key));
+    let web = options.web.map(|folder| WebPage::from_folder(&folder));
+    match (tls.transpose(), web.transpose()) {
+        (Ok(tls), Ok(web)) => builder = builder.tls(tls).web(web),
+        (Err(error), _) | (_, Err(error)) => {
+            eprintln!("{error}");
+            return ExitCode::FAILURE;
         }
     }
     let server = match builder.start() {

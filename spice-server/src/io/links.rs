@@ -36,6 +36,16 @@ impl PendingLink {
         }
     }
 
+    /// When it is dropped.
+    pub(crate) fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    /// Whether nothing was received yet.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.link.is_fresh()
+    }
+
     /// When something is due.
     pub(crate) fn next_timer(&self) -> Instant {
         self.answer_failure_at.map_or(self.deadline, |at| at.min(self.deadline))

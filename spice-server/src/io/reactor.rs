@@ -1,6 +1,7 @@
 //! The I/O thread: accepts connections, runs links, and serves all channels but display.
 
 mod handshake;
+mod http;
 
 use std::{
     collections::HashMap,
@@ -65,10 +66,36 @@ struct Connection {
 enum Stage {
     Link(Box<PendingLink>),
     Channel(Arc<Session>, Arc<Traffic>, Box<Channel>),
-    /// Only unsent bytes are left to go.
-    Closing {
+    /// A browser that has begun to ask.
+    Http {
+        head: Vec<u8>,
         until: Instant,
     },
+    /// Only unsent bytes are left to go, and then the rest of a page.
+    Closing {
+        until: Instant,
+        page: Option<Page>,
+    },
+}
+
+/// What is left of a file of the page for browsers.
+struct Page {
+    content: Arc<[u8]>,
+    sent: usize,
+}
+
+impl Connection {
+    /// Takes the next part of a page, once everything before it is gone; whether there was one.
+    fn next_part(&mut self) -> bool {
+        let Stage::Closing { page: Some(page), .. } = &mut self.stage else { return false };
+        let rest = page.content.get(page.sent..).unwrap_or_default();
+        let part = rest.get(..READ_SIZE).unwrap_or(rest);
+        self.out.clear();
+        self.out.extend_from_slice(part);
+        self.sent = 0;
+        page.sent += part.len();
+        !part.is_empty()
+    }
 }
 
 struct SessionEntry {
@@ -290,6 +317,19 @@ impl Reactor {
     fn received(&mut self, token: u64, bytes: &[u8]) {
         let Some(connection) = self.connections.get_mut(&token) else { return };
         match &mut connection.stage {
+            Stage::Link(pending)
+                if pending.is_fresh()
+                    && bytes.first() == Some(&b'G')
+                    && !connection.stream.is_websocket() =>
+            {
+                let until = pending.deadline();
+                connection.stage = Stage::Http { head: bytes.to_vec(), until };
+                self.run_http(token);
+            }
+            Stage::Http { head, .. } => {
+                head.extend_from_slice(bytes);
+                self.run_http(token);
+            }
             Stage::Link(pending) => {
                 pending.link.receive(bytes);
                 if pending.link.overflowed() {
@@ -315,8 +355,14 @@ impl Reactor {
     fn flush(&mut self, token: u64) {
         let Some(connection) = self.connections.get_mut(&token) else { return };
         let mut result = Ok(());
-        while let Some(rest) = connection.out.get(connection.sent..).filter(|rest| !rest.is_empty())
-        {
+        loop {
+            let Some(rest) = connection.out.get(connection.sent..).filter(|rest| !rest.is_empty())
+            else {
+                if connection.next_part() {
+                    continue;
+                }
+                break;
+            };
             match connection.stream.write(rest) {
                 Ok(0) => {
                     result = Err(io::ErrorKind::BrokenPipe.into());
@@ -370,7 +416,7 @@ impl Reactor {
     /// Sends what is left and closes.
     fn close_after_flush(&mut self, token: u64) {
         if let Some(connection) = self.connections.get_mut(&token) {
-            connection.stage = Stage::Closing { until: Instant::now() + CLOSE_TIMEOUT };
+            connection.stage = Stage::Closing { until: Instant::now() + CLOSE_TIMEOUT, page: None };
             self.flush(token);
         }
     }
@@ -489,7 +535,7 @@ impl Reactor {
     fn next_timer(&self) -> Option<Instant> {
         let connections = self.connections.values().filter_map(|c| match &c.stage {
             Stage::Link(link) => Some(link.next_timer()),
-            Stage::Closing { until } => Some(*until),
+            Stage::Http { until, .. } | Stage::Closing { until, .. } => Some(*until),
             Stage::Channel(_, _, channel) => channel.next_timer(),
         });
         connections.chain(self.accept_again).min()
@@ -508,7 +554,9 @@ impl Reactor {
                     refuse.push(*token);
                 }
                 Stage::Link(link) if link.next_timer() <= now => expired.push(*token),
-                Stage::Closing { until } if *until <= now => expired.push(*token),
+                Stage::Http { until, .. } | Stage::Closing { until, .. } if *until <= now => {
+                    expired.push(*token);
+                }
                 Stage::Channel(session, _, channel) => {
                     if channel.next_timer().is_some_and(|at| at <= now) {
                         let mut context = Context {
@@ -519,7 +567,7 @@ impl Reactor {
                         channel.timer(now, &mut context);
                     }
                 }
-                Stage::Link(_) | Stage::Closing { .. } => {}
+                Stage::Link(_) | Stage::Http { .. } | Stage::Closing { .. } => {}
             }
         }
         for token in refuse {
@@ -558,7 +606,7 @@ impl Reactor {
 
     fn update_status(&self) {
         let pending =
-            self.connections.values().filter(|c| matches!(c.stage, Stage::Link(_))).count();
+            self.connections.values().filter(|c| !matches!(c.stage, Stage::Channel(..))).count();
         self.shared.pending_links.store(pending, Ordering::Relaxed);
     }
 }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     ChannelStatus, ClientPolicy, ClientStatus, DisplayEvents, EventSink, InputSink, Leds,
-    MouseMode, SecureChannels, ServerEvent, Severity,
+    MouseMode, SecureChannels, ServerEvent, Severity, WebPage,
     agent::hub::AgentHub,
     audio::Sound,
     display::{state::DisplayShared, stats::Counters},
@@ -36,6 +36,10 @@ pub(crate) struct Config {
     pub(crate) policy: ClientPolicy,
     /// Offered to clients that begin with TLS.
     pub(crate) tls: Option<Arc<rustls::ServerConfig>>,
+    /// What browsers are shown.
+    pub(crate) web: Option<WebPage>,
+    /// Origins of pages elsewhere that may connect.
+    pub(crate) origins: Vec<String>,
     /// What must not be opened in the clear.
     pub(crate) secure: SecureChannels,
     pub(crate) input: Option<Arc<dyn InputSink>>,

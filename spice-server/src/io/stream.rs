@@ -32,7 +32,6 @@ use crate::proto::framing::{HeaderKind, MessageEnds};
 
 /// Most bytes that are encrypted or framed at once.
 const PART: usize = 32 * 1024;
-#[allow(dead_code, reason = "soon")]
 /// Largest WebSocket message of a client; SPICE messages may be cut anywhere.
 const MAX_MESSAGE: usize = 64 * 1024;
 /// First byte of a TLS connection: a handshake record (RFC 8446, 5.1).
@@ -254,19 +253,13 @@ impl Stream {
         }
     }
 
-    #[allow(dead_code, reason = "soon")]
     /// From now on a WebSocket: `answer` ends the handshake, `received` came after the client's
     /// part of it.
     pub(crate) fn upgrade(&mut self, answer: &[u8], received: Vec<u8>) -> io::Result<()> {
         // The first bytes on a connection: a socket without room for them is of no use.
         self.transport.write_all(answer)?;
-        let config = WebSocketConfig::default()
-            .read_buffer_size(4096)
-            .write_buffer_size(0)
-            .max_write_buffer_size(2 * PART + 1024)
-            .max_message_size(Some(MAX_MESSAGE))
-            .max_frame_size(Some(MAX_MESSAGE));
-        let context = WebSocketContext::from_partially_read(received, Role::Server, Some(config));
+        let config = Some(websocket_config());
+        let context = WebSocketContext::from_partially_read(received, Role::Server, config);
         self.frames = Some(Box::new(Frames { context, rest: Bytes::new() }));
         Ok(())
     }
@@ -322,6 +315,10 @@ impl Stream {
             None => self.transport.flush(),
             Some(frames) => frames.context.flush(&mut self.transport).or_else(ended),
         }
+    }
+
+    pub(crate) fn is_websocket(&self) -> bool {
+        self.frames.is_some()
     }
 
     /// Whether [`read`](Self::read) has to be called until it says `WouldBlock`: there may be
@@ -385,4 +382,47 @@ fn meaning(error: tungstenite::Error) -> io::Result<()> {
 /// The same while writing, where the end is one of the errors.
 fn ended(error: tungstenite::Error) -> io::Result<()> {
     meaning(error).and_then(|()| Err(io::ErrorKind::BrokenPipe.into()))
+}
+
+fn websocket_config() -> WebSocketConfig {
+    WebSocketConfig::default()
+        .read_buffer_size(4096)
+        .write_buffer_size(0)
+        .max_write_buffer_size(2 * PART + 1024)
+        .max_message_size(Some(MAX_MESSAGE))
+        .max_frame_size(Some(MAX_MESSAGE))
+}
+
+/// Frames of a client, in pieces, as a fuzzer makes them.
+pub(crate) fn fuzz_frames<'a>(received: Vec<u8>, parts: &mut impl Iterator<Item = &'a [u8]>) {
+    struct Pieces<'b>(&'b [u8]);
+    impl Read for Pieces<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            match self.0.read(buffer)? {
+                0 => Err(io::ErrorKind::WouldBlock.into()),
+                count => Ok(count),
+            }
+        }
+    }
+    impl Write for Pieces<'_> {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let config = Some(websocket_config());
+    let mut context = WebSocketContext::from_partially_read(received, Role::Server, config);
+    let mut pieces = Pieces(&[]);
+    loop {
+        match context.read(&mut pieces) {
+            Ok(message) => assert!(message.len() <= MAX_MESSAGE),
+            Err(tungstenite::Error::Io(_)) => match parts.next() {
+                Some(part) => pieces = Pieces(part),
+                None => return,
+            },
+            Err(_) => return,
+        }
+    }
 }

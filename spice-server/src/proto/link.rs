@@ -101,6 +101,11 @@ impl ServerLink {
         Self { stage: Stage::Hello, buffer: Vec::new(), selection: false }
     }
 
+    /// Whether nothing was received yet.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.stage == Stage::Hello && self.buffer.is_empty()
+    }
+
     /// Adds received bytes. The caller bounds how many it adds between two calls of
     /// [`poll`](Self::poll); a client that floods is cut off by [`overflowed`](Self::overflowed).
     pub(crate) fn receive(&mut self, bytes: &[u8]) {

@@ -9,6 +9,7 @@ pub(crate) mod channel;
 pub(crate) mod cursor;
 pub(crate) mod display;
 pub(crate) mod framing;
+pub(crate) mod http;
 pub(crate) mod image;
 pub(crate) mod inputs;
 pub(crate) mod link;

@@ -152,6 +152,31 @@ pub fn have_client() -> bool {
     found
 }
 
+/// `tests/browser.py`: a headless Chromium, remotely controlled.
+pub struct Browser(Client);
+
+impl Browser {
+    pub fn open(url: &str) -> Self {
+        Self(Client::run("browser.py", &[url]))
+    }
+
+    pub fn tell(&mut self, command: &str) {
+        self.0.tell(command);
+    }
+
+    pub fn named(&self, name: &str) -> Value {
+        self.0.named(name)
+    }
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        // At the end of its commands it ends the browser and removes what that has written.
+        self.0.stdin = None;
+        let _ = self.0.child.wait();
+    }
+}
+
 /// `tests/client.py`: spice-gtk, remotely controlled.
 pub struct Client {
     child: Child,
@@ -171,9 +196,13 @@ impl Client {
 
     /// `more`: a password, properties of SpiceSession as `key=value`.
     pub fn start(host: &str, port: &str, more: &[&str]) -> Self {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/client.py");
+        Self::run("client.py", &[&[host, port], more].concat())
+    }
+
+    fn run(script: &str, arguments: &[&str]) -> Self {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(script);
         let mut command = Command::new(PYTHON);
-        command.arg(script).args([host, port]).args(more);
+        command.arg(script).args(arguments);
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python starts");
         let stdout = BufReader::new(child.stdout.take().expect("piped"));

@@ -7,7 +7,7 @@
 //! | [`input`] | keys and pointer: viewers → virtio-input |
 //! | [`agent`] | clipboard and files: spice-vdagent in the guest ↔ viewers |
 //! | [`vnc`] | the same for VNC viewers, which see display 0 |
-//! | [`spice`], [`options`] | `--spice`, `--vnc` |
+//! | [`spice`], [`options`] | `--spice`, `--web`, `--vnc` |
 
 mod agent;
 mod counters;
@@ -40,7 +40,7 @@ use input::Inputs;
 use observer::Observer;
 pub use options::VncConfig;
 use screen::{Screen, Through};
-pub use spice::SpiceConfig;
+pub use spice::{SpiceConfig, WebConfig};
 
 /// The run-time handles of the devices that have one.
 #[derive(Default)]
@@ -110,6 +110,18 @@ pub enum DisplayError {
         #[source]
         source: spice_server::Error,
     },
+    /// There is no page for browsers.
+    #[error(
+        "--web dir={}: there is no page for browsers; install the package spice-html5, or name \
+         the folder it is in with dir=", folder.display()
+    )]
+    Web {
+        /// The folder.
+        folder: PathBuf,
+        /// Why.
+        #[source]
+        source: spice_server::Error,
+    },
     /// TLS cannot be offered.
     #[error("--spice tls-cert-file=, tls-key-file=: TLS cannot be offered with these files")]
     Certificate {
@@ -146,6 +158,7 @@ pub enum DisplayError {
 /// Connects what `config` asks for. `None` if the machine has no display.
 pub fn start(
     config: Option<&SpiceConfig>,
+    web: Option<&WebConfig>,
     vnc: Option<&VncConfig>,
     identity: Identity,
     handles: &Handles,
@@ -188,7 +201,11 @@ pub fn start(
             if let Some(port) = &agent_port {
                 builder = builder.agent(Arc::new(Port(port.clone())));
             }
-            Some(Arc::new(config.apply(builder)?.start()?))
+            let mut builder = config.apply(builder)?;
+            if let Some(web) = web {
+                builder = web.apply(builder)?;
+            }
+            Some(Arc::new(builder.start()?))
         }
     };
     if let Some(server) = &server {

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use devices::spec::{Spec, SpecError};
 use spice_server::{
-    AgentPolicy, ClientPolicy, Clipboard, Secret, SecureChannels, ServerBuilder, TlsConfig,
+    AgentPolicy, ClientPolicy, Clipboard, Secret, SecureChannels, ServerBuilder, TlsConfig, WebPage,
 };
 
 use super::{DisplayError, options::resolve};
@@ -25,6 +25,8 @@ pub struct SpiceConfig {
     pub password_required: bool,
     /// What happens when a second viewer comes.
     pub clients: ClientPolicy,
+    /// Origins of web pages elsewhere that may connect.
+    pub origins: Vec<String>,
     /// TLS, if it is offered.
     pub tls: Option<TlsFiles>,
     /// What viewers and the guest may exchange.
@@ -83,9 +85,10 @@ impl SpiceConfig {
         };
         let tls = TlsFiles::take(&mut spec, listen.is_some())?;
         let agent = take_agent(&mut spec)?;
+        let origins = spec.take_all("web-origin");
         spec.finish()?;
         let unix = unix.map(|path| (path, unix_mode));
-        Ok(Self { listen, unix, password_file, password_required, clients, tls, agent })
+        Ok(Self { listen, unix, password_file, password_required, clients, tls, agent, origins })
     }
 
     /// The address to listen on.
@@ -104,6 +107,9 @@ impl SpiceConfig {
     /// Sets up a server accordingly.
     pub(super) fn apply(&self, mut builder: ServerBuilder) -> Result<ServerBuilder, DisplayError> {
         let address = self.address()?;
+        for origin in &self.origins {
+            builder = builder.web_origin(origin);
+        }
         if let Some(address) = address {
             builder = builder.listen(address);
         }
@@ -157,6 +163,39 @@ fn take_mode(spec: &mut Spec, has_socket: bool) -> Result<u32, SpecError> {
     match u32::from_str_radix(&text, 8) {
         Ok(mode) if mode <= 0o777 => Ok(mode),
         _ => Err(spec.invalid("unix-mode", &text, "expected octal digits such as 0660")),
+    }
+}
+
+/// Where Debian's and other packages have the page.
+const WEB_FOLDER: &str = "/usr/share/spice-html5";
+
+/// The page for browsers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WebConfig {
+    /// `address:port`, beside the SPICE server's, which shows the page too.
+    pub listen: Option<String>,
+    /// The page's folder.
+    pub folder: PathBuf,
+}
+
+impl WebConfig {
+    /// Parses `[ADDRESS:PORT][,dir=FOLDER]`.
+    pub fn parse(mut spec: Spec) -> Result<Self, SpecError> {
+        let listen = spec.take_word();
+        let folder = spec.take_path("dir")?.unwrap_or_else(|| WEB_FOLDER.into());
+        spec.finish()?;
+        Ok(Self { listen, folder })
+    }
+
+    /// Sets up a server accordingly.
+    pub(super) fn apply(&self, builder: ServerBuilder) -> Result<ServerBuilder, DisplayError> {
+        let page = WebPage::from_folder(&self.folder)
+            .map_err(|source| DisplayError::Web { folder: self.folder.clone(), source })?;
+        let builder = builder.web(Some(page));
+        Ok(match &self.listen {
+            Some(text) => builder.listen(resolve("web", text)?),
+            None => builder,
+        })
     }
 }
 
@@ -280,6 +319,23 @@ mod tests {
         assert!(error(&format!("unix:/x,{files},tls-port=1")).contains("there is no address"));
         assert!(error(&format!("0.0.0.0:1,{files},tls-channels=mian")).contains("main+display"));
         assert!(error(&format!("0.0.0.0:1,{files},tls-port=70000")).contains("tls-port=70000"));
+    }
+
+    #[test]
+    fn pages_for_browsers() {
+        let parse_web = |text: &str| WebConfig::parse(Spec::parse("web", text).unwrap());
+        let config = parse_web("").unwrap();
+        assert_eq!((config.listen, config.folder), (None, WEB_FOLDER.into()));
+        let config = parse_web("127.0.0.1:8080,dir=/nonexistent").unwrap();
+        assert_eq!(config.listen.as_deref(), Some("127.0.0.1:8080"));
+        let error = config.apply(SpiceServer::builder()).err().unwrap().to_string();
+        assert!(
+            error.contains("--web dir=/nonexistent") && error.contains("spice-html5"),
+            "{error}"
+        );
+        assert!(parse_web("port=1").is_err());
+        let config = parse("127.0.0.1:1,web-origin=https://a,web-origin=null").unwrap();
+        assert_eq!(config.origins, ["https://a", "null"]);
     }
 
     #[test]
