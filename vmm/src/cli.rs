@@ -211,16 +211,26 @@ fn refusal(error: clap::Error) -> CliError {
     error.into()
 }
 
-/// Devices every machine gets unless the option is given: option, value, whether only with
-/// `--spice`.
-const DEFAULTS: [(&str, &str, bool); 6] = [
+/// With which machines a device comes by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum With {
+    All,
+    /// Those with `--spice` or `--vnc`.
+    Viewers,
+    /// Those with `--spice`.
+    Spice,
+}
+
+/// Devices a machine gets unless the option is given: option, value, which machines.
+const DEFAULTS: [(&str, &str, With); 7] = [
     // Without it a guest without RDRAND waits for entropy for minutes.
-    ("rng", "", false),
-    ("gpu", "", true),
-    ("input", "keyboard", true),
-    ("input", "tablet", true),
-    ("input", "mouse", true),
-    ("console", "vdagent=on", true),
+    ("rng", "", With::All),
+    ("gpu", "", With::Viewers),
+    ("input", "keyboard", With::Viewers),
+    ("input", "tablet", With::Viewers),
+    ("input", "mouse", With::Viewers),
+    ("console", "vdagent=on", With::Viewers),
+    ("sound", "on", With::Spice),
 ];
 
 fn command() -> clap::Command {
@@ -271,6 +281,11 @@ fn machine(args: MachineArgs, matches: &ArgMatches) -> Result<VmConfig, CliError
         Some(text) => Some(VncConfig::parse(Spec::parse("vnc", text)?)?),
         None => None,
     };
+    let with = match (&spice, &vnc) {
+        (Some(_), _) => With::Spice,
+        (None, Some(_)) => With::Viewers,
+        (None, None) => With::All,
+    };
     Ok(VmConfig {
         name: args.name,
         boot: BootConfig {
@@ -287,7 +302,7 @@ fn machine(args: MachineArgs, matches: &ArgMatches) -> Result<VmConfig, CliError
         credentials: args.credential,
         panic_exit_code: args.panic_exit_code,
         sandbox: args.sandbox,
-        devices: devices(matches, spice.is_some() || vnc.is_some())?,
+        devices: devices(matches, with)?,
         spice,
         web,
         vnc,
@@ -297,7 +312,7 @@ fn machine(args: MachineArgs, matches: &ArgMatches) -> Result<VmConfig, CliError
 type Devices = Vec<(&'static str, Box<dyn DeviceConfig>)>;
 
 /// The devices in registry order, those of one option in command line order.
-fn devices(matches: &ArgMatches, viewers: bool) -> Result<Devices, CliError> {
+fn devices(matches: &ArgMatches, machine: With) -> Result<Devices, CliError> {
     let mut devices = Devices::new();
     for module in MODULES {
         let mut values: Vec<&str> = matches
@@ -309,13 +324,15 @@ fn devices(matches: &ArgMatches, viewers: bool) -> Result<Devices, CliError> {
             values = values.split_off(values.len().saturating_sub(1));
         }
         if values.is_empty() {
-            let wanted = |with_viewers: bool| viewers || !with_viewers;
             values.extend(
                 DEFAULTS
                     .iter()
-                    .filter(|(option, _, with)| *option == module.option && wanted(*with))
+                    .filter(|(option, _, with)| *option == module.option && *with <= machine)
                     .map(|(_, value, _)| *value),
             );
+        }
+        if module.option == "sound" {
+            values.retain(|value| *value != "off");
         }
         for value in values {
             let spec = Spec::parse(module.option, value)?;
@@ -370,6 +387,21 @@ mod tests {
         assert_eq!(rng(&run("--kernel a --rng --rng source=/dev/zero").unwrap()), 1);
         assert!(run("--kernel a b").is_err());
         assert!(run("").is_err(), "a kernel is needed");
+    }
+
+    #[test]
+    fn sound_comes_with_spice() {
+        let sound = |arguments: &str| {
+            let config = run(arguments).unwrap();
+            config.devices.iter().filter(|(option, _)| *option == "sound").count()
+        };
+        assert_eq!(sound("--kernel a"), 0);
+        assert_eq!(sound("--kernel a --sound"), 1);
+        assert_eq!(sound("--kernel a --vnc 127.0.0.1:5901"), 0);
+        assert_eq!(sound("--kernel a --spice 127.0.0.1:5900"), 1);
+        assert_eq!(sound("--kernel a --spice 127.0.0.1:5900 --sound off"), 0);
+        assert_eq!(sound("--kernel a --sound off --sound on"), 1);
+        assert!(run("--kernel a --sound loud").is_err());
     }
 
     #[test]

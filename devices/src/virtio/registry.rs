@@ -96,4 +96,5 @@ pub static MODULES: &[&DeviceModule] = &[
     &super::vsock::MODULE,
     &super::fs::MODULE,
     &super::gpu::MODULE,
+    &super::snd::MODULE,
 ];

@@ -44,8 +44,10 @@ pub(crate) struct Record {
 struct State {
     /// While the program records.
     store: Option<Store>,
-    /// Sessions that could record, longest connected first: the first one does.
+    /// Sessions that could record, longest connected first.
     sessions: Vec<u32>,
+    /// The one that does: the first of those that may.
+    recorder: Option<u32>,
     volume: Option<Volume>,
     mute: Option<bool>,
 }
@@ -116,6 +118,16 @@ impl Store {
     }
 }
 
+impl State {
+    /// What another client said before is gone.
+    fn set_recorder(&mut self, recorder: Option<u32>) {
+        self.recorder = recorder;
+        if let Some(store) = &mut self.store {
+            *store = Store::new(store.rate);
+        }
+    }
+}
+
 impl Record {
     pub(crate) fn new(io: Arc<Wake>) -> Self {
         Self { io, state: Mutex::default() }
@@ -133,19 +145,20 @@ impl Record {
     /// A client's channel ended; the next client takes over, and what the old one said is gone.
     pub(crate) fn leave(&self, session: u32) {
         let mut state = self.state();
-        let first = state.sessions.first().copied();
         state.sessions.retain(|other| *other != session);
-        if first == Some(session)
-            && let Some(store) = &mut state.store
-        {
-            *store = Store::new(store.rate);
+        if state.recorder == Some(session) {
+            state.set_recorder(None);
         }
     }
 
-    /// Whether this client is to record.
-    pub(crate) fn is_wanted(&self, session: u32) -> bool {
-        let state = self.state();
-        state.store.is_some() && state.sessions.first() == Some(&session)
+    /// Whether this client is to record; `may` tells who is allowed to.
+    pub(crate) fn is_wanted(&self, session: u32, may: impl Fn(u32) -> bool) -> bool {
+        let mut state = self.state();
+        let recorder = state.sessions.iter().copied().find(|session| may(*session));
+        if recorder != state.recorder {
+            state.set_recorder(recorder);
+        }
+        state.store.is_some() && recorder == Some(session)
     }
 
     /// How loud the client is to record.
@@ -157,7 +170,7 @@ impl Record {
     /// Frames from a client.
     pub(crate) fn write(&self, session: u32, frames: impl Iterator<Item = Frame>) {
         let mut state = self.state();
-        if state.sessions.first() == Some(&session)
+        if state.recorder == Some(session)
             && let Some(store) = &mut state.store
         {
             store.write(frames);
@@ -283,9 +296,10 @@ mod tests {
         let record = RecordHandle(Arc::new(Record::new(Arc::new(Wake::new().unwrap()))));
         record.0.join(1);
         record.0.join(2);
-        assert!(!record.0.is_wanted(1), "nobody asked yet");
+        let is_wanted = |session| record.0.is_wanted(session, |_| true);
+        assert!(!is_wanted(1), "nobody asked yet");
         record.start(48_000);
-        assert!(record.0.is_wanted(1) && !record.0.is_wanted(2));
+        assert!(is_wanted(1) && !is_wanted(2));
         record.0.write(2, std::iter::repeat_n([7, 7], 4800));
         let mut out = [[1; 2]; 480];
         record.read(&mut out);
@@ -294,10 +308,11 @@ mod tests {
         record.read(&mut out);
         assert_eq!(out[479], [7, 7]);
         record.0.leave(1);
-        assert!(record.0.is_wanted(2));
+        assert!(!record.0.is_wanted(2, |_| false), "it may only watch");
+        assert!(is_wanted(2));
         record.read(&mut out);
         assert_eq!(out, [[0, 0]; 480], "what the first one said is gone");
         record.stop();
-        assert!(!record.0.is_wanted(2));
+        assert!(!is_wanted(2));
     }
 }

@@ -166,10 +166,7 @@ impl Channel {
             }
             Body::Record(record) => {
                 while let Some((kind, body)) = self.deframer.next_message(record::limit)? {
-                    let message = record::decode(kind, body)?;
-                    if context.shared.drives(context.session) {
-                        record.message(message)?;
-                    }
+                    record.message(record::decode(kind, body)?)?;
                 }
             }
         }

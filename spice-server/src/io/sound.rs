@@ -268,7 +268,7 @@ impl RecordChannel {
             self.mute = mute;
             mute.into_iter().for_each(|mute| record::put_mute(framer, context.out, mute));
         }
-        let wanted = self.shared.is_wanted(self.session);
+        let wanted = self.shared.is_wanted(self.session, |id| context.shared.drives(id));
         if wanted != self.recording {
             self.recording = wanted;
             if wanted {

@@ -1,11 +1,12 @@
-//! The display: connects the run-time handles of the GPU, input and console devices with the SPICE
-//! and VNC servers and the control socket.
+//! The display: connects the run-time handles of the GPU, input, console and sound devices with the
+//! SPICE and VNC servers and the control socket.
 //!
 //! | module | direction |
 //! |---|---|
 //! | [`screen`] | frames and pointer images: virtio-gpu → viewers, screenshots |
 //! | [`input`] | keys and pointer: viewers → virtio-input |
 //! | [`agent`] | clipboard and files: spice-vdagent in the guest ↔ viewers |
+//! | [`sound`] | virtio-snd ↔ SPICE viewers |
 //! | [`vnc`] | the same for VNC viewers, which see display 0 |
 //! | [`spice`], [`options`] | `--spice`, `--web`, `--vnc` |
 
@@ -15,6 +16,7 @@ mod input;
 mod observer;
 mod options;
 mod screen;
+mod sound;
 mod spice;
 mod vnc;
 
@@ -30,6 +32,7 @@ use devices::virtio::{
     console::{ConsoleHandle, VDAGENT_PORT},
     gpu::GpuHandle,
     input::InputHandle,
+    snd::SoundHandle,
 };
 use spice_server::{DisplayEvents, Expiry, Leds, MonitorConfig, Secret, SpiceServer};
 use vnc_server::VncServer;
@@ -167,6 +170,7 @@ pub fn start(
     let mut inputs = Inputs::default();
     let mut gpu = None;
     let mut agent_port = None;
+    let mut card = None;
     for (_, handle) in &handles.by_option {
         if let Some(input) = handle.downcast_ref::<InputHandle>() {
             inputs.add(input);
@@ -174,6 +178,8 @@ pub fn start(
             gpu = Some(handle.clone());
         } else if let Some(console) = handle.downcast_ref::<ConsoleHandle>() {
             agent_port = agent_port.or_else(|| console.port(VDAGENT_PORT));
+        } else if let Some(handle) = handle.downcast_ref::<SoundHandle>() {
+            card = Some(handle);
         }
     }
     let Some(gpu) = gpu else {
@@ -193,6 +199,7 @@ pub fn start(
                 .name(identity.name.clone())
                 .observer(Arc::new(Observer(observers.clone())))
                 .displays(gpu.scanouts())
+                .sound(card.is_some())
                 .input(inputs.clone())
                 .display_events(events);
             if let Some(uuid) = identity.uuid {
@@ -214,6 +221,9 @@ pub fn start(
         }
         if let Some(port) = &agent_port {
             agent::connect(port, server.agent());
+        }
+        if let Some(card) = card {
+            sound::connect(card, server);
         }
         if let Some(keyboard) = inputs.keyboard() {
             show_leds(keyboard, Arc::downgrade(server));

@@ -103,7 +103,8 @@ pub(super) static OTHERS: &[Row] = &[
     allow(libc::SYS_sched_setscheduler, "threads that may wait"),
     allow(libc::SYS_sched_getparam, "the same"),
     allow(libc::SYS_sched_getscheduler, "the same"),
-    allow(libc::SYS_sched_setattr, "the same"),
+    allow(libc::SYS_sched_setattr, "the same; sound, which wants short turns"),
+    allow(libc::SYS_sched_getattr, "sound"),
     // Event loops
     allow(libc::SYS_epoll_create1, "event loops"),
     allow(libc::SYS_epoll_wait, "event loops"),
