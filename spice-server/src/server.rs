@@ -3,7 +3,7 @@
 use std::{
     net::SocketAddr,
     path::PathBuf,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, Mutex, atomic::Ordering},
     thread::{self, JoinHandle},
     time::{Duration, SystemTime},
 };
@@ -306,7 +306,7 @@ impl ServerBuilder {
             .name("spice-io".into())
             .spawn(move || reactor.run())
             .map_err(start("I/O thread"))?;
-        Ok(SpiceServer { addresses, shared, thread: Some(thread) })
+        Ok(SpiceServer { addresses, shared, thread: Mutex::new(Some(thread)) })
     }
 }
 
@@ -315,7 +315,7 @@ impl ServerBuilder {
 pub struct SpiceServer {
     addresses: Vec<SocketAddr>,
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl SpiceServer {
@@ -391,6 +391,16 @@ impl SpiceServer {
         self.shared.command(Command::Disconnect);
     }
 
+    /// Disconnects everybody and ends the server for good, as dropping it does. Must not be called from
+    /// one of its own callbacks.
+    pub fn stop(&self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.io.wake();
+        if let Some(thread) = lock(&self.thread).take() {
+            let _ = thread.join();
+        }
+    }
+
     /// Who is connected.
     pub fn status(&self) -> ServerStatus {
         let sessions = lock(&self.shared.sessions).clone();
@@ -416,11 +426,7 @@ pub enum Severity {
 
 impl Drop for SpiceServer {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Release);
-        self.shared.io.wake();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.stop();
     }
 }
 

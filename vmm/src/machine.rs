@@ -268,7 +268,10 @@ impl Machine {
             tracing::warn!("not all of the serial port's output could be written");
         }
         drop(self.control);
-        drop(self.display);
+        // Control clients may have it still.
+        if let Some(display) = self.display {
+            display.end();
+        }
         drop(self.terminal);
         tracing::debug!(
             port = self.counts.port.load(Ordering::Relaxed),

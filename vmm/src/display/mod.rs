@@ -67,6 +67,8 @@ pub trait DisplayControl: Send + Sync {
     fn address(&self) -> Option<String>;
     /// `address:port` of the VNC server.
     fn vnc_address(&self) -> Option<String>;
+    /// Disconnects SPICE viewers, removes what the server left in the file system.
+    fn end(&self);
     /// Connected SPICE viewers.
     fn clients(&self) -> Vec<String>;
     /// What the SPICE server counts, by client.
@@ -308,6 +310,12 @@ impl DisplayControl for Display {
         match self.server.as_ref()?.local_addr() {
             Some(address) => Some(address.to_string()),
             None => self.spice_socket.as_ref().map(|path| format!("unix:{}", path.display())),
+        }
+    }
+
+    fn end(&self) {
+        if let Some(server) = &self.server {
+            server.stop();
         }
     }
 
