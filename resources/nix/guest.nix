@@ -82,11 +82,11 @@ in
               '';
             };
             clients = mkOption {
-              type = types.nullOr (types.enum [ "exclusive" "refuse" "shared" ]);
+              type = types.nullOr (types.enum [ "exclusive" "refuse" "shared" "view-only" ]);
               default = null;
               description = ''
                 What happens when a second client comes: it replaces the first one (`exclusive`), is
-                refused, or shares the screen. Null: drago-vmm's default.
+                refused, shares the screen, or watches (`view-only`). Null: drago-vmm's default.
               '';
             };
             settings = mkOption {
