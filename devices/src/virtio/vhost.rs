@@ -1,13 +1,18 @@
 //! What devices served by vhost have in common, in the kernel (`/dev/vhost-*`) or in another process
 //! (vhost-user): handing over guest memory and queues.
 
-use std::io;
+use std::{io, sync::Arc};
 
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryBackend};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::device::{ActiveQueue, VirtioInterrupt};
+use super::{
+    device::{ActiveQueue, VirtioInterrupt},
+    worker::Worker,
+};
 use crate::GuestMemory;
 
 /// Guest memory as a back end in the kernel holds it: none until the device is activated.
@@ -35,6 +40,13 @@ impl VhostError {
     pub(crate) fn is_refusal(&self) -> bool {
         use vhost::{Error::VhostUserProtocol, vhost_user::Error::BackendInternalError};
         matches!(self, Self::Request { source: VhostUserProtocol(BackendInternalError), .. })
+    }
+
+    /// Whether the back end has hung up: it ended, or is somebody else's and about to end.
+    pub(crate) fn is_end(&self) -> bool {
+        use vhost::{Error::VhostUserProtocol, vhost_user::Error};
+        let Self::Request { source: VhostUserProtocol(error), .. } = self else { return false };
+        matches!(error, Error::SocketBroken(_) | Error::Disconnected | Error::PartialMessage)
     }
 }
 
@@ -110,4 +122,55 @@ pub(crate) fn set_queue(
     back_end.set_vring_addr(index, &config).named("SET_VRING_ADDR")?;
     back_end.set_vring_call(index, &call).named("SET_VRING_CALL")?;
     back_end.set_vring_kick(index, &active.kick).named("SET_VRING_KICK")
+}
+
+/// Waits for the kernel to find a ring broken (`VHOST_SET_VRING_ERR`), and says so to the driver as a
+/// worker of ours would.
+pub(crate) struct Faults {
+    device: &'static str,
+    event: EventFd,
+    interrupt: Arc<dyn VirtioInterrupt>,
+}
+
+impl Faults {
+    /// For the rings of one device.
+    pub(crate) fn new(
+        device: &'static str,
+        interrupt: &Arc<dyn VirtioInterrupt>,
+    ) -> io::Result<Self> {
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        Ok(Self { device, event, interrupt: interrupt.clone() })
+    }
+
+    /// Has the back end report queue `index`.
+    pub(crate) fn watch(
+        &self,
+        back_end: &impl VhostBackend,
+        index: usize,
+    ) -> Result<(), VhostError> {
+        back_end.set_vring_err(index, &self.event).named("SET_VRING_ERR")
+    }
+
+    /// Waits on a thread of its own until the worker is dropped.
+    pub(crate) fn start(self) -> Result<Worker<Self>, VhostError> {
+        Worker::spawn("vhost-err", self).named("a thread for broken rings")
+    }
+}
+
+impl MutEventSubscriber for Faults {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        if let Err(error) = ops.add(Events::new(&self.event, EventSet::IN)) {
+            tracing::error!(device = self.device, %error, "broken rings cannot be noticed");
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        tracing::warn!(
+            device = self.device,
+            "the driver violated a queue's rules, says the kernel; the device needs a reset"
+        );
+        self.interrupt.set_needs_reset();
+        // Once is enough, however often it tries.
+        let _ = ops.remove(events);
+    }
 }

@@ -30,6 +30,10 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 /// Between attempts to connect. There is no event to wait for that would cover a socket which is not
 /// there and one that nobody listens on.
 const RETRY: Duration = Duration::from_millis(100);
+/// Longest time between attempts with a virtiofsd that listens but is of no use.
+const LAST_RETRY: Duration = Duration::from_secs(10);
+/// A connection that lasted for so long was a good one.
+const GOOD_RUN: Duration = Duration::from_secs(5);
 /// Between reports that it is still waited for.
 const REPORT: Duration = Duration::from_secs(10);
 /// How long virtiofsd may take for a group of requests.
@@ -63,16 +67,28 @@ impl Supervisor {
     /// Waits for virtiofsd to listen at `path`, and connects.
     pub(super) fn start(tag: &str, path: &Path) -> Result<Self, BuildError> {
         let host = |what: String, source| BuildError::Host { option: OPTION, what, source };
-        let stream = connect_patiently(path, START_LIMIT).map_err(|source| {
-            host(format!("tag={tag}: virtiofsd does not listen at {}", path.display()), source)
-        })?;
         let no_room = |source| host("no eventfd or thread can be made".to_owned(), source);
-        let cut = stream.try_clone().map_err(no_room)?;
-        let connection = within(PATIENCE, &cut, || Connection::negotiate(stream));
-        let connection = connection.map_err(|error| BuildError::Unusable {
-            option: OPTION,
-            reason: format!("socket={}: no virtiofsd answers there: {error}", path.display()),
-        })?;
+        let begin = Instant::now();
+        let (cut, connection) = loop {
+            let limit = START_LIMIT.saturating_sub(begin.elapsed());
+            let stream = connect_patiently(path, limit).map_err(|source| {
+                host(format!("tag={tag}: virtiofsd does not listen at {}", path.display()), source)
+            })?;
+            let cut = stream.try_clone().map_err(no_room)?;
+            match within(PATIENCE, &cut, || Connection::negotiate(stream)) {
+                Ok(connection) => break (cut, connection),
+                // That of the machine's last run, which was about to end: the next one is on its way.
+                Err(error) if error.is_end() && begin.elapsed() < START_LIMIT => {
+                    tracing::info!(tag, %error, "virtiofsd ended; waiting for the next one");
+                    thread::sleep(RETRY);
+                }
+                Err(error) => {
+                    let path = path.display();
+                    let reason = format!("socket={path}: no virtiofsd answers there: {error}");
+                    return Err(BuildError::Unusable { option: OPTION, reason });
+                }
+            }
+        };
         let features = connection.features();
         let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
             .map_err(|error| no_room(error.into()))?;
@@ -89,6 +105,7 @@ impl Supervisor {
             active: None,
             orphan: None,
             complained: false,
+            retry: Retry::new(Instant::now()),
         };
         let thread = thread::Builder::new()
             .name(format!("fs-{tag}"))
@@ -163,6 +180,45 @@ struct Thread {
     orphan: Option<Worker<Orphan>>,
     /// It was said that virtiofsd cannot be used any more.
     complained: bool,
+    retry: Retry,
+}
+
+/// When to try the next connection.
+#[derive(Debug)]
+struct Retry {
+    delay: Duration,
+    at: Instant,
+    /// When the present connection, or the last one, was made.
+    connected: Instant,
+}
+
+impl Retry {
+    fn new(now: Instant) -> Self {
+        Self { delay: RETRY, at: now, connected: now }
+    }
+
+    /// Nobody listens: there is no harm in looking again soon.
+    fn nobody(&mut self, now: Instant) {
+        self.at = now + RETRY;
+    }
+
+    fn connected(&mut self, now: Instant) {
+        self.connected = now;
+    }
+
+    /// A connection has ended, or was of no use.
+    fn ended(&mut self, now: Instant) {
+        if now.saturating_duration_since(self.connected) >= GOOD_RUN {
+            self.delay = RETRY;
+        }
+        self.at = now + self.delay;
+        self.delay = (2 * self.delay).min(LAST_RETRY);
+    }
+
+    /// How long to wait still.
+    fn left(&self, now: Instant) -> Duration {
+        self.at.saturating_duration_since(now)
+    }
 }
 
 impl Thread {
@@ -182,7 +238,7 @@ impl Thread {
                     return;
                 }
             }
-            if self.connection.is_none() {
+            if self.connection.is_none() && self.retry.left(Instant::now()).is_zero() {
                 self.reconnect();
             }
             if self.wait() {
@@ -201,7 +257,9 @@ impl Thread {
     /// Waits for an order, for the end of the connection (`true`), or for the next attempt to
     /// connect.
     fn wait(&self) -> bool {
-        let retry = Timespec { tv_sec: 0, tv_nsec: RETRY.subsec_nanos().into() };
+        let left = self.retry.left(Instant::now());
+        let retry =
+            Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
         let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
         fds.extend(self.connection.as_ref().map(|connection| {
             // What it says without being asked is read with its next answer.
@@ -217,6 +275,7 @@ impl Thread {
 
     fn disconnect(&mut self) {
         self.connection = None;
+        self.retry.ended(Instant::now());
         *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
@@ -263,8 +322,13 @@ impl Thread {
 
     /// One attempt.
     fn reconnect(&mut self) {
-        let Ok(stream) = UnixStream::connect(&self.path) else { return };
-        let Ok(cut) = stream.try_clone() else { return };
+        let connected = UnixStream::connect(&self.path)
+            .and_then(|stream| stream.try_clone().map(|cut| (stream, cut)));
+        let Ok((stream, cut)) = connected else {
+            self.retry.nobody(Instant::now());
+            return;
+        };
+        self.retry.connected(Instant::now());
         *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = Some(cut);
         match Connection::negotiate(stream) {
             Ok(connection) if connection.features() & self.features == self.features => {
@@ -322,4 +386,32 @@ fn within<T>(limit: Duration, socket: &UnixStream, work: impl FnOnce() -> T) -> 
         drop(done);
         result
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_useless_virtiofsd_is_tried_ever_more_seldom() {
+        let begin = Instant::now();
+        let mut retry = Retry::new(begin);
+        assert!(retry.left(begin).is_zero());
+        let mut now = begin;
+        let mut waits = Vec::new();
+        for _ in 0..9 {
+            retry.connected(now);
+            retry.ended(now);
+            waits.push(retry.left(now).as_millis());
+            now += retry.left(now);
+        }
+        assert_eq!(waits, [100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000]);
+        // None at all is looked for as often as ever.
+        retry.nobody(now);
+        assert_eq!(retry.left(now), RETRY);
+        // One that worked for a while is missed at once.
+        retry.connected(now);
+        retry.ended(now + GOOD_RUN);
+        assert_eq!(retry.left(now + GOOD_RUN), RETRY);
+    }
 }

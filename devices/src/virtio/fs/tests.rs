@@ -1,4 +1,5 @@
 use std::{
+    io::{Read, Write},
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -220,7 +221,15 @@ fn a_peer_that_is_no_virtiofsd_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("s");
     let listener = UnixListener::bind(&path).unwrap();
-    let peer = thread::spawn(move || drop(listener.accept().unwrap()));
+    let peer = thread::spawn(move || {
+        // One that hangs up was on its way out, and the next one speaks another language.
+        drop(listener.accept().unwrap());
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.read_exact(&mut [0; 12]).unwrap();
+        stream.write_all(b"SSH-2.0-OpenSSH_9.2\r\n").unwrap();
+        // It leaves the end to us.
+        let _ = stream.read(&mut [0]);
+    });
     let error = Supervisor::start("t", &path).err().unwrap().to_string();
     assert!(error.starts_with("--fs: socket=") && error.contains("no virtiofsd"), "{error}");
     peer.join().unwrap();

@@ -7,6 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Instant,
 };
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
@@ -22,6 +23,40 @@ const BURST: u32 = 256;
 const MQ: [u8; 2] = [4, 0];
 const OK: u8 = 0;
 const ERR: u8 = 1;
+
+/// Pairs that may be switched at once, and how many more each second: in the host's kernel a switch
+/// keeps everybody waiting who changes anything about the network. Drivers do it when they start, and
+/// when processors come and go.
+const SWITCHES: f64 = 256.0;
+const SWITCHES_PER_SECOND: f64 = 16.0;
+
+/// What a driver may still switch.
+#[derive(Debug)]
+struct Allowance {
+    left: f64,
+    since: Instant,
+    /// It was said that there was nothing left.
+    complained: bool,
+}
+
+impl Allowance {
+    fn new(now: Instant) -> Self {
+        Self { left: SWITCHES, since: now, complained: false }
+    }
+
+    /// Takes `count`, if there are that many.
+    fn take(&mut self, count: usize, now: Instant) -> bool {
+        let earned = now.saturating_duration_since(self.since).as_secs_f64() * SWITCHES_PER_SECOND;
+        self.left = (self.left + earned).min(SWITCHES);
+        self.since = now;
+        let count = count as f64;
+        if count > self.left {
+            return false;
+        }
+        self.left -= count;
+        true
+    }
+}
 
 /// Whether a pair is in use: the interface only puts packets into queues that somebody empties.
 #[derive(Debug)]
@@ -72,11 +107,12 @@ pub(super) fn use_pairs(switches: &[Arc<Switch>], count: usize) -> std::io::Resu
 pub(super) struct Control {
     ring: Ring,
     switches: Vec<Arc<Switch>>,
+    allowance: Allowance,
 }
 
 impl Control {
     pub(super) fn new(ring: Ring, switches: Vec<Arc<Switch>>) -> Self {
-        Self { ring, switches }
+        Self { ring, switches, allowance: Allowance::new(Instant::now()) }
     }
 
     fn serve(&mut self) {
@@ -98,9 +134,17 @@ impl Control {
         }
     }
 
-    fn obey(&self, [class, command, low, high]: [u8; 4]) -> u8 {
+    fn obey(&mut self, [class, command, low, high]: [u8; 4]) -> u8 {
         let pairs = usize::from(u16::from_le_bytes([low, high]));
         if [class, command] != MQ || !(1..=self.switches.len()).contains(&pairs) {
+            return ERR;
+        }
+        let changes = self.switches.iter().enumerate();
+        let changes = changes.filter(|(index, switch)| switch.is_on() != (*index < pairs)).count();
+        if !self.allowance.take(changes, Instant::now()) {
+            if !std::mem::replace(&mut self.allowance.complained, true) {
+                tracing::warn!(pairs, "the driver switches its queues too often; it is refused");
+            }
             return ERR;
         }
         match use_pairs(&self.switches, pairs) {
@@ -122,5 +166,27 @@ impl MutEventSubscriber for Control {
     fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
         self.ring.take_kick();
         self.serve();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn switching_is_limited() {
+        let begin = Instant::now();
+        let mut allowance = Allowance::new(begin);
+        assert!(allowance.take(255, begin));
+        assert!(!allowance.take(2, begin));
+        assert!(allowance.take(1, begin));
+        assert!(!allowance.take(1, begin));
+        assert!(allowance.take(0, begin));
+        let later = begin + Duration::from_secs(1);
+        assert!(allowance.take(16, later) && !allowance.take(1, later));
+        let much_later = later + Duration::from_secs(3600);
+        assert!(allowance.take(256, much_later) && !allowance.take(1, much_later));
     }
 }

@@ -18,7 +18,7 @@ use crate::{
     GuestMemory,
     virtio::{
         ActivateError, Activation, ActiveQueue, DeviceType, RING_FEATURES, VirtioDevice,
-        VirtioInterrupt, ring::Ring, worker::Worker,
+        VirtioInterrupt, ring::Ring, vhost::Faults, worker::Worker,
     },
 };
 
@@ -63,7 +63,8 @@ pub(super) struct Net {
     control: Option<Worker<Control>>,
     /// Serve the queues in place of workers, if there are any.
     kernel: Vec<KernelPair>,
-    running: bool,
+    /// While the kernel serves them.
+    running: Option<Worker<Faults>>,
     counters: Arc<Counters>,
     passt: Option<Passt>,
 }
@@ -139,7 +140,7 @@ impl Net {
             workers: Vec::new(),
             control: None,
             kernel: Vec::new(),
-            running: false,
+            running: None,
             counters: Arc::default(),
             passt: None,
         }
@@ -153,7 +154,10 @@ impl Net {
         queues: &[ActiveQueue],
         interrupt: &Arc<dyn VirtioInterrupt>,
     ) -> Result<(), ActivateError> {
-        self.running = true;
+        let backend = |error| ActivateError::Backend(format!("vhost-net: {error}"));
+        let faults = Faults::new("net", interrupt)
+            .map_err(|error| ActivateError::Host("a network card's broken rings", error))?;
+        let mut started = Ok(());
         for (number, (pair, backend)) in self.kernel.iter().zip(&self.backends).enumerate() {
             let find = |index| queues.iter().find(|active| usize::from(active.index) == index);
             let (Some(Backend::Tap(tap)), Some(receive), Some(transmit)) =
@@ -161,10 +165,15 @@ impl Net {
             else {
                 continue;
             };
-            pair.start(features, memory, [receive, transmit], tap.file(), interrupt)
-                .map_err(|error| ActivateError::Backend(format!("vhost-net: {error}")))?;
+            let queues = [receive, transmit];
+            started = pair.start(features, memory, queues, tap.file(), interrupt, &faults);
+            if started.is_err() {
+                break;
+            }
         }
-        Ok(())
+        // Before any error: what was started has to be stopped.
+        self.running = Some(faults.start().map_err(backend)?);
+        started.map_err(backend)
     }
 
     /// Serves a pair by a thread of our own.
@@ -262,7 +271,7 @@ impl VirtioDevice for Net {
         if let Some(control) = self.control.take() {
             control.stop();
         }
-        if std::mem::take(&mut self.running) {
+        if self.running.take().is_some() {
             for pair in &self.kernel {
                 if let Err(error) = pair.stop() {
                     tracing::error!(%error, "the kernel does not let go of a card's queues");

@@ -12,7 +12,7 @@ use crate::{
         VirtioInterrupt,
         device::ActiveQueue,
         registry::BuildError,
-        vhost::{Addresses, LateMemory, Named, VhostError, set_memory, set_queue},
+        vhost::{Addresses, Faults, LateMemory, Named, VhostError, set_memory, set_queue},
     },
 };
 
@@ -61,6 +61,7 @@ impl KernelPair {
         queues: [&ActiveQueue; 2],
         tap: &File,
         interrupt: &Arc<dyn VirtioInterrupt>,
+        faults: &Faults,
     ) -> Result<(), VhostError> {
         match self.memory.lock() {
             Ok(late) => late.replace(memory.clone()),
@@ -71,6 +72,7 @@ impl KernelPair {
         for (index, active) in queues.into_iter().enumerate() {
             let place = (index, active.queue.next_avail());
             set_queue(&self.vhost, Addresses::Guest, memory, place, active, &**interrupt)?;
+            faults.watch(&self.vhost, index)?;
         }
         for index in 0..2 {
             self.vhost.set_backend(index, Some(tap)).named("NET_SET_BACKEND")?;

@@ -12,7 +12,8 @@ use crate::{
         ActivateError, Activation, DeviceType, RING_FEATURES, VirtioDevice, VirtioInterrupt,
         device::ActiveQueue,
         registry::BuildError,
-        vhost::{Addresses, LateMemory, Named, VhostError, set_memory, set_queue},
+        vhost::{Addresses, Faults, LateMemory, Named, VhostError, set_memory, set_queue},
+        worker::Worker,
     },
 };
 
@@ -29,8 +30,8 @@ pub(super) struct Vsock {
     cid: u32,
     features: u64,
     kernel: Option<Kernel>,
-    /// The kernel serves the queues.
-    running: bool,
+    /// While the kernel serves the queues.
+    running: Option<Worker<Faults>>,
 }
 
 struct Kernel {
@@ -67,12 +68,12 @@ impl Vsock {
             .set_guest_cid(cid.into())
             .map_err(|error| failed(&format!("cid={cid} cannot be taken"), error))?;
         let features = offered & (RING_FEATURES | SEQPACKET);
-        Ok(Self { cid, features, kernel: Some(Kernel { vhost, memory }), running: false })
+        Ok(Self { cid, features, kernel: Some(Kernel { vhost, memory }), running: None })
     }
 
     /// A device without sockets behind it.
     pub(super) fn unserved(cid: u32) -> Self {
-        Self { cid, features: RING_FEATURES, kernel: None, running: false }
+        Self { cid, features: RING_FEATURES, kernel: None, running: None }
     }
 }
 
@@ -83,7 +84,7 @@ impl Kernel {
         memory: &GuestMemory,
         queues: &[ActiveQueue],
         interrupt: &Arc<dyn VirtioInterrupt>,
-    ) -> Result<(), VhostError> {
+    ) -> Result<Worker<Faults>, VhostError> {
         match self.memory.lock() {
             Ok(late) => late.replace(memory.clone()),
             Err(_) => return Err(VhostError::Memory),
@@ -92,11 +93,15 @@ impl Kernel {
         let known = self.vhost.get_features().named("GET_FEATURES")?;
         self.vhost.set_features(features & known).named("SET_FEATURES")?;
         set_memory(&self.vhost, memory)?;
+        let faults = Faults::new("vsock", interrupt).named("an eventfd")?;
         for active in queues.iter().filter(|active| active.index < SERVED) {
             let place = (usize::from(active.index), active.queue.next_avail());
             set_queue(&self.vhost, Addresses::Guest, memory, place, active, &**interrupt)?;
+            faults.watch(&self.vhost, usize::from(active.index))?;
         }
-        self.vhost.start().named("VSOCK_SET_RUNNING")
+        let faults = faults.start()?;
+        self.vhost.start().named("VSOCK_SET_RUNNING")?;
+        Ok(faults)
     }
 }
 
@@ -128,16 +133,16 @@ impl VirtioDevice for Vsock {
         if queues.iter().filter(|active| active.index < SERVED).count() < usize::from(SERVED) {
             return Ok(());
         }
-        kernel
+        let running = kernel
             .start(features, &memory, &queues, &interrupt)
             .map_err(|error| ActivateError::Backend(format!("vhost-vsock: {error}")))?;
-        self.running = true;
+        self.running = Some(running);
         Ok(())
     }
 
     fn reset(&mut self) {
         if let Some(kernel) = &self.kernel
-            && std::mem::take(&mut self.running)
+            && self.running.take().is_some()
             && let Err(error) = kernel.vhost.stop()
         {
             tracing::error!(%error, "the kernel does not let go of the sockets' queues");
