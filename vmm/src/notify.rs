@@ -21,11 +21,14 @@ use std::{
 };
 
 use devices::virtio::vsock::{Listener, VsockHandle};
+use rustix::event::{PollFd, PollFlags};
 
 use crate::credentials::OemString;
 
 /// Longest report that is relayed, in bytes.
 const MAX_REPORT: u64 = 16 * 1024;
+/// The report that a unit of `Type=notify` waits for.
+const READY: &str = "READY=1";
 /// Reports per log line about those that were dropped.
 const LOG_EVERY: u64 = 1000;
 
@@ -64,9 +67,42 @@ impl Notifier {
         Ok(Self { socket })
     }
 
-    /// Sends assignments, one a line.
+    /// Sends assignments, one a line. What cannot be sent at once is dropped.
     pub fn send(&self, state: &str) {
         if let Err(error) = self.socket.send(state.as_bytes()) {
+            tracing::warn!(%error, state, "the service manager could not be notified");
+        }
+    }
+
+    /// Sends assignments that must not be lost: while the service manager's queue is full a thread
+    /// waits for it.
+    fn send_surely(self: &Arc<Self>, state: &str) {
+        match self.socket.send(state.as_bytes()) {
+            Ok(_) => return,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                tracing::warn!(%error, state, "the service manager could not be notified");
+                return;
+            }
+        }
+        tracing::info!("the service manager is busy; it is told as soon as it listens");
+        let (notifier, text) = (self.clone(), state.to_owned());
+        let waiting = host::threads::spawn("notify-wait", move || {
+            loop {
+                let mut fds = [PollFd::new(&notifier.socket, PollFlags::OUT)];
+                // Interrupted is as good as ready: the next attempt shows it.
+                let _ = rustix::event::poll(&mut fds, None);
+                match notifier.socket.send(text.as_bytes()) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) => {
+                        tracing::warn!(%error, "the service manager could not be notified");
+                        return;
+                    }
+                    Ok(_) => return,
+                }
+            }
+        });
+        if let Err(error) = waiting {
             tracing::warn!(%error, state, "the service manager could not be notified");
         }
     }
@@ -110,7 +146,7 @@ impl Readiness {
                 relay(notifier.clone(), listener)
             }
             None => {
-                notifier.send("READY=1\nSTATUS=The guest runs");
+                notifier.send_surely("READY=1\nSTATUS=The guest runs");
                 Ok(())
             }
         }
@@ -128,6 +164,7 @@ impl Readiness {
 fn relay(notifier: Arc<Notifier>, listener: Listener) -> io::Result<()> {
     thread::Builder::new().name("notify".into()).spawn(move || {
         let mut dropped = 0u64;
+        let mut ready = false;
         loop {
             // One after another: there is one guest, and it has only one PID 1.
             let report = match listener.accept() {
@@ -138,6 +175,11 @@ fn relay(notifier: Arc<Notifier>, listener: Listener) -> io::Result<()> {
                 }
             };
             match report.as_deref().map(filter) {
+                // Once: whatever else the guest reports may be lost.
+                Ok(Some(state)) if !ready && state.lines().any(|line| line == READY) => {
+                    ready = true;
+                    notifier.send_surely(&state);
+                }
                 Ok(Some(state)) => notifier.send(&state),
                 Ok(None) => {}
                 Err(error) => {
@@ -163,13 +205,15 @@ fn read_report(connection: &mut impl Read) -> io::Result<Vec<u8>> {
 }
 
 /// What of a report concerns the host's service manager. Not `MAINPID=`, `WATCHDOG=`, `FDSTORE=` and
-/// the like: the guest has no say in how this process is supervised.
+/// the like: the guest has no say in how this process is supervised. Nor `STOPPING=1`, after which the
+/// service manager kills a service that does not end in time: any program of the guest can send it, as
+/// systemd itself uses no port that only root has. We say it when the machine ends.
 fn filter(report: &[u8]) -> Option<String> {
     let lines: Vec<&str> = report
         .split(|byte| *byte == b'\n')
         .filter_map(|line| str::from_utf8(line).ok())
         .filter(|line| match line.split_once('=') {
-            Some(("READY" | "STOPPING", value)) => value == "1",
+            Some(("READY", value)) => value == "1",
             Some((name, _)) => name == "STATUS" || name.starts_with("X_SYSTEMD_"),
             None => false,
         })
@@ -216,9 +260,29 @@ mod tests {
     }
 
     #[test]
+    fn readiness_waits_for_a_busy_service_manager() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notify");
+        let manager = UnixDatagram::bind(&path).unwrap();
+        let notifier = Arc::new(Notifier::connect(path.as_os_str()).unwrap());
+        let mut queued = 0;
+        while notifier.socket.send(b"STATUS=x").is_ok() {
+            queued += 1;
+        }
+        notifier.send_surely("READY=1");
+        let mut buffer = [0; 64];
+        for _ in 0..queued {
+            let length = manager.recv(&mut buffer).unwrap();
+            assert_eq!(&buffer[..length], b"STATUS=x");
+        }
+        let length = manager.recv(&mut buffer).unwrap();
+        assert_eq!(&buffer[..length], b"READY=1");
+    }
+
+    #[test]
     fn the_guest_reports_its_state_and_nothing_else() {
         let report =
-            b"READY=1\nSTATUS=Startup finished\nMAINPID=1\nX_SYSTEMD_UNIT_ACTIVE=a\nFDSTORE=1\n\
+            b"READY=1\nSTOPPING=1\nSTATUS=Startup finished\nMAINPID=1\nX_SYSTEMD_UNIT_ACTIVE=a\nFDSTORE=1\n\
                        READY=2\nWATCHDOG=1\nno assignment\nSTATUS=\xff";
         assert_eq!(
             filter(report).unwrap(),
