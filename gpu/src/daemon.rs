@@ -6,7 +6,7 @@ use std::{
         fs::DirBuilderExt,
         net::{UnixListener, UnixStream},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use vhost::vhost_user::Listener;
@@ -71,6 +71,20 @@ impl Door {
     }
 }
 
+/// Removes the directories of processes that were killed while they had one.
+fn forget_the_dead(parent: &Path) {
+    for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix("drago-gpu-"));
+        let Some(pid) = pid.and_then(|pid| pid.parse::<u32>().ok()) else { continue };
+        if !Path::new(&format!("/proc/{pid}")).exists() {
+            // Whoever may not do this is somebody else.
+            let _ = std::fs::remove_file(entry.path().join("socket"));
+            let _ = std::fs::remove_dir(entry.path());
+        }
+    }
+}
+
 fn private_listener() -> io::Result<(UnixListener, UnixStream)> {
     let candidates = [
         std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from),
@@ -79,6 +93,7 @@ fn private_listener() -> io::Result<(UnixListener, UnixStream)> {
     ];
     let mut last = io::Error::from(io::ErrorKind::NotFound);
     for parent in candidates.into_iter().flatten() {
+        forget_the_dead(&parent);
         let directory = parent.join(format!("drago-gpu-{}", std::process::id()));
         match std::fs::DirBuilder::new().mode(0o700).create(&directory) {
             Ok(()) => {}
