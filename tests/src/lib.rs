@@ -16,5 +16,6 @@ pub mod paths;
 pub mod picture;
 pub mod progress;
 pub mod testbed;
+pub mod units;
 pub mod viewer;
 pub mod vm;

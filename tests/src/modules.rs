@@ -84,6 +84,11 @@ impl ModuleTree {
         names.iter().copied().filter(|name| self.modules.contains_key(&key(name))).collect()
     }
 
+    /// The folder with the kernel version as its name.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     fn unpack(&self, file: &str) -> Result<Module> {
         let path = self.root.join(file);
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or(file);

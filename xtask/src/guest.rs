@@ -20,6 +20,8 @@ pub(crate) enum Kind {
     Weston,
     /// Debian with GNOME
     Gnome,
+    /// Debian in the shape that microvm.nix gives to NixOS; its disk is read-only
+    Nixos,
 }
 
 impl Kind {
@@ -28,6 +30,7 @@ impl Kind {
             Self::Minimal => Guest::minimal(),
             Self::Weston => Guest::desktop(Desktop::Weston),
             Self::Gnome => Guest::desktop(Desktop::Gnome),
+            Self::Nixos => Guest::nixos(),
         }
     }
 }

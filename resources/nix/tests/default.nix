@@ -1,6 +1,8 @@
 # Everything tests/tests/nix.rs compares with the files in expected/, as JSON, by
 # nix-instantiate --store dummy:// --eval --strict --json --argstr package /nix/store/drago-vmm
-{ package }:
+#
+# With --argstr machines JSON also the runners of these configurations, for the tests that start them.
+{ package, machines ? "{}" }:
 
 let
   cases = import ./cases.nix { inherit package; };
@@ -65,6 +67,7 @@ let
 in
 {
   accepted = builtins.mapAttrs (_: accept) (cases.accepted // { inherit (cases) example; });
+  machines = builtins.mapAttrs (_: accept) (builtins.fromJSON machines);
   refused = builtins.mapAttrs (_: refusals "x86_64-linux") cases.refused // {
     system = refusals "aarch64-linux" { };
   };

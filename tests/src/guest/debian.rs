@@ -162,7 +162,7 @@ fn build(desktop: Desktop, recipes: &[&Path], cache: &Path, dir: &Path) -> Resul
 }
 
 /// Images of older recipes only fill the disk.
-fn forget_older(cache: &Path, name: &str, keep: &Path) -> Result<()> {
+pub(super) fn forget_older(cache: &Path, name: &str, keep: &Path) -> Result<()> {
     for entry in std::fs::read_dir(cache)? {
         let path = entry?.path();
         let old = path

@@ -3,12 +3,14 @@
 
 mod debian;
 mod minimal;
+mod nixos;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
 pub use debian::Desktop;
+pub use nixos::{DEBIAN, Nixos, SYSTEM, Shape, Store};
 
 /// What a VMM is given to boot a guest.
 #[derive(Debug, Clone)]
@@ -44,6 +46,15 @@ impl Guest {
     /// If the image cannot be made.
     pub fn desktop(desktop: Desktop) -> Result<Self> {
         debian::guest(desktop)
+    }
+
+    /// A system in the shape of microvm.nix's guests, its store on the first disk, which is to be
+    /// read-only.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn nixos() -> Result<Self> {
+        Nixos::new()?.guest()
     }
 }
 

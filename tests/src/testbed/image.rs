@@ -28,6 +28,9 @@ const MODULES: &[&str] = &[
     "virtio_blk",
     "loop",
     "ext4",
+    "crc32c_generic",
+    "erofs",
+    "macvtap",
 ];
 
 /// The emulated CPU. With AVX, llvmpipe inside crashes under TCG; with XSAVE, guests of the test host

@@ -1,0 +1,147 @@
+//! Guests in the shape of NixOS, run by microvm.nix's units with our runners, under a real systemd with
+//! a real systemd in the guest: what the checks of microvm.nix ask for, see docs/testing.md.
+//!
+//! Run by `cargo xtask test --suite nested` (the core) and `--suite slow` (all); needs the test host, so
+//! every test is `#[ignore]`d by default.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use std::path::{Path, PathBuf};
+
+use drago_tests::{
+    guest::{Nixos, Shape, Store},
+    testbed::{Options, Testbed},
+    units::{STORE, Units},
+};
+use serde_json::{Value, json};
+
+fn start() -> (Units, Nixos) {
+    let nixos = Nixos::new().unwrap();
+    let agent = Path::new(env!("CARGO_BIN_EXE_drago-testbed-agent"));
+    let programs =
+        std::env::var_os("DRAGO_PROGRAMS").map_or(agent.parent().unwrap().into(), PathBuf::from);
+    let mut options = Options::new(agent.to_path_buf());
+    options.memory_mib = 4096;
+    let host = Testbed::boot(&options).unwrap();
+    let units = Units::start(host, &nixos, &programs).unwrap();
+    (units, nixos)
+}
+
+/// A volume with all that microvm.nix has defaults for.
+fn volume(image: &str, label: &str) -> Value {
+    json!({
+        "image": image, "label": label, "size": 64, "fsType": "ext4", "imageType": "raw",
+        "autoCreate": true, "readOnly": false, "direct": false, "serial": null,
+        "mkfsExtraArgs": [], "mountPoint": null,
+    })
+}
+
+/// What a machine says and how it ended.
+fn state(units: &Units, name: &str, property: &str) -> String {
+    units.run(&format!("systemctl show --value -p {property} microvm@{name}")).unwrap()
+}
+
+/// The file `result` on a volume of a machine that is off, and whether its file system was unmounted.
+fn result(units: &Units, image: &str) -> (String, bool) {
+    let features = units.run(&format!("/usr/sbin/dumpe2fs -h {image} 2>/dev/null")).unwrap();
+    let clean = !features.contains("needs_recovery") && features.contains("state:         clean");
+    let text = units.run(&format!("/usr/sbin/debugfs -R 'cat result' {image} 2>/dev/null"));
+    (text.unwrap(), clean)
+}
+
+/// The store in a shared folder, mounted in the initrd, under a writable overlay; readiness over vsock;
+/// credentials; a tap; machined; the power button, which systemd-logind handles.
+#[test]
+#[ignore = "nested"]
+fn a_machine_is_ready_when_its_systemd_says_so_and_ends_by_the_power_button() {
+    let (units, nixos) = start();
+    units
+        .run(
+            "printf 's3cret\\0\\n' >/run/secret; chown microvm /run/secret; chmod 400 /run/secret; \
+             cat >/run/script <<'END'
+exec >/output/result 2>&1
+uname
+cat /etc/machine-id
+od -An -c $CREDENTIALS_DIRECTORY/test.secret
+findmnt -no FSTYPE /nix/.ro-store /nix/store
+echo it >/nix/store/written && cat /nix/store/written
+systemd-run --quiet iperf3 --server
+END",
+        )
+        .unwrap();
+    let shape = Shape { store: Store::Virtiofs, writable: true, output: Some("/dev/vdb") };
+    let configuration = json!({
+        "mem": 512,
+        "vcpu": 2,
+        "storeOnDisk": false,
+        "machineId": "6ba7b810-9dad-11d1-80b4-00c04fd430c8",
+        "registerWithMachined": true,
+        "vsock": { "cid": 4242 },
+        "balloon": true,
+        "volumes": [volume("rw.img", "rw-store"), volume("output.img", "output")],
+        "shares": [{
+            "tag": "ro-store", "proto": "virtiofs", "socket": "ro-store.sock", "source": STORE,
+            "readOnly": false,
+        }],
+        "interfaces": [{
+            "type": "tap", "id": "vm-agent", "mac": "02:00:00:00:00:01", "bridge": null,
+            "tap": { "vhost": true },
+        }],
+        "credentialFiles": { "test.secret": "/run/secret", "test.script": "/run/script" },
+    });
+    units.install("agent", &nixos, &nixos.bzimage, &shape, configuration).unwrap();
+
+    // Returns when the guest's systemd has sent READY=1.
+    units.run("systemctl start microvm@agent").unwrap();
+
+    assert_eq!(state(&units, "agent", "ActiveState"), "active");
+    let status = state(&units, "agent", "StatusText");
+    assert!(!status.contains("The guest is starting"), "no report of the guest's: {status}");
+    let pid = state(&units, "agent", "MainPID");
+    let of_process = units
+        .run(&format!(
+            "grep -E '^(Uid|Gid|CapEff)' /proc/{pid}/status; \
+        tr '\\0' '\\n' </proc/{pid}/environ | grep ^PATH; ps -o args= -p {pid}"
+        ))
+        .unwrap();
+    assert!(of_process.contains("CapEff:\t0000000000000000"), "{of_process}");
+    assert!(of_process.contains("PATH=\n"), "{of_process}");
+    assert!(of_process.contains("microvm@agent --name agent"), "{of_process}");
+
+    // machined knows it.
+    let machine = units.run("machinectl show agent -p Class -p Leader -p State").unwrap();
+    assert!(
+        machine.contains("Class=vm") && machine.contains(&format!("Leader={pid}")),
+        "{machine}"
+    );
+
+    // The network, both ways.
+    for way in ["", "--reverse"] {
+        let said = units.run(&format!("iperf3 --client 10.0.0.1 --time 2 {way}")).unwrap();
+        assert!(said.contains("receiver"), "{said}");
+    }
+
+    // systemd-logind answers the power button.
+    units.run("systemctl stop microvm@agent").unwrap();
+    assert_eq!(state(&units, "agent", "Result"), "success");
+    assert_eq!(state(&units, "agent", "ExecMainStatus"), "0");
+    let stopped = units.run("journalctl --no-pager -o cat -u microvm@agent").unwrap();
+    assert!(!stopped.contains("SIGKILL") && !stopped.contains("timed out"), "{stopped}");
+    let images = "/var/lib/microvms/agent";
+    let (text, clean) = result(&units, &format!("{images}/output.img"));
+    assert_eq!(
+        text.lines().map(str::trim).collect::<Vec<_>>(),
+        [
+            "Linux",
+            "6ba7b8109dad11d180b400c04fd430c8",
+            "s   3   c   r   e   t  \\0  \\n",
+            "virtiofs",
+            "overlay",
+            "it"
+        ]
+    );
+    assert!(clean, "the volume was not unmounted");
+    // Nothing of the machine is left.
+    let left = units.run(&format!("ls {images}; ip -br link; pgrep -a drago || true")).unwrap();
+    assert!(!left.contains("agent.sock") && !left.contains("drago"), "{left}");
+}
