@@ -18,7 +18,7 @@ def on(obj, signal, handler):
 class Client:
     """A connected client; counts pixels drawn and bytes read."""
 
-    def __init__(self, address):
+    def __init__(self, address, password=None):
         host, port = address
         self.loop = GLib.MainLoop()
         self.channels = {}
@@ -34,6 +34,8 @@ class Client:
         self.session = S.Session()
         for name, value in (("host", host), ("port", str(port)), ("enable-audio", False)):
             self.session.set_property(name, value)
+        if password:
+            self.session.set_property("password", password)
         on(self.session, "channel-new", self.new_channel)
         S.Session.connect(self.session)
 
