@@ -16,17 +16,18 @@ import sys
 import gi
 
 gi.require_version("SpiceClientGLib", "2.0")
-from gi.repository import GLib, GObject, SpiceClientGLib as Spice  # noqa: E402
+from gi.repository import Gio, GLib, GObject, SpiceClientGLib as Spice  # noqa: E402
 
 LEFT = 1
 TEXT = 1  # VD_AGENT_CLIPBOARD_UTF8_TEXT
+PNG = 2  # VD_AGENT_CLIPBOARD_IMAGE_PNG
 
 loop = GLib.MainLoop()
 channels = {}
 primary = {}
 state = {"agent": False, "mouse": 0, "marked": False, "invalidated": 0, "clipboard": None, "grabbed": False,
          "requested": False, "cursor": None}
-offered = ""
+offered = b""
 
 
 def say(**fields):
@@ -95,8 +96,17 @@ def clipboard(channel, selection, kind, data, size):
 def clipboard_request(channel, selection, kind):
     state["requested"] = True
     say(ev="request", selection=selection)
-    channel.clipboard_selection_notify(selection, kind, offered.encode())
+    channel.clipboard_selection_notify(selection, kind, offered)
     return True
+
+
+def file_sent(channel, result):
+    try:
+        channel.file_copy_finish(result)
+        state["sent"] = "whole"
+    except GLib.Error as error:
+        state["sent"] = error.message
+    say(ev="sent", outcome=state["sent"])
 
 
 def cursor_set(channel, width, height, hot_x, hot_y, rgba):
@@ -162,9 +172,18 @@ def command(name, args):
         else:
             inputs.button_release(args["button"], 0)
     elif name == "copy":
-        offered = args["text"]
+        offered = args["text"].encode()
         state["requested"] = False
         main.clipboard_selection_grab(0, [TEXT])
+    elif name == "copy-image":
+        with open(args["path"], "rb") as image:
+            offered = image.read()
+        state["requested"] = False
+        main.clipboard_selection_grab(0, [PNG])
+    elif name == "send-file":
+        state["sent"] = None
+        main.file_copy_async([Gio.File.new_for_path(args["path"])], Gio.FileCopyFlags.NONE,
+                             None, None, None, file_sent)
     elif name == "resize":
         main.update_display_enabled(0, True, False)
         main.update_display(0, 0, 0, args["width"], args["height"], False)

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use drago_tests::client::SpiceClient;
@@ -56,6 +57,8 @@ fn a_desktop_is_seen_and_driven_by_real_clients() {
     world.step("the pointer lands where it is put", World::pointer_lands);
     world.step("clipboard from client to guest", World::clipboard_to_guest);
     world.step("clipboard from guest to client", World::clipboard_to_client);
+    world.step("an image on the clipboard", World::image_to_guest);
+    world.step("a file sent by the client", World::file_to_guest);
     world.step("resize by the client", World::resize);
     world.step("resize by remote-viewer", World::remote_viewer);
     world.step("power button", World::power_button);
@@ -179,6 +182,49 @@ impl World {
                 state["clipboard"] == "from the guest: žluťoučký 17"
             })
             .map(drop)
+    }
+
+    fn image_to_guest(&mut self) -> anyhow::Result<()> {
+        let image = self.host.results.join("clipboard.png");
+        let drawn =
+            Command::new("convert").args(["rose:", "-resize", "320x200!"]).arg(&image).status()?;
+        anyhow::ensure!(drawn.success(), "convert failed");
+        self.client.ask("copy-image", json!({ "path": image }))?;
+        let size = std::fs::metadata(&image)?.len();
+        self.host.ssh(
+            &self.guest,
+            "demo",
+            &format!(
+                "export DISPLAY=:0; for i in $(seq 100); do \
+                 timeout 20 xclip -selection clipboard -t image/png -o >/tmp/pasted.png 2>/dev/null; \
+                 [ $(stat -c %s /tmp/pasted.png) = {size} ] && exit 0; sleep 0.5; done; exit 1"
+            ),
+        )?;
+        self.same_in_guest(&image, "/tmp/pasted.png")
+    }
+
+    fn file_to_guest(&mut self) -> anyhow::Result<()> {
+        let file = self.host.results.join("sent.bin");
+        // Longer than all queues on the way together.
+        let content: Vec<u8> = (0..1_000_000_u32).map(|n| (n.wrapping_mul(n) >> 7) as u8).collect();
+        std::fs::write(&file, content)?;
+        self.client.ask("send-file", json!({ "path": file }))?;
+        let state = self
+            .client
+            .wait_state("the end of the transfer", PATIENCE, |state| state["sent"].is_string())?;
+        anyhow::ensure!(state["sent"] == "whole", "{}", state["sent"]);
+        let there = self.host.ssh(&self.guest, "demo", "find ~ -name sent.bin")?;
+        self.same_in_guest(&file, there.trim())
+    }
+
+    /// Compares a file of this machine with one of the guest.
+    fn same_in_guest(&self, ours: &Path, theirs: &str) -> anyhow::Result<()> {
+        let sum = |text: &str| text.split_whitespace().next().unwrap_or_default().to_owned();
+        let out = Command::new("sha256sum").arg(ours).output()?;
+        let wanted = sum(&String::from_utf8_lossy(&out.stdout));
+        let got = sum(&self.host.ssh(&self.guest, "demo", &format!("sha256sum '{theirs}'"))?);
+        anyhow::ensure!(!wanted.is_empty() && got == wanted, "{theirs}: {got}, not {wanted}");
+        Ok(())
     }
 
     fn resize(&mut self) -> anyhow::Result<()> {
