@@ -6,8 +6,12 @@
 //!  LIBGL_ALWAYS_SOFTWARE=1 GALLIUM_DRIVER=virpipe glmark2-es2 ──/tmp/.virgl_test── bridge ──queues── drago-gpu
 //! ```
 //!
-//! Usage: `vtest-bridge [SOCKET [DRAGO-GPU ARGUMENTS…]]`. Each client gets a device of its own, as it
-//! gets a process of its own from `virgl_test_server`: Mesa's clients open more than one connection.
+//! Usage: `vtest-bridge [SOCKET [--screen WIDTHxHEIGHT@FPS] [DRAGO-GPU ARGUMENTS…]]`. With a screen, the
+//! last picture of that size that a client made is on it and flushed after every command, and a viewer
+//! takes up to so many frames a second of it (0: nobody looks).
+//!
+//! When a client has gone, the bridge says what the device did, as JSON. Each client gets a device of its own, as it gets a
+//! process of its own from `virgl_test_server`: Mesa's clients open more than one connection.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test program")]
 
@@ -19,19 +23,29 @@ use std::{
     fs::File,
     io::{self, Read, Write},
     os::{
-        fd::AsFd,
+        fd::{AsFd, BorrowedFd},
         unix::net::{UnixListener, UnixStream},
     },
-    path::Path,
-    sync::Arc,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
 };
 
-use gpu_protocol::virtio::{
-    Create3d, CtrlHdr, GetCapset, GetCapsetInfo, RespCapsetInfo, Transfer3d, kind,
+use gpu_protocol::{
+    Rect,
+    format::PixelFormat,
+    frames::{Frame, Release, ShmScanout, WANT_FULL, Want},
+    socket::{Decoder, FromBackEnd, FromFrontEnd, ProtocolFeatures, Side},
+    virtio::{
+        Create3d, CtrlHdr, GetCapset, GetCapsetInfo, ResourceFlush, RespCapsetInfo, Transfer3d,
+        kind,
+    },
 };
 use host::socket_io;
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, SealFlags};
 use support::{
     DATA, DATA_END, FrontEnd, Ticket,
     three_d::{fenced, transfer_command},
@@ -180,6 +194,69 @@ struct Session<'a> {
     fence: u64,
     submitted: Option<Ticket>,
     commands: Vec<u32>,
+    /// Size of what is on screen, and what is.
+    screen: Option<(u32, u32)>,
+    shown: Option<u32>,
+}
+
+/// Looks at the screen, on a thread of its own: takes each frame out of its slot.
+fn view(socket: &UnixStream, max_fps: u32, frames: &AtomicU64) {
+    let mut decoder = Decoder::new(Side::FrontEnd);
+    let mut bytes = vec![0; 64 * 1024];
+    let mut memory: Option<(ShmScanout, MmapRegion)> = None;
+    let mut seen = Vec::new();
+    let send = |message: FromFrontEnd, fds: &[BorrowedFd<'_>]| {
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        socket_io::send_all(socket, &bytes, fds)
+    };
+    while let Ok(count @ 1..) = { socket }.read(&mut bytes) {
+        decoder.push(&bytes[..count]);
+        while let Some(raw) = decoder.next_message().unwrap() {
+            let _ = match FromBackEnd::decode(&raw).unwrap() {
+                FromBackEnd::GetProtocolFeatures => {
+                    let features = ProtocolFeatures::SHM_FRAMES | ProtocolFeatures::EDID;
+                    send(FromFrontEnd::ProtocolFeatures(features.bits()), &[])
+                }
+                FromBackEnd::Scanout { scanout: 0, width: width @ 1.., height } => {
+                    let layout = ShmScanout::layout(0, 1, width, height, 3).unwrap();
+                    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+                    let file = File::from(rustix::fs::memfd_create("frames", flags).unwrap());
+                    let length = layout.checked_size().unwrap();
+                    file.set_len(length).unwrap();
+                    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
+                    let region = FileOffset::new(file.try_clone().unwrap(), 0);
+                    let region = MmapRegion::from_file(region, length as usize).unwrap();
+                    send(FromFrontEnd::ShmScanout(layout), &[file.as_fd()]).unwrap();
+                    memory = Some((layout, region));
+                    let want = Want { scanout: 0, max_fps, flags: WANT_FULL, reserved: 0 };
+                    send(FromFrontEnd::Want(want), &[])
+                }
+                FromBackEnd::Frame(frame) => {
+                    let Some((layout, region)) = &memory else { continue };
+                    seen.resize(layout.slot_size as usize, 0);
+                    let at = frame.slot as usize * layout.slot_size as usize;
+                    region.as_volatile_slice().read_slice(&mut seen, at).unwrap();
+                    frames.fetch_add(1, Ordering::Relaxed);
+                    let Frame { scanout, generation, slot, .. } = frame;
+                    send(
+                        FromFrontEnd::Release(Release { scanout, generation, slot, reserved: 0 }),
+                        &[],
+                    )
+                }
+                _ => Ok(()),
+            };
+        }
+    }
+}
+
+/// User and system time of a process so far, in seconds.
+fn cpu_seconds(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let ticks: f64 = fields.skip(11).take(2).filter_map(|field| field.parse::<f64>().ok()).sum();
+    // USER_HZ, proc_pid_stat(5).
+    ticks / 100.0
 }
 
 impl Session<'_> {
@@ -293,6 +370,11 @@ impl Session<'_> {
         }
         self.front.use_in(CONTEXT, id);
         self.resources.insert(id, resource);
+        let is_picture = PixelFormat::from_wire(format).is_some() && target == 2;
+        if let Some(size) = self.screen.filter(|size| *size == (width, height) && is_picture) {
+            self.front.show(0, id, Rect::of_size(size.0, size.1));
+            self.shown = Some(id);
+        }
         if self.resources[&id].size > 0 {
             self.back(id);
         }
@@ -315,6 +397,9 @@ impl Session<'_> {
     }
 
     fn forget(&mut self, id: u32, resource: &Resource) {
+        if self.shown == Some(id) {
+            self.shown = None;
+        }
         let command = gpu_protocol::virtio::ResourceCommand {
             hdr: CtrlHdr::new(kind::RESOURCE_UNREF),
             resource_id: id.into(),
@@ -408,6 +493,15 @@ impl Session<'_> {
             self.front.finish(0, ticket);
             moved.iter().filter(|piece| piece.from_host).for_each(|piece| self.copy(piece, true));
         }
+        if let (Some(id), Some(size)) = (self.shown, self.screen) {
+            let flush = ResourceFlush {
+                hdr: CtrlHdr::new(kind::RESOURCE_FLUSH),
+                rect: Rect::of_size(size.0, size.1).into(),
+                resource_id: id.into(),
+                padding: 0.into(),
+            };
+            self.front.submit(0, flush.as_bytes());
+        }
         Ok(())
     }
 
@@ -425,33 +519,56 @@ impl Session<'_> {
     }
 }
 
+/// What clients get.
+struct Options {
+    program: PathBuf,
+    arguments: Vec<String>,
+    /// Width, height, frames a second.
+    screen: Option<(u32, u32, u32)>,
+}
+
 fn main() {
-    let mut arguments = std::env::args().skip(1);
-    let socket = arguments.next().unwrap_or_else(|| DEFAULT_SOCKET.to_owned());
-    let mut options: Vec<String> = arguments.collect();
-    if options.is_empty() {
-        options = ["--renderer", "virgl"].map(str::to_owned).to_vec();
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let socket = match arguments.is_empty() {
+        true => DEFAULT_SOCKET.to_owned(),
+        false => arguments.remove(0),
+    };
+    let mut screen = None;
+    if arguments.first().is_some_and(|first| first == "--screen") {
+        let numbers = arguments[1].split(['x', '@']).map(|number| number.parse().unwrap());
+        let numbers: Vec<u32> = numbers.collect();
+        screen = Some((numbers[0], numbers[1], numbers[2]));
+        arguments.drain(..2);
+    }
+    if arguments.is_empty() {
+        arguments = ["--renderer", "virgl"].map(str::to_owned).to_vec();
     }
     let own = std::env::current_exe().unwrap();
     let program = own.parent().and_then(Path::parent).unwrap().join("drago-gpu");
-    let options = Arc::new(options);
+    let options = Arc::new(Options { program, arguments, screen });
     let _ = std::fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).unwrap();
-    println!("listening at {socket}");
+    eprintln!("listening at {socket}");
     loop {
         let (client, _) = listener.accept().unwrap();
-        let (program, options) = (program.clone(), options.clone());
-        thread::spawn(move || serve(client, &program, &options));
+        let options = options.clone();
+        thread::spawn(move || serve(client, &options));
     }
 }
 
-fn serve(client: UnixStream, program: &Path, options: &[String]) {
-    let options: Vec<&str> = options.iter().map(String::as_str).collect();
-    let mut front = FrontEnd::spawn(program, &options, 0);
+fn serve(client: UnixStream, options: &Options) {
+    let arguments: Vec<&str> = options.arguments.iter().map(String::as_str).collect();
+    let mut front = FrontEnd::spawn(&options.program, &arguments, 0);
     // Anew, with notifications as sparse as Linux has them.
     front.vhost_stop();
     front.event_idx = true;
     front.start(front.features);
+    let frames = Arc::new(AtomicU64::new(0));
+    if let Some((_, _, max_fps)) = options.screen {
+        let (socket, frames) = (front.gpu.try_clone().unwrap(), frames.clone());
+        thread::spawn(move || view(&socket, max_fps, &frames));
+    }
+    let before = cpu_seconds(front.child.id());
     let mut session = Session {
         socket: client,
         front: &mut front,
@@ -461,6 +578,8 @@ fn serve(client: UnixStream, program: &Path, options: &[String]) {
         fence: 0,
         submitted: None,
         commands: Vec::new(),
+        screen: options.screen.map(|(width, height, _)| (width, height)),
+        shown: None,
     };
     let error = session.serve().unwrap_err();
     if error.kind() != io::ErrorKind::UnexpectedEof {
@@ -472,5 +591,7 @@ fn serve(client: UnixStream, program: &Path, options: &[String]) {
     if session.context {
         session.front.destroy_context(CONTEXT);
     }
-    println!("client gone, {} commands were refused", front.refused);
+    let cpu = cpu_seconds(front.child.id()) - before;
+    let (refused, frames) = (front.refused, frames.load(Ordering::Relaxed));
+    println!(r#"{{"refused": {refused}, "frames": {frames}, "cpu_seconds": {cpu}}}"#);
 }

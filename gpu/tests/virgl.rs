@@ -317,6 +317,62 @@ fn a_new_size_in_the_middle_of_a_frame() {
     }
 }
 
+/// How often the threads of a process were given a processor so far.
+fn turns(pid: u32) -> u64 {
+    let mut turns = 0;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten() {
+        let status = std::fs::read_to_string(task.path().join("status")).unwrap_or_default();
+        let counts = status.lines().filter(|line| line.contains("ctxt_switches"));
+        let numbers = counts.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+        turns += numbers.sum::<u64>();
+    }
+    turns
+}
+
+/// A viewer looks, nothing changes: no thread of the process runs at all. With nobody looking, what
+/// changes is not read back.
+#[test]
+fn a_static_picture_costs_nothing_and_nor_does_one_without_a_viewer() {
+    let mut front = device();
+    let mut screen = Screen::new(&mut front, 60);
+    let size = (640, 480);
+    assert_eq!(front.create_context(1, VIRGL2), kind::OK_NODATA);
+    assert_eq!(front.draw(1, &prologue()), kind::OK_NODATA);
+    front.create_texture(1, BGRX, size, 0);
+    front.use_in(1, 1);
+    assert_eq!(front.draw(1, &target(1, 1, BGRX)), kind::OK_NODATA);
+    let paint = |front: &mut FrontEnd, value: f32| {
+        let slot = front.submit_3d(fenced(kind::SUBMIT_3D, 1, 1, None), &clear([value; 4]));
+        assert_eq!(front.wait_for::<CtrlHdr>(0, slot).kind.get(), kind::OK_NODATA);
+        front.flush(1, whole(size));
+    };
+    front.show(0, 1, whole(size));
+    for value in [0.2, 0.4, 0.6] {
+        paint(&mut front, value);
+        screen.frame(&mut front, 0);
+    }
+    // What is under way ends some time; then there is a second in which nobody runs.
+    let pid = front.child.id();
+    let is_quiet = |_| {
+        let before = turns(pid);
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        turns(pid) == before
+    };
+    assert!((0..10).any(is_quiet), "threads of drago-gpu go on running");
+
+    let read_back = |screen: &Screen| screen.slots(0).chunks(4).filter(|p| p[0] != 0x99).count();
+    screen.want(&mut front, 0, 0);
+    screen.settle(&mut front);
+    screen.fill(0, 0x99);
+    for value in [0.1, 0.3, 0.5] {
+        paint(&mut front, value);
+    }
+    assert_eq!(read_back(&screen), 0, "pixels that nobody wanted");
+    screen.want(&mut front, 0, 60);
+    screen.frame(&mut front, 0);
+    assert_eq!(read_back(&screen), 640 * 480, "one picture, when somebody looks");
+}
+
 #[test]
 fn scanouts_show_what_they_were_told() {
     let mut front = device();

@@ -1,8 +1,17 @@
 //! `cargo xtask bench`, OpenGL: glmark2 through our device (the vtest bridge feeds its commands into
-//! our queues) against the same virglrenderer's own vtest server, in turns; and read-back times.
+//! our queues) against the same virglrenderer's own vtest server; with a viewer against without; and
+//! read-back times.
+//!
+//! Scene by scene and second by second in turns, because machines that build other things are never as
+//! fast as a minute before; beside frames per second, the processor time that the server's side took for
+//! a frame (device, virglrenderer and Mesa's threads; for us the bridge, which stands for guest and VMM,
+//! is counted apart).
 
 use std::{
     collections::BTreeMap,
+    fs::File,
+    io::{BufRead, BufReader},
+    ops::Div,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -21,68 +30,140 @@ const SOCKET: &str = "/tmp/.virgl_test";
 const PATIENCE: Duration = Duration::from_secs(60);
 const SCENES: [&str; 6] =
     ["build", "texture", "shading:shading=phong", "effect2d", "buffer", "ideas"];
-const SECONDS: u32 = 3;
+const SECONDS: u32 = 2;
+const SIZE: &str = "1280x720";
+
+/// Who serves Mesa's client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Side {
+    /// Our device, nothing on screen.
+    Drago,
+    /// virglrenderer's own server.
+    Vtest,
+    /// Our device, what is drawn on screen, nobody looks.
+    Screen,
+    /// The same with a viewer at 60 Hz.
+    Viewer,
+}
 
 /// A server for Mesa's client; killed when dropped.
-struct Server(Child);
+struct Server {
+    child: Child,
+    side: Side,
+}
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
         let _ = std::fs::remove_file(SOCKET);
     }
 }
 
+/// User and system time of a process so far, in seconds.
+fn cpu_seconds(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let ticks: f64 = fields.skip(11).take(2).filter_map(|field| field.parse::<f64>().ok()).sum();
+    // USER_HZ, proc_pid_stat(5).
+    ticks / 100.0
+}
+
+/// What one scene showed.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    fps: f64,
+    /// Processor time of the server for a frame, in milliseconds.
+    cpu_ms: f64,
+    /// Frames that the viewer got, per second.
+    viewed: f64,
+}
+
 impl Server {
-    fn start(mut command: Command) -> Result<Self> {
+    fn start(side: Side, programs: &Path) -> Result<Self> {
+        let cache = paths::cache("bench/shaders")?.join(match side {
+            Side::Vtest => "vtest",
+            _ => "drago",
+        });
+        std::fs::create_dir_all(&cache)?;
+        let mut command;
+        if side == Side::Vtest {
+            command = Command::new("virgl_test_server");
+            // In one process, whose time is counted.
+            command.args(["--no-fork", "--use-egl-surfaceless"]);
+            command.env("MESA_SHADER_CACHE_DIR", &cache);
+        } else {
+            command = Command::new(programs.join("examples/vtest-bridge"));
+            command.arg(SOCKET);
+            match side {
+                Side::Screen => drop(command.args(["--screen", &format!("{SIZE}@0")])),
+                Side::Viewer => drop(command.args(["--screen", &format!("{SIZE}@60")])),
+                Side::Drago | Side::Vtest => {}
+            }
+            command.args(["--renderer", "virgl", "--shader-cache"]).arg(&cache);
+        }
         let _ = std::fs::remove_file(SOCKET);
         let name = command.get_program().display().to_string();
         let child = command
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
             .with_context(|| format!("cannot start {name}"))?;
-        let mut server = Self(child);
+        let mut server = Self { child, side };
         let begin = Instant::now();
         while !Path::new(SOCKET).exists() {
-            if let Some(status) = server.0.try_wait()? {
+            if let Some(status) = server.child.try_wait()? {
                 bail!("{name} ended with {status}");
             }
             ensure!(begin.elapsed() < PATIENCE, "{name} does not listen at {SOCKET}");
-            thread::sleep(Duration::from_millis(50));
+            thread::sleep(Duration::from_millis(20));
         }
         Ok(server)
     }
+
+    /// Draws a scene for so many seconds.
+    fn draw(mut self, scene: &str, seconds: u32) -> Result<Seen> {
+        let before = cpu_seconds(self.child.id());
+        let fps = glmark2(scene, seconds)?;
+        let (cpu, viewed) = match self.side {
+            Side::Vtest => (cpu_seconds(self.child.id()) - before, 0.0),
+            _ => {
+                let mut line = String::new();
+                let out = self.child.stdout.as_mut().context("no output")?;
+                BufReader::new(out).read_line(&mut line)?;
+                let said: Value = serde_json::from_str(&line).context("vtest-bridge")?;
+                ensure!(said["refused"] == 0, "commands were refused: {line}");
+                let number = |name: &str| said[name].as_f64().unwrap_or(0.0);
+                (number("cpu_seconds"), number("frames") / f64::from(seconds))
+            }
+        };
+        let frames = fps * f64::from(seconds);
+        Ok(Seen { fps, cpu_ms: 1e3 * cpu / frames, viewed })
+    }
 }
 
-/// Frames per second of each scene.
-fn glmark2(seconds: u32) -> Result<Vec<f64>> {
-    let mut command = Command::new("xvfb-run");
-    command.args(["-a", "glmark2-es2", "--off-screen", "-s", "1280x720"]);
-    for scene in SCENES {
-        command.args(["-b", &format!("{scene}:duration={seconds}")]);
-    }
-    let out = command
-        .env("LIBGL_ALWAYS_SOFTWARE", "1")
-        .env("GALLIUM_DRIVER", "virpipe")
+/// Frames per second of a scene.
+fn glmark2(scene: &str, seconds: u32) -> Result<f64> {
+    // The X server must not draw with virpipe as well: it would be a client of its own.
+    let out = Command::new("xvfb-run")
+        .args(["-a", "timeout", "120", "env", "LIBGL_ALWAYS_SOFTWARE=1", "GALLIUM_DRIVER=virpipe"])
+        .args(["glmark2-es2", "--off-screen", "-s", SIZE])
+        .args(["-b", &format!("{scene}:duration={seconds}")])
         .stdin(Stdio::null())
         .output()
         .context("cannot run xvfb-run glmark2-es2")?;
     let text = String::from_utf8_lossy(&out.stdout);
     ensure!(text.contains("virgl ("), "glmark2 did not use the server:\n{text}");
-    let fps: Vec<f64> = text
-        .lines()
-        .filter_map(|line| line.split("FPS: ").nth(1)?.split_whitespace().next()?.parse().ok())
-        .collect();
-    ensure!(fps.len() == SCENES.len(), "glmark2 did not draw all scenes:\n{text}");
-    Ok(fps)
+    let fps = text.lines().find_map(|line| line.split("FPS: ").nth(1)?.split_whitespace().next());
+    let fps = fps.and_then(|fps| fps.parse().ok()).filter(|fps| *fps > 0.0);
+    fps.with_context(|| format!("glmark2 did not draw {scene}:\n{text}"))
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(0.0)
+    let at = |index: usize| values.get(index).copied().unwrap_or(0.0);
+    (at(values.len() / 2) + at(values.len().saturating_sub(1) / 2)) / 2.0
 }
 
 fn build() -> Result<PathBuf> {
@@ -99,49 +180,66 @@ fn build() -> Result<PathBuf> {
 /// Runs it all.
 pub(crate) fn run(rounds: usize) -> Result<Value> {
     let programs = step("building drago-gpu and the vtest bridge", build)?;
-    let caches = paths::cache("bench")?.join("shaders");
-    let sides = ["drago-gpu", "virgl_test_server"];
-    let start = |side: &str| -> Result<Server> {
-        let cache = caches.join(side);
-        std::fs::create_dir_all(&cache)?;
-        let mut command;
-        if side == "drago-gpu" {
-            command = Command::new(programs.join("examples/vtest-bridge"));
-            command.args([SOCKET, "--renderer", "virgl", "--shader-cache"]).arg(&cache);
-        } else {
-            command = Command::new("virgl_test_server");
-            command.arg("--use-egl-surfaceless").env("MESA_SHADER_CACHE_DIR", &cache);
-        }
-        Server::start(command)
-    };
-    let mut seen: BTreeMap<&str, Vec<Vec<f64>>> = BTreeMap::new();
-    for round in 0..=rounds {
-        for side in sides {
-            let _server = start(side)?;
-            if round == 0 {
-                step(format_args!("{side}: shaders are compiled"), || glmark2(1))?;
-            } else {
-                let fps = step(format_args!("{side}, round {round}"), || glmark2(SECONDS))?;
-                seen.entry(side).or_default().push(fps);
+    // A test of drago-gpu's uses the same socket.
+    let lock = File::create("/tmp/.virgl_test.lock")?;
+    lock.lock()?;
+    let sides = [Side::Drago, Side::Vtest, Side::Screen, Side::Viewer];
+    let mut seen: BTreeMap<(usize, Side), Vec<Seen>> = BTreeMap::new();
+    for (number, scene) in SCENES.iter().enumerate() {
+        step(format_args!("{scene}"), || {
+            // Shaders are compiled.
+            for side in [Side::Drago, Side::Vtest] {
+                Server::start(side, &programs)?.draw(scene, 1)?;
             }
-        }
+            for round in 0..rounds {
+                let mut turn = sides;
+                if round % 2 == 1 {
+                    turn.reverse();
+                }
+                for side in turn {
+                    let one = Server::start(side, &programs)?.draw(scene, SECONDS)?;
+                    seen.entry((number, side)).or_default().push(one);
+                }
+            }
+            Ok(())
+        })?;
     }
-    let medians = |side: &str| -> Vec<f64> {
-        let rounds = seen.get(side).map_or(&[][..], Vec::as_slice);
-        (0..SCENES.len())
-            .map(|scene| median(rounds.iter().map(|fps| fps[scene]).collect()))
-            .collect()
+    // The median of the rounds' ratios: the two of a round met the same machine.
+    let percent = |of: Side, against: Side, what: fn(&Seen) -> f64| {
+        let ratios = (0..SCENES.len()).map(|scene| {
+            let (of, against) = (&seen[&(scene, of)], &seen[&(scene, against)]);
+            median(of.iter().zip(against).map(|(a, b)| what(a) / what(b)).collect())
+        });
+        let ratios: Vec<f64> = ratios.collect();
+        100.0 * ratios.iter().map(|ratio| ratio.ln()).sum::<f64>().div(ratios.len() as f64).exp()
     };
-    let (ours, theirs) = (medians(sides[0]), medians(sides[1]));
     let mut scenes = serde_json::Map::new();
-    for ((scene, ours), theirs) in SCENES.iter().zip(&ours).zip(&theirs) {
-        let percent = 100.0 * ours / theirs;
-        note(format_args!("{scene:<24} {ours:>7.0} fps, {theirs:>7.0} vtest, {percent:>4.0} %"));
-        scenes.insert((*scene).to_owned(), json!({ "drago": ours, "vtest": theirs }));
+    for (number, scene) in SCENES.iter().enumerate() {
+        let mut figures = serde_json::Map::new();
+        for side in sides {
+            let all = &seen[&(number, side)];
+            let fps = median(all.iter().map(|one| one.fps).collect());
+            let cpu_ms = median(all.iter().map(|one| one.cpu_ms).collect());
+            let viewed = median(all.iter().map(|one| one.viewed).collect());
+            note(format_args!(
+                "{scene:<24} {side:?}: {fps:>5.0} fps, {cpu_ms:>6.2} ms CPU a frame, {viewed:.0} viewed"
+            ));
+            let name = format!("{side:?}").to_lowercase();
+            figures.insert(name, json!({ "fps": fps, "cpu_ms": cpu_ms, "viewed": viewed }));
+        }
+        scenes.insert((*scene).to_owned(), Value::Object(figures));
     }
-    let score = |fps: &[f64]| fps.iter().sum::<f64>() / fps.len() as f64;
-    let percent = 100.0 * score(&ours) / score(&theirs);
-    note(format_args!("glmark2 score: {percent:.0} % of virgl_test_server's"));
+    let fps: fn(&Seen) -> f64 = |one| one.fps;
+    let speed: fn(&Seen) -> f64 = |one| 1.0 / one.cpu_ms;
+    let figures = json!({
+        "drago_of_vtest_fps": percent(Side::Drago, Side::Vtest, fps),
+        "drago_of_vtest_per_cpu": percent(Side::Drago, Side::Vtest, speed),
+        "viewer_of_none_fps": percent(Side::Viewer, Side::Screen, fps),
+        "viewer_of_none_per_cpu": percent(Side::Viewer, Side::Screen, speed),
+    });
+    for (name, value) in figures.as_object().into_iter().flatten() {
+        note(format_args!("{name}: {:.0} %", value.as_f64().unwrap_or(0.0)));
+    }
 
     let mut readback = serde_json::Map::new();
     for renderer in ["virgl", "2d"] {
@@ -153,7 +251,7 @@ pub(crate) fn run(rounds: usize) -> Result<Value> {
         readback.insert(renderer.to_owned(), times);
     }
     Ok(json!({
-        "glmark2": { "scenes": scenes, "percent_of_vtest": percent },
+        "glmark2": { "scenes": scenes, "percent": figures },
         "readback_ms": readback,
     }))
 }

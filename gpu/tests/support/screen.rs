@@ -6,9 +6,11 @@ use gpu_protocol::{
     Rect,
     frames::{Frame, Release, ShmScanout, WANT_FULL, Want},
     socket::{Decoder, FromBackEnd, FromFrontEnd, ProtocolFeatures, Side},
+    virtio::{CtrlHdr, RespDisplayInfo, kind},
 };
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+use zerocopy::IntoBytes;
 
 use super::FrontEnd;
 
@@ -133,6 +135,31 @@ impl Screen {
             cursor.is_some()
         });
         cursor.unwrap()
+    }
+
+    /// Returns when the device has done what it was told on the GPU socket: a question of the guest's
+    /// goes there and back behind it.
+    pub fn settle(&mut self, front: &mut FrontEnd) {
+        let slot = front.submit(0, CtrlHdr::new(kind::GET_DISPLAY_INFO).as_bytes());
+        front.receive_until(&mut self.decoder, |message| *message == FromBackEnd::GetDisplayInfo);
+        let mut info = RespDisplayInfo::default();
+        info.hdr.kind = kind::OK_DISPLAY_INFO.into();
+        front.send(&FromFrontEnd::DisplayInfo(Box::new(info)), &[]);
+        front.wait_for::<RespDisplayInfo>(0, slot);
+    }
+
+    /// All that is in the slots of a scanout.
+    pub fn slots(&self, scanout: u32) -> Vec<u8> {
+        let (_, memory) = self.layouts[scanout as usize].as_ref().unwrap();
+        let mut bytes = vec![0; memory.size()];
+        memory.as_volatile_slice().read_slice(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    /// Overwrites the slots of a scanout.
+    pub fn fill(&self, scanout: u32, value: u8) {
+        let (_, memory) = self.layouts[scanout as usize].as_ref().unwrap();
+        memory.as_volatile_slice().write_slice(&vec![value; memory.size()], 0).unwrap();
     }
 
     /// The picture without gaps between its rows; the fourth byte of each pixel is 0.
