@@ -87,12 +87,12 @@ fn main() -> Result<()> {
         println!("{}", choice::start(choice, node, Arc::new(Deaf))?.describe());
         return Ok(());
     }
-    let memory = arguments.max_memory.unwrap_or(match arguments.renderer {
+    let (renderer, node) = choice::settle(arguments.renderer, arguments.render_node);
+    let memory = arguments.max_memory.unwrap_or(match renderer {
         Choice::TwoD => 512,
         Choice::Auto | Choice::Virgl => 2048,
     });
     let bytes = memory.checked_mul(1 << 20).context("--max-memory: too big")?;
-    let (renderer, node) = choice::settle(arguments.renderer, arguments.render_node);
     let needs = match renderer {
         Choice::TwoD => Needs::Nothing,
         Choice::Auto | Choice::Virgl => Needs::Driver {
