@@ -22,14 +22,16 @@ impl Secret {
         Ok(secret)
     }
 
-    /// Reads a password from a file; line ends after it do not count.
+    /// Reads a password from a file: its first line.
     pub fn from_file(path: &Path) -> Result<Self, Error> {
         let mut bytes = fs::read(path)
             .map_err(|source| Error::PasswordFile { path: path.to_owned(), source })?;
-        while bytes.last().is_some_and(|b| matches!(b, b'\n' | b'\r')) {
-            bytes.pop();
-        }
-        Self::new(bytes)
+        let line = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        let secret = Self::new(line);
+        bytes.fill(0);
+        hint::black_box(&bytes);
+        secret
     }
 
     pub(crate) fn as_bytes(&self) -> &[u8] {
@@ -64,9 +66,9 @@ mod tests {
     }
 
     #[test]
-    fn file_line_ends_do_not_count() {
+    fn a_files_first_line_counts() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), "top secret\r\n").unwrap();
+        std::fs::write(file.path(), "top secret\r\nand more\n").unwrap();
         assert_eq!(Secret::from_file(file.path()).unwrap().as_bytes(), b"top secret");
         let missing = Secret::from_file("/nonexistent/pw".as_ref()).unwrap_err();
         assert!(missing.to_string().contains("/nonexistent/pw"));

@@ -89,7 +89,9 @@ fn an_address_that_guesses_is_locked_out() {
     if !have_client() {
         return;
     }
-    let (setup, events) = observed(|builder| builder.password(Some(secret("right"))));
+    let (setup, events) = observed(|builder| {
+        builder.password(Some(secret("right"))).client_policy(ClientPolicy::Shared)
+    });
     let inside = gets_in(&setup, "right");
     let address = setup.address();
     std::thread::scope(|scope| {
@@ -104,10 +106,14 @@ fn an_address_that_guesses_is_locked_out() {
     assert!(locked.unwrap() >= Duration::from_secs(60));
     // The right password does not help now, and is not even looked at.
     assert!(Link::new(setup.address()).open(0, 1, "right").is_none());
+    assert!(Link::from(setup.address(), 2).open(0, 1, "wrong").is_none(), "the usual answer");
+    let mut elsewhere = Link::from(setup.address(), 3);
+    assert!(elsewhere.open(0, 1, "right").is_some(), "another address is not concerned");
     let refused = |event| matches!(event, ServerEvent::Refused { reason: Refusal::LockedOut, .. });
     assert!(events.iter().any(refused));
     // Who is in stays in and notices nothing.
-    assert_eq!(setup.server.status().clients.len(), 1);
+    drop(elsewhere);
+    eventually("one is left", || setup.server.status().clients.len() == 1);
     let wanted = support::hash(&setup.show_background((80, 60)));
     let mut inside = inside;
     eventually("the next picture", || inside.pixels() == wanted);
@@ -207,6 +213,17 @@ struct Link(TcpStream);
 impl Link {
     fn new(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self(stream)
+    }
+
+    /// The same from 127.0.0.`host`.
+    fn from(address: SocketAddr, host: u8) -> Self {
+        use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+        let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        bind(&socket, &SocketAddr::from(([127, 0, 0, host], 0))).unwrap();
+        connect(&socket, &address).unwrap();
+        let stream = TcpStream::from(socket);
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Self(stream)
     }

@@ -34,9 +34,17 @@ struct Record {
     locked_until: Option<Instant>,
 }
 
+/// Lines in the log about strangers, and in how long.
+const MAX_LINES: u32 = 30;
+const LINES_PERIOD: Duration = Duration::from_secs(60);
+
 /// Remembers addresses. Bounded: the one that was silent longest is forgotten first.
 #[derive(Debug, Default)]
-pub(crate) struct Guard(HashMap<IpAddr, Record>);
+pub(crate) struct Guard {
+    sources: HashMap<IpAddr, Record>,
+    /// Since when lines are counted, and how many there were.
+    lines: Option<(Instant, u32)>,
+}
 
 /// The address a peer counts for: hosts have whole IPv6 networks to themselves.
 pub(crate) fn source(peer: &Peer) -> Option<IpAddr> {
@@ -53,20 +61,21 @@ pub(crate) fn source(peer: &Peer) -> Option<IpAddr> {
 impl Guard {
     fn record(&mut self, peer: &Peer, now: Instant) -> Option<&mut Record> {
         let source = source(peer)?;
-        if self.0.len() >= MAX_SOURCES && !self.0.contains_key(&source) {
+        if self.sources.len() >= MAX_SOURCES && !self.sources.contains_key(&source) {
             let idle = |record: &Record| now.saturating_duration_since(record.seen);
-            self.0.retain(|_, record| idle(record) < FORGET);
-            if self.0.len() >= MAX_SOURCES {
+            self.sources.retain(|_, record| idle(record) < FORGET);
+            if self.sources.len() >= MAX_SOURCES {
                 // Whoever is locked out stays so as long as there is anybody else to forget.
                 let key = |record: &Record| (record.failures >= MAX_FAILURES, record.seen);
-                let oldest = self.0.iter().min_by_key(|(_, record)| key(record)).map(|(ip, _)| *ip);
+                let oldest =
+                    self.sources.iter().min_by_key(|(_, record)| key(record)).map(|(ip, _)| *ip);
                 if let Some(oldest) = oldest {
-                    self.0.remove(&oldest);
+                    self.sources.remove(&oldest);
                 }
             }
         }
         let new = Record { tokens: BURST, seen: now, failures: 0, locked_until: None };
-        let record = self.0.entry(source).or_insert(new);
+        let record = self.sources.entry(source).or_insert(new);
         let silent = now.saturating_duration_since(record.seen);
         record.tokens = (record.tokens + silent.as_secs_f64() * PER_SECOND).min(BURST);
         if silent > FORGET {
@@ -74,6 +83,23 @@ impl Guard {
         }
         record.seen = now;
         Some(record)
+    }
+
+    /// Whether one more line about a stranger may go to the log, which must not be theirs to fill.
+    pub(crate) fn may_log(&mut self) -> bool {
+        self.may_log_at(Instant::now())
+    }
+
+    fn may_log_at(&mut self, now: Instant) -> bool {
+        let over = |since| now.saturating_duration_since(since) >= LINES_PERIOD;
+        if let Some((_, count)) = self.lines.take_if(|(since, _)| over(*since))
+            && let Some(left_out @ 1..) = count.checked_sub(MAX_LINES)
+        {
+            tracing::info!("{left_out} more lines about refused SPICE connections were left out");
+        }
+        let (_, count) = self.lines.get_or_insert((now, 0));
+        *count = count.saturating_add(1);
+        *count <= MAX_LINES
     }
 
     /// Whether one more connection is welcome.
@@ -168,7 +194,7 @@ mod tests {
             now += Duration::from_micros(1);
             let address = IpAddr::from((0x0a00_0000 + i).to_be_bytes());
             assert!(guard.connection(&Peer::Net((address, 1).into()), now));
-            assert!(guard.0.len() <= MAX_SOURCES);
+            assert!(guard.sources.len() <= MAX_SOURCES);
         }
         assert!(guard.locked(&guesser, now).is_some());
         // An IPv4 client on an IPv6 socket is the same one.
@@ -182,6 +208,14 @@ mod tests {
         for _ in 0..1000 {
             assert!(guard.connection(&peer, now) && guard.failure(&peer, now).is_none());
         }
-        assert!(guard.0.is_empty());
+        assert!(guard.sources.is_empty());
+    }
+
+    #[test]
+    fn the_log_is_not_flooded() {
+        let (mut guard, start) = (Guard::default(), Instant::now());
+        let lines = (0..1000).filter(|_| guard.may_log_at(start)).count();
+        assert_eq!(lines, MAX_LINES as usize);
+        assert!(guard.may_log_at(start + LINES_PERIOD));
     }
 }

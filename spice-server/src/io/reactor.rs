@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     io,
     net::IpAddr,
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     sync::{Arc, atomic::Ordering},
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -60,6 +60,8 @@ struct Connection {
     sent: usize,
     /// Whether epoll reports room in the socket.
     wants_room: bool,
+    /// The client has said all it will say, and is to be sent what is left.
+    ended: bool,
     stage: Stage,
 }
 
@@ -85,6 +87,17 @@ struct Page {
 }
 
 impl Connection {
+    /// Tells epoll what is awaited now.
+    fn watch(&self, epoll: &OwnedFd, token: u64) {
+        let mut flags = epoll::EventFlags::empty();
+        flags.set(epoll::EventFlags::IN, !self.ended);
+        flags.set(epoll::EventFlags::OUT, self.wants_room);
+        let data = epoll::EventData::new_u64(token);
+        if let Err(error) = epoll::modify(epoll, &self.stream, data, flags) {
+            tracing::warn!(%error, "cannot watch a connection");
+        }
+    }
+
     /// Takes the next part of a page, once everything before it is gone; whether there was one.
     fn next_part(&mut self) -> bool {
         let Stage::Closing { page: Some(page), .. } = &mut self.stage else { return false };
@@ -107,7 +120,7 @@ struct SessionEntry {
 /// The I/O thread's state.
 pub(crate) struct Reactor {
     shared: Arc<Shared>,
-    epoll: std::os::fd::OwnedFd,
+    epoll: OwnedFd,
     listeners: Vec<Listener>,
     connections: HashMap<u64, Connection>,
     sessions: Vec<SessionEntry>,
@@ -247,6 +260,7 @@ impl Reactor {
             out: Vec::new(),
             sent: 0,
             wants_room: false,
+            ended: false,
             stage: Stage::Link(Box::new(link)),
         };
         self.connections.insert(token, connection);
@@ -297,6 +311,11 @@ impl Reactor {
         for _ in 0..READS {
             let Some(connection) = self.connections.get_mut(&token) else { return };
             match connection.stream.read(&mut buffer) {
+                Ok(0) if matches!(connection.stage, Stage::Closing { .. }) && !connection.ended => {
+                    connection.ended = true;
+                    connection.watch(&self.epoll, token);
+                    return;
+                }
                 Ok(0) => return self.hang_up(token, &io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => self.received(token, buffer.get(..count).unwrap_or_default()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -404,12 +423,7 @@ impl Reactor {
         let wants_room = unsent > 0 || blocked;
         if connection.wants_room != wants_room {
             connection.wants_room = wants_room;
-            let mut flags = epoll::EventFlags::IN;
-            flags.set(epoll::EventFlags::OUT, connection.wants_room);
-            let data = epoll::EventData::new_u64(token);
-            if let Err(error) = epoll::modify(&self.epoll, &connection.stream, data, flags) {
-                tracing::warn!(%error, "cannot watch a connection");
-            }
+            connection.watch(&self.epoll, token);
         }
     }
 
@@ -434,7 +448,7 @@ impl Reactor {
                 }
             }
             // TLS that cannot be, most likely: the client does not trust the certificate.
-            Some((peer, Stage::Link(_))) if !is_hangup(error) => {
+            Some((peer, Stage::Link(_))) if !is_hangup(error) && self.guard.may_log() => {
                 tracing::info!(%peer, %error, "a connection failed before it was a channel");
             }
             _ => {}

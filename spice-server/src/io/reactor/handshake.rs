@@ -80,7 +80,9 @@ impl Reactor {
         let Stage::Link(pending) = &mut connection.stage else { return };
         if let Some(code) = refusal {
             let peer = connection.peer;
-            tracing::info!(%peer, ?code, "link refused");
+            if self.guard.may_log() {
+                tracing::info!(%peer, ?code, "link refused");
+            }
             let reason = match code {
                 LinkCode::NeedSecured => Some(Refusal::NotSecure),
                 LinkCode::PermissionDenied => Some(Refusal::LockedOut),
@@ -189,6 +191,7 @@ impl Reactor {
         pending.answer_failure_at = Some(now + self.failures.failure());
         let locked_out = self.guard.failure(&peer, now);
         match locked_out {
+            _ if !self.guard.may_log() => {}
             None => tracing::warn!(%peer, "wrong SPICE password"),
             Some(pause) => {
                 tracing::warn!(%peer, ?pause, "wrong SPICE passwords: the address is locked out");

@@ -41,7 +41,9 @@ impl Reactor {
             let peer = connection.peer;
             if !request.is_welcome(&config.origins) {
                 let origin = request.origin.as_deref().unwrap_or_default();
-                tracing::warn!(%peer, origin, "a page of another site wanted to connect");
+                if self.guard.may_log() {
+                    tracing::warn!(%peer, origin, "a page of another site wanted to connect");
+                }
                 self.shared.emit(ServerEvent::Refused { peer, reason: Refusal::ForeignPage });
                 let text = "pages of other sites may not connect";
                 return self.answer(token, &http::failure(Status::Forbidden, text), None);
