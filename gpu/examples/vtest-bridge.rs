@@ -58,6 +58,11 @@ use zerocopy::IntoBytes;
 const DEFAULT_SOCKET: &str = "/tmp/.virgl_test";
 const CONTEXT: u32 = 1;
 
+/// `capability_bits` in `virgl_caps_v2`.
+const CAPABILITY_BITS: std::ops::Range<usize> = 392..396;
+/// `VIRGL_CAP_ARB_BUFFER_STORAGE`, in the highest byte of them.
+const BUFFER_STORAGE: u8 = 1 << 7;
+
 /// Commands of the protocol.
 mod vcmd {
     pub(super) const GET_CAPS: u32 = 1;
@@ -322,7 +327,11 @@ impl Session<'_> {
         };
         let slot = self.front.submit(0, get.as_bytes());
         let length = info.max_size.get() as usize;
-        let bytes = self.front.wait_for_bytes(0, slot, 24 + length);
+        let mut bytes = self.front.wait_for_bytes(0, slot, 24 + length);
+        // Newer Mesa would want to share the host's memory, for which a guest's needs a window.
+        if let Some(bits) = bytes.get_mut(24..).and_then(|set| set.get_mut(CAPABILITY_BITS)) {
+            bits[3] &= !BUFFER_STORAGE;
+        }
         self.reply(&[length as u32 + 1, answer])?;
         self.socket.write_all(&bytes[24..])
     }
