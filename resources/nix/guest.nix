@@ -107,6 +107,35 @@ in
         });
       };
 
+      vnc = mkOption {
+        default = null;
+        example = { port = 5910; passwordFile = "/run/secrets/vnc"; };
+        description = ''
+          Where the guest's screen is served to VNC clients, beside SPICE or without it. VNC encrypts
+          nothing and uses eight characters of the password. Null: nowhere.
+        '';
+        type = types.nullOr (types.submodule {
+          options = {
+            address = mkOption {
+              type = types.str;
+              default = "127.0.0.1";
+              description = "IP address of the host to listen on.";
+            };
+            port = mkOption {
+              type = types.port;
+              default = 5910;
+              description = "TCP port to listen on.";
+            };
+            passwordFile = mkOption {
+              type = types.nullOr types.str;
+              default = null;
+              example = "/run/secrets/vnc";
+              description = "File on the host with the password, read when the machine starts.";
+            };
+          };
+        });
+      };
+
       gpu = mkOption {
         default = { };
         example = { renderer = "virgl"; size = "1920x1080"; };
@@ -179,6 +208,11 @@ in
         (drago.spice != null && drago.spice.passwordFile == null && !loopback drago.spice.address)
         ''
           MicroVM ${config.networking.hostName}: whoever reaches ${drago.spice.address} at port ${toString drago.spice.port} can see and use its screen; set microvm.drago-vmm.spice.passwordFile.
+        ''
+      ++ lib.optional
+        (drago.vnc != null && drago.vnc.passwordFile == null && !loopback drago.vnc.address)
+        ''
+          MicroVM ${config.networking.hostName}: whoever reaches ${drago.vnc.address} at port ${toString drago.vnc.port} can see and use its screen; set microvm.drago-vmm.vnc.passwordFile.
         '';
 
       # Above microvm.nix's own default, which is false for hypervisors it does not know.
@@ -187,7 +221,7 @@ in
       services.qemuGuest.enable = mkDefault drago.guestAgent.enable;
     })
 
-    (mkIf (active && drago.spice != null) {
+    (mkIf (active && (drago.spice != null || drago.vnc != null)) {
       # Without it microvm.nix keeps the guest's kernel from loading graphics drivers.
       microvm.graphics.enable = mkDefault true;
     })

@@ -7,7 +7,7 @@
 let
   inherit (lib) optional concatMap filter hasInfix;
   inherit (microvmConfig) interfaces volumes shares devices forwardPorts vsock graphics;
-  inherit (microvmConfig.drago-vmm) spice guestAgent;
+  inherit (microvmConfig.drago-vmm) spice vnc guestAgent;
 
   userInterfaces = filter ({ type, ... }: type == "user") interfaces;
 
@@ -40,6 +40,9 @@ optional (system != "x86_64-linux")
 
 ++ optional (spice != null && !graphics.enable)
   "microvm.drago-vmm.spice: needs microvm.graphics.enable = true"
+
+++ optional (vnc != null && !graphics.enable)
+  "microvm.drago-vmm.vnc: needs microvm.graphics.enable = true"
 
 ++ concatMap ({ type, id, ... }:
   optional (type == "bridge")
@@ -84,4 +87,5 @@ optional (system != "x86_64-linux")
 ) (builtins.attrNames microvmConfig.credentialFiles)
 
 ++ lib.optionals (spice != null) (comma "microvm.drago-vmm.spice.passwordFile" spice.passwordFile)
+++ lib.optionals (vnc != null) (comma "microvm.drago-vmm.vnc.passwordFile" vnc.passwordFile)
 ++ comma "microvm.drago-vmm.guestAgent.socket" guestAgent.socket

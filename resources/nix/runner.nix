@@ -58,8 +58,7 @@ let
         ++ optionals (id == firstUserId) (map hostForward forwardPorts);
     }.${type});
 
-  spiceAddress =
-    let inherit (cfg.spice) address port; in
+  listenAddress = { address, port, ... }:
     if lib.hasInfix ":" address && !lib.hasPrefix "[" address
     then "[${address}]:${toString port}"
     else "${address}:${toString port}";
@@ -122,10 +121,14 @@ let
     ++ optionals (cfg.spice != null) [
       "--spice"
       (device [
-        spiceAddress
+        (listenAddress cfg.spice)
         ((cfg.spice.settings or { })
           // { password-file = cfg.spice.passwordFile; inherit (cfg.spice) clients; })
       ])
+    ]
+    ++ optionals (cfg.vnc != null) [
+      "--vnc"
+      (device [ (listenAddress cfg.vnc) { password-file = cfg.vnc.passwordFile; } ])
     ]
     ++ cfg.extraArgs;
 

@@ -85,6 +85,7 @@ in
       inherit package;
       extraArgs = [ ];
       spice = null;
+      vnc = null;
       gpu.renderer = null;
       notify = true;
       guestAgent = { enable = false; socket = "guest-agent.sock"; };
@@ -113,6 +114,11 @@ in
     spice-ipv6 = {
       graphics.enable = true;
       drago-vmm.spice = spice // { address = "::1"; port = 5901; };
+    };
+
+    vnc = {
+      graphics.enable = true;
+      drago-vmm.vnc = { address = "::1"; port = 5910; passwordFile = "/run/secrets/vnc"; };
     };
 
     volumes = {
@@ -204,6 +210,9 @@ in
     vsock-reserved = { vsock.cid = 2; };
     vulkan = { graphics = { enable = true; vulkan = "venus"; }; };
     spice-without-graphics = { drago-vmm.spice = spice; };
+    vnc-without-graphics = {
+      drago-vmm.vnc = { address = "127.0.0.1"; port = 5910; passwordFile = null; };
+    };
     bridge = { interfaces = [ (interface { type = "bridge"; id = "vm-br"; mac = "02:00:00:00:00:06"; bridge = "br0"; }) ]; };
     forward-without-user = {
       interfaces = [ tap ];
