@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::{
     HEADER, MIN_FRAME,
     stream::{FrameDecoder, LENGTH},
+    sys::Pieces,
     tap::Tap,
 };
 use crate::virtio::VirtioInterrupt;
@@ -87,16 +88,34 @@ impl Backend {
         }
     }
 
+    /// Whether [`transmit_pieces`](Self::transmit_pieces) is possible.
+    pub(super) fn takes_pieces(&self) -> bool {
+        matches!(self, Self::Tap(tap) if tap.takes_pieces())
+    }
+
+    /// Sends a packet that has a virtio header, without a copy of it.
+    pub(super) fn transmit_pieces(&mut self, pieces: &Pieces) -> Sent {
+        match self {
+            Self::Tap(tap) => sent(tap.transmit_pieces(pieces)),
+            Self::Stream(_) => Sent::Done,
+        }
+    }
+
     /// Sends a packet that has a virtio header.
     pub(super) fn transmit(&mut self, packet: &[u8]) -> Sent {
         match self {
-            Self::Tap(tap) => match tap.transmit(packet) {
-                Err(error) if error.kind() == ErrorKind::WouldBlock => Sent::Full,
-                // The interface is down, or the header makes no sense: a lost packet.
-                Ok(()) | Err(_) => Sent::Done,
-            },
+            Self::Tap(tap) => sent(tap.transmit(packet)),
             Self::Stream(stream) => stream.transmit(packet),
         }
+    }
+}
+
+/// What the interface made of a packet.
+fn sent(result: io::Result<()>) -> Sent {
+    match result {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Sent::Full,
+        // The interface is down, or the header makes no sense: a lost packet.
+        Ok(()) | Err(_) => Sent::Done,
     }
 }
 

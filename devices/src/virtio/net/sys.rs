@@ -5,7 +5,12 @@ use std::{
     ffi::c_ulong,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    sync::Arc,
 };
+
+use vm_memory::{GuestAddress, GuestMemory as _, Permissions};
+
+use crate::GuestMemory;
 
 /// What a tap descriptor is connected to.
 #[derive(Debug, Clone)]
@@ -14,6 +19,63 @@ pub(super) struct TapInfo {
     pub(super) name: String,
     /// `IFF_TAP`, `IFF_NO_PI`, `IFF_VNET_HDR`, …
     pub(super) flags: i32,
+}
+
+/// Pieces of guest memory that hold one packet of the driver's.
+#[derive(Default)]
+pub(super) struct Pieces {
+    /// Keeps the mapping alive that `list` points into.
+    memory: Option<Arc<GuestMemory>>,
+    list: Vec<libc::iovec>,
+    length: usize,
+}
+
+// SAFETY: the pointers lead into guest memory, which any thread may access and which `memory` keeps
+// mapped; only the kernel accesses it, so no Rust reference to it ever exists.
+unsafe impl Send for Pieces {}
+
+impl Pieces {
+    /// Pieces that the kernel takes in one call (`UIO_MAXIOV`).
+    const LIMIT: usize = 1024;
+
+    /// Empties the list for the next packet, keeping its allocation.
+    pub(super) fn clear(&mut self, memory: &Arc<GuestMemory>) {
+        self.list.clear();
+        self.length = 0;
+        self.memory = Some(memory.clone());
+    }
+
+    /// Appends guest memory; `false` if it is not all there, or there are too many pieces.
+    pub(super) fn push(&mut self, address: GuestAddress, length: usize) -> bool {
+        let Some(memory) = &self.memory else { return false };
+        let Ok(slices) = memory.get_slices(address, length, Permissions::Read) else {
+            return false;
+        };
+        for slice in slices {
+            let Ok(slice) = slice else { return false };
+            if self.list.len() == Self::LIMIT {
+                return false;
+            }
+            let iov_base = slice.ptr_guard_mut().as_ptr().cast();
+            self.list.push(libc::iovec { iov_base, iov_len: slice.len() });
+        }
+        self.length += length;
+        true
+    }
+
+    /// Bytes of all pieces.
+    pub(super) fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Writes all of it in one call, as one packet.
+    pub(super) fn write(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let count = self.list.len() as libc::c_int;
+        // SAFETY: the elements of the list are initialised and describe guest memory of that length,
+        // which `memory` keeps mapped; the kernel only reads it; the descriptor is open.
+        let result = unsafe { libc::writev(fd.as_raw_fd(), self.list.as_ptr(), count) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
 }
 
 fn request(name: &str, flags: i32) -> io::Result<libc::ifreq> {

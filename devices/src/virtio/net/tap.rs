@@ -189,6 +189,16 @@ impl Tap {
         Ok(HEADER + (&self.file).read(&mut packet[HEADER..])?)
     }
 
+    /// Whether packets go to the descriptor as the driver has them.
+    pub(super) fn takes_pieces(&self) -> bool {
+        self.header
+    }
+
+    /// Sends a packet that has a virtio header, from where the driver has it.
+    pub(super) fn transmit_pieces(&self, pieces: &sys::Pieces) -> io::Result<()> {
+        pieces.write(self.file.as_fd())
+    }
+
     /// Sends a packet that has a virtio header.
     pub(super) fn transmit(&self, packet: &[u8]) -> io::Result<()> {
         let skip = if self.header { 0 } else { HEADER };

@@ -15,8 +15,12 @@ use super::{
     HEADER, MAX_FRAME, MIN_FRAME, NUM_BUFFERS,
     backend::{Backend, Link, Received, Sent},
     control::Switch,
+    sys::Pieces,
 };
-use crate::virtio::ring::Ring;
+use crate::{
+    GuestMemory,
+    virtio::ring::{Chain, Ring},
+};
 
 // Event data.
 const RECEIVE: u32 = 0;
@@ -52,6 +56,8 @@ pub(super) struct NetWorker {
     packet: Box<[u8]>,
     waiting: Option<usize>,
     outgoing: Box<[u8]>,
+    /// A packet to be sent from where it is.
+    pieces: Pieces,
     /// The transmit queue waits for the backend.
     blocked: bool,
     /// What is registered for the backend.
@@ -79,6 +85,7 @@ impl NetWorker {
             packet: vec![0; HEADER + MAX_FRAME].into(),
             waiting: None,
             outgoing: vec![0; HEADER + MAX_FRAME].into(),
+            pieces: Pieces::default(),
             blocked: false,
             watched: None,
         }
@@ -134,16 +141,26 @@ impl NetWorker {
             ring.disable_kicks();
             while let Some(chain) = ring.pop() {
                 let memory = ring.memory();
-                let Some(mut reader) = ring.reader(&chain, &memory) else { break };
-                let length = reader.available_bytes();
-                if length > self.outgoing.len() {
-                    ring.fail(format_args!("a packet of {length} bytes"));
-                    break;
-                }
-                let packet = &mut self.outgoing[..length];
-                if length < HEADER + MIN_FRAME || reader.read_exact(packet).is_err() {
+                let sent = if self.backend.takes_pieces() {
+                    let Some(length) = gather(ring, &chain, &memory, &mut self.pieces) else {
+                        break;
+                    };
+                    (length >= HEADER + MIN_FRAME)
+                        .then(|| self.backend.transmit_pieces(&self.pieces))
+                } else {
+                    let Some(mut reader) = ring.reader(&chain, &memory) else { break };
+                    let length = reader.available_bytes();
+                    if length > self.outgoing.len() {
+                        ring.fail(format_args!("a packet of {length} bytes"));
+                        break;
+                    }
+                    let packet = &mut self.outgoing[..length];
+                    (length >= HEADER + MIN_FRAME && reader.read_exact(packet).is_ok())
+                        .then(|| self.backend.transmit(packet))
+                };
+                if sent.is_none() {
                     count(&self.counters.transmit_dropped, "shorter than an Ethernet header");
-                } else if self.backend.transmit(packet) == Sent::Full {
+                } else if sent == Some(Sent::Full) {
                     ring.put_back();
                     self.blocked = true;
                     break;
@@ -215,6 +232,28 @@ impl NetWorker {
         }
         self.transmit();
     }
+}
+
+/// Finds the pieces of a packet of the driver's; its length. `None` after a violation.
+fn gather(
+    ring: &mut Ring,
+    chain: &Chain,
+    memory: &Arc<GuestMemory>,
+    pieces: &mut Pieces,
+) -> Option<usize> {
+    pieces.clear(memory);
+    for part in chain.clone().readable() {
+        let length = part.len() as usize;
+        if pieces.len() + length > HEADER + MAX_FRAME {
+            ring.fail(format_args!("a packet of {} bytes or more", pieces.len() + length));
+            return None;
+        }
+        if length > 0 && !pieces.push(part.addr(), length) {
+            ring.fail("a packet is not in guest memory, or in too many pieces");
+            return None;
+        }
+    }
+    Some(pieces.len())
 }
 
 /// Counts a lost packet, and says so the first time.
