@@ -21,6 +21,15 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::TooManyConnections,
+        Self::LockedOut,
+        Self::NotSecure,
+        Self::Occupied,
+        Self::ForeignPage,
+    ];
+
     /// Its name in logs and events.
     pub fn name(self) -> &'static str {
         match self {

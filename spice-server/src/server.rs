@@ -10,8 +10,8 @@ use std::{
 
 use crate::{
     AgentPolicy, AgentPort, DisplayEvents, DisplayHandle, DisplayStats, Error, EventSink,
-    InputSink, Leds, MouseMode, Peer, PlaybackHandle, RecordHandle, Secret, SecureChannels,
-    ServerEvent, TlsConfig, WebPage,
+    InputSink, Leds, MouseMode, Peer, PlaybackHandle, RecordHandle, Refusal, Secret,
+    SecureChannels, ServerEvent, TlsConfig, WebPage,
     agent::hub::AgentHub,
     audio::Sound,
     display::state::DisplayShared,
@@ -280,7 +280,6 @@ impl ServerBuilder {
             name: self.name,
             uuid: self.uuid,
             policy: self.policy,
-            tls: self.tls.map(|tls| tls.0),
             web: self.web,
             origins: self.origins,
             secure: self.secure,
@@ -294,6 +293,7 @@ impl ServerBuilder {
         let rotate = password.is_required();
         let agent = AgentHub::new(self.agent, self.agent_policy);
         let shared = Arc::new(Shared::new(config, password, displays, agent, io.clone()));
+        *lock(&shared.tls) = self.tls.map(|tls| tls.0);
         let for_keys = Arc::downgrade(&shared);
         let keys = KeyService::start(rotate, move |event| {
             if let Some(shared) = for_keys.upgrade() {
@@ -386,6 +386,11 @@ impl SpiceServer {
         lock(&self.shared.password).expire(expires);
     }
 
+    /// Offers TLS with another certificate from now on. Connections that are there are not concerned.
+    pub fn set_tls(&self, tls: &TlsConfig) {
+        *lock(&self.shared.tls) = Some(tls.0.clone());
+    }
+
     /// Disconnects all clients.
     pub fn disconnect(&self) {
         self.shared.command(Command::Disconnect);
@@ -404,11 +409,16 @@ impl SpiceServer {
     /// Who is connected.
     pub fn status(&self) -> ServerStatus {
         let sessions = lock(&self.shared.sessions).clone();
+        let totals = &self.shared.totals;
+        let refused = totals.refused.iter().map(|counter| counter.load(Ordering::Relaxed));
         let status = |session: &Arc<Session>| session.status(self.shared.drives(session.id));
         ServerStatus {
             clients: sessions.iter().map(status).collect(),
             pending_connections: self.shared.pending_links.load(Ordering::Relaxed),
             agent_open: self.shared.agent.is_open(),
+            connections: totals.connections.load(Ordering::Relaxed),
+            wrong_passwords: totals.wrong_passwords.load(Ordering::Relaxed),
+            refused: Refusal::ALL.into_iter().zip(refused).collect(),
         }
     }
 }
@@ -469,6 +479,12 @@ pub struct ServerStatus {
     pub pending_connections: usize,
     /// Whether the guest's agent has its port open.
     pub agent_open: bool,
+    /// Connections accepted since the start, those of strangers included.
+    pub connections: u64,
+    /// Wrong or expired passwords since the start.
+    pub wrong_passwords: u64,
+    /// Who did not get in since the start, by the reason.
+    pub refused: Vec<(Refusal, u64)>,
 }
 
 /// One client.

@@ -1,6 +1,6 @@
 //! The server's certificate, and which channels must be encrypted.
 
-use std::{fmt, io, path::Path, sync::Arc};
+use std::{fmt, fs, io, path::Path, sync::Arc};
 
 use rustls::{
     ServerConfig,
@@ -18,27 +18,34 @@ impl TlsConfig {
     /// Reads PEM files: the certificate chain, the server's own first, and its private key (PKCS #8,
     /// PKCS #1 or SEC 1).
     pub fn from_files(certificate: &Path, key: &Path) -> Result<Self, Error> {
-        let unreadable = |path: &Path, error, what| {
+        let read = |path: &Path| {
+            fs::read(path).map_err(|source| Error::TlsFile { path: path.to_owned(), source })
+        };
+        Self::from_pem((certificate, &read(certificate)?), (key, &read(key)?))
+    }
+
+    /// The same from files' contents; their names are for errors.
+    pub fn from_pem(certificate: (&Path, &[u8]), key: (&Path, &[u8])) -> Result<Self, Error> {
+        let wrong = |path: &Path, error, what| {
             let path = path.to_owned();
             match error {
                 pem::Error::NoItemsFound => Error::TlsMissing { path, what },
-                pem::Error::Io(source) => Error::TlsFile { path, source },
                 error => Error::TlsFile { path, source: io::Error::other(error) },
             }
         };
         const CERTIFICATE: &str = "certificate";
-        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(certificate)
-            .and_then(Iterator::collect)
-            .map_err(|error| unreadable(certificate, error, CERTIFICATE))?;
+        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(certificate.1)
+            .collect::<Result<_, _>>()
+            .map_err(|error| wrong(certificate.0, error, CERTIFICATE))?;
         if chain.is_empty() {
-            return Err(unreadable(certificate, pem::Error::NoItemsFound, CERTIFICATE));
+            return Err(wrong(certificate.0, pem::Error::NoItemsFound, CERTIFICATE));
         }
-        let private = PrivateKeyDer::from_pem_file(key)
-            .map_err(|error| unreadable(key, error, "private key without a passphrase"))?;
+        let private = PrivateKeyDer::from_pem_slice(key.1)
+            .map_err(|error| wrong(key.0, error, "private key without a passphrase"))?;
         let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()
             .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, private))
-            .map_err(|source| Error::TlsKey { path: key.to_owned(), source })?;
+            .map_err(|source| Error::TlsKey { path: key.0.to_owned(), source })?;
         Ok(Self(Arc::new(config)))
     }
 }
@@ -97,10 +104,11 @@ mod tests {
     fn a_bad_file_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let (cert, key) = (folder.path().join("cert.pem"), folder.path().join("key.pem"));
-        let error = TlsConfig::from_files(&cert, &key).unwrap_err();
-        assert!(error.to_string().contains("cert.pem"), "{error}");
-        std::fs::write(&cert, "no certificate").unwrap();
-        let error = TlsConfig::from_files(&cert, &key).unwrap_err();
-        assert!(error.to_string().contains("cert.pem") && error.to_string().contains("no cert"));
+        let error = || TlsConfig::from_files(&cert, &key).unwrap_err().to_string();
+        assert!(error().contains("cert.pem"), "{}", error());
+        fs::write(&cert, "nothing of the kind").unwrap();
+        assert!(error().contains("key.pem"), "{}", error());
+        fs::write(&key, "nor here").unwrap();
+        assert!(error().ends_with("cert.pem: there is no certificate in it"), "{}", error());
     }
 }

@@ -65,6 +65,7 @@ fn passwords_change_and_expire_at_run_time() {
     eventually("the first client stayed", || setup.server.status().clients.len() == 1);
     setup.server.disconnect();
     stays.named("stopped");
+    assert_eq!(setup.server.status().wrong_passwords, 3);
     let wrong = events.try_iter().filter(|e| matches!(e, ServerEvent::WrongPassword { .. }));
     assert_eq!(wrong.count(), 3);
 }

@@ -227,6 +227,25 @@ fn clients_follow_the_policy_of_each_channel() {
 }
 
 #[test]
+fn a_certificate_is_renewed_at_run_time() {
+    if !have_client() {
+        return;
+    }
+    let (Some(old), Some(new)) = (Certificates::new(EC), Certificates::new(EC)) else { return };
+    let setup = secure_setup(&old, |builder| builder.client_policy(ClientPolicy::Shared));
+    let tls_port = format!("tls-port={}", setup.address().port());
+    let connect =
+        |by: &Certificates| Client::start("127.0.0.1", "-", &[&tls_port, &by.ca("ca.pem")]);
+    let mut early = connect(&old);
+    early.wait_ready();
+    setup.server.set_tls(&new.config());
+    connect(&old).event("a TLS error", |e| (e["event"] == "error-tls").then_some(()));
+    connect(&new).wait_ready();
+    let wanted = support::hash(&setup.show_background((320, 240)));
+    eventually("the early client's next picture", || early.pixels() == wanted);
+}
+
+#[test]
 fn garbage_after_a_client_hello_is_no_trouble() {
     let Some(certificates) = Certificates::new(EC) else { return };
     let setup = secure_setup(&certificates, |builder| builder);

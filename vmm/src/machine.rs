@@ -451,6 +451,7 @@ impl ControlTarget for Target {
             memory_mib: self.memory_mib,
             spice: self.display.as_ref().and_then(|display| display.address()),
             spice_clients: self.display.as_ref().map_or_else(Vec::new, |d| d.clients()),
+            spice_totals: self.display.as_ref().and_then(|display| display.spice_totals()),
             vnc: self.display.as_ref().and_then(|display| display.vnc_address()),
             vnc_clients: self.display.as_ref().map_or_else(Vec::new, |d| d.vnc_clients()),
         }
@@ -467,6 +468,10 @@ impl ControlTarget for Target {
         disconnect: bool,
     ) -> Result<(), ControlError> {
         self.display()?.set_password(password, expires, disconnect)
+    }
+
+    fn set_certificate(&self, certificate: &str, key: &str) -> Result<(), ControlError> {
+        self.display()?.set_certificate(certificate, key)
     }
 
     fn expire_password(&self, expires: Expiry) -> Result<(), ControlError> {

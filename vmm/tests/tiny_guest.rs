@@ -592,9 +592,15 @@ fn viewers_come_in_through_the_closed_sandbox() {
     let clients = String::from_utf8(guest.ctl(&["spice-clients"]).stdout).unwrap();
     assert_eq!(clients.lines().count(), 2, "{clients}");
     assert!(clients.contains("tcp+tls1.3") && clients.contains("\"drives\":true"), "{clients}");
+    assert!(guest.ctl(&["set-certificate", &cert, &key]).status.success());
+    let wrong = guest.ctl(&["set-certificate", &cert, &cert]);
+    let told = String::from_utf8(wrong.stderr).unwrap();
+    assert!(!wrong.status.success() && told.contains("no private key"), "{told}");
     assert!(guest.ctl(&["expire-password", "now"]).status.success());
     let mut late = spice_client(folder.path(), &secure, &["error-auth"]);
 
+    let status = String::from_utf8(guest.ctl(&["status", "--json"]).stdout).unwrap();
+    assert!(status.contains("\"wrong_passwords\":3"), "{status}");
     let mut browser = std::net::TcpStream::connect(&address).unwrap();
     browser.write_all(b"GET / HTTP/1.1\r\nHost: vm\r\n\r\n").unwrap();
     let mut answer = String::new();

@@ -28,6 +28,7 @@ use super::{
 };
 use crate::{
     MouseMode, Refusal, ServerEvent,
+    display::stats::count,
     proto::{channel::ChannelType, link::LinkCode},
 };
 
@@ -220,6 +221,7 @@ impl Reactor {
     fn accept(&mut self, token: u64) {
         let Some(listener) = self.listeners.get((token - TOKEN_LISTENERS) as usize) else { return };
         let tls_only = listener.tls_only;
+        count(&self.shared.totals.connections, 1);
         let (socket, peer) = match listener.accept() {
             Ok(accepted) => accepted,
             Err(error)
@@ -254,7 +256,7 @@ impl Reactor {
         }
         let link = PendingLink::new(Instant::now() + LINK_TIMEOUT);
         let connection = Connection {
-            stream: Stream::new(socket, self.shared.config.tls.clone()),
+            stream: Stream::new(socket, lock(&self.shared.tls).clone()),
             peer,
             tls_only,
             out: Vec::new(),

@@ -17,10 +17,13 @@ use super::{
 };
 use crate::{
     ChannelStatus, ClientPolicy, ClientStatus, DisplayEvents, EventSink, InputSink, Leds,
-    MouseMode, SecureChannels, ServerEvent, Severity, WebPage,
+    MouseMode, Refusal, SecureChannels, ServerEvent, Severity, WebPage,
     agent::hub::AgentHub,
     audio::Sound,
-    display::{state::DisplayShared, stats::Counters},
+    display::{
+        state::DisplayShared,
+        stats::{Counters, count},
+    },
     proto::channel::ChannelType,
 };
 
@@ -34,8 +37,6 @@ pub(crate) struct Config {
     pub(crate) name: Option<String>,
     pub(crate) uuid: Option<[u8; 16]>,
     pub(crate) policy: ClientPolicy,
-    /// Offered to clients that begin with TLS.
-    pub(crate) tls: Option<Arc<rustls::ServerConfig>>,
     /// What browsers are shown.
     pub(crate) web: Option<WebPage>,
     /// Origins of pages elsewhere that may connect.
@@ -66,6 +67,9 @@ pub(crate) enum Command {
 pub(crate) struct Shared {
     pub(crate) config: Config,
     pub(crate) password: Mutex<Password>,
+    /// Offered to clients that begin with TLS.
+    pub(crate) tls: Mutex<Option<Arc<rustls::ServerConfig>>>,
+    pub(crate) totals: Totals,
     pub(crate) displays: Vec<Arc<DisplayShared>>,
     pub(crate) agent: AgentHub,
     /// Wakes the reactor.
@@ -108,6 +112,14 @@ impl Notices {
         let new = usize::try_from(self.last.saturating_sub(seen)).unwrap_or(usize::MAX);
         self.recent.iter().skip(self.recent.len().saturating_sub(new))
     }
+}
+
+/// What happened at the door since the start.
+#[derive(Default)]
+pub(crate) struct Totals {
+    pub(crate) connections: AtomicU64,
+    pub(crate) wrong_passwords: AtomicU64,
+    pub(crate) refused: [AtomicU64; Refusal::ALL.len()],
 }
 
 /// One authenticated client.
@@ -237,6 +249,8 @@ impl Shared {
         Self {
             config,
             password: Mutex::new(password),
+            tls: Mutex::default(),
+            totals: Totals::default(),
             displays,
             agent,
             io,
@@ -254,6 +268,15 @@ impl Shared {
 
     /// Tells the program.
     pub(crate) fn emit(&self, event: ServerEvent) {
+        match &event {
+            ServerEvent::WrongPassword { .. } => count(&self.totals.wrong_passwords, 1),
+            ServerEvent::Refused { reason, .. } => {
+                if let Some(counter) = self.totals.refused.get(*reason as usize) {
+                    count(counter, 1);
+                }
+            }
+            _ => {}
+        }
         if let Some(observer) = &self.config.observer {
             observer.event(event);
         }

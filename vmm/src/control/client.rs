@@ -69,6 +69,13 @@ pub enum Action {
         /// never, now, +SECONDS, or seconds since 1970
         expires: String,
     },
+    /// Show SPICE clients with TLS another certificate from now on
+    SetCertificate {
+        /// PEM file with the certificate chain
+        certificate: PathBuf,
+        /// PEM file with its key
+        key: PathBuf,
+    },
     /// Print what happens, one line of JSON per event, until the virtual machine ends
     Events,
     /// End the virtual machine at once, as if unplugged (disks are flushed)
@@ -113,9 +120,9 @@ pub enum ClientError {
     /// The virtual machine refused.
     #[error("{0}")]
     Refused(String),
-    /// The password could not be read.
-    #[error("{}: the password could not be read", file.display())]
-    Password {
+    /// A file for the virtual machine could not be read.
+    #[error("{}: the file could not be read", file.display())]
+    Read {
         /// The file.
         file: PathBuf,
         /// The system's answer.
@@ -159,6 +166,14 @@ pub fn run(path: &Path, action: &Action, out: &mut impl Write) -> Result<(), Cli
             let password = read_password(&file)?;
             (Request::SetPassword { password, expires: Some(expires), disconnect }, None)
         }
+        Action::SetCertificate { certificate, key } => {
+            let read = |file: &Path| {
+                fs::read_to_string(file)
+                    .map_err(|source| ClientError::Read { file: file.to_owned(), source })
+            };
+            let (certificate, key) = (read(&certificate)?, Password(read(&key)?));
+            (Request::SetCertificate { certificate, key }, None)
+        }
         Action::ExpirePassword { expires } => (Request::ExpirePassword { expires }, None),
         Action::Events => (Request::Events {}, None),
         Action::Quit => (Request::Quit {}, None),
@@ -197,7 +212,7 @@ pub fn run(path: &Path, action: &Action, out: &mut impl Write) -> Result<(), Cli
 
 /// The first line of a file, or of standard input.
 fn read_password(file: &Path) -> Result<Password, ClientError> {
-    let failed = |source| ClientError::Password { file: file.to_owned(), source };
+    let failed = |source| ClientError::Read { file: file.to_owned(), source };
     let mut reader: Box<dyn Read> = if file == Path::new("-") {
         Box::new(io::stdin())
     } else {
@@ -343,6 +358,12 @@ mod tests {
         let action = Action::SetPassword { file: file.clone(), expires, disconnect: true };
         run(&path, &action, &mut io::sink()).unwrap();
         assert_eq!(calls.recv().unwrap(), "password open sesame Never true");
+        let (certificate, key) = (folder.path().join("cert"), folder.path().join("key"));
+        fs::write(&certificate, "C").unwrap();
+        fs::write(&key, "K").unwrap();
+        let action = Action::SetCertificate { certificate, key };
+        run(&path, &action, &mut io::sink()).unwrap();
+        assert_eq!(calls.recv().unwrap(), "certificate C K");
         let expire = |when: &str| {
             run(&path, &Action::ExpirePassword { expires: when.into() }, &mut io::sink())
         };

@@ -90,13 +90,20 @@ pub enum Request {
         /// See [`expiry`].
         expires: String,
     },
+    /// Another certificate for SPICE clients with TLS.
+    SetCertificate {
+        /// The chain, as PEM.
+        certificate: String,
+        /// Its key, as PEM.
+        key: Password,
+    },
     /// From now on the connection carries events, one a line.
     Events {},
     /// End the virtual machine at once (disks are flushed).
     Quit {},
 }
 
-/// A password on its way; not shown by `Debug`.
+/// A secret on its way; not shown by `Debug`.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Password(pub String);
@@ -173,6 +180,9 @@ pub struct Status {
     /// Connected SPICE clients.
     #[serde(default)]
     pub spice_clients: Vec<String>,
+    /// Who came to the SPICE server's door since the start; members may be added.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spice_totals: Option<serde_json::Value>,
     /// `host:port` of the VNC server, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vnc: Option<String>,
@@ -209,6 +219,8 @@ pub trait ControlTarget: Send + Sync {
         expires: Expiry,
         disconnect: bool,
     ) -> Result<(), ControlError>;
+    /// Answers [`Request::SetCertificate`].
+    fn set_certificate(&self, certificate: &str, key: &str) -> Result<(), ControlError>;
     /// Answers [`Request::ExpirePassword`].
     fn expire_password(&self, expires: Expiry) -> Result<(), ControlError>;
     /// Answers [`Request::Events`].

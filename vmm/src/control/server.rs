@@ -198,6 +198,9 @@ fn answer(request: &Request, target: &dyn ControlTarget) -> (Response, Vec<u8>) 
             expiry(expires.as_deref().unwrap_or("never"))
                 .and_then(|expires| target.set_password(&password.0, expires, disconnect))
         }
+        Request::SetCertificate { ref certificate, ref key } => {
+            target.set_certificate(certificate, &key.0)
+        }
         Request::ExpirePassword { ref expires } => {
             expiry(expires).and_then(|expires| target.expire_password(expires))
         }
@@ -329,6 +332,11 @@ pub(super) mod tests {
             disconnect: bool,
         ) -> Result<(), ControlError> {
             let _ = self.0.try_send(format!("password {password} {expires:?} {disconnect}"));
+            Ok(())
+        }
+
+        fn set_certificate(&self, certificate: &str, key: &str) -> Result<(), ControlError> {
+            let _ = self.0.try_send(format!("certificate {certificate} {key}"));
             Ok(())
         }
 

@@ -1,7 +1,7 @@
 //! The SPICE server's counters as JSON, for `ctl spice-clients`.
 
 use serde_json::{Value, json};
-use spice_server::{ChannelStatus, ClientStatus, DisplayStats};
+use spice_server::{ChannelStatus, ClientStatus, DisplayStats, ServerStatus};
 
 /// One client: who it is and what its channels sent. Times are in seconds, sizes in bytes.
 pub(super) fn client(client: &ClientStatus) -> Value {
@@ -14,6 +14,18 @@ pub(super) fn client(client: &ClientStatus) -> Value {
         "bytes_sent": client.bytes_sent,
         "bytes_received": client.bytes_received,
         "displays": client.displays.iter().map(display).collect::<Vec<_>>(),
+    })
+}
+
+/// What happened at the server's door since its start.
+pub(super) fn totals(status: &ServerStatus) -> Value {
+    let refused: serde_json::Map<_, _> =
+        status.refused.iter().map(|(why, count)| (why.name().to_owned(), json!(count))).collect();
+    json!({
+        "connections": status.connections,
+        "pending_connections": status.pending_connections,
+        "wrong_passwords": status.wrong_passwords,
+        "refused": refused,
     })
 }
 

@@ -24,7 +24,7 @@ use std::{
     any::Any,
     io,
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Weak},
 };
 
@@ -34,7 +34,7 @@ use devices::virtio::{
     input::InputHandle,
     snd::SoundHandle,
 };
-use spice_server::{DisplayEvents, Expiry, Leds, MonitorConfig, Secret, SpiceServer};
+use spice_server::{DisplayEvents, Expiry, Leds, MonitorConfig, Secret, SpiceServer, TlsConfig};
 use vnc_server::VncServer;
 
 use crate::control::{ControlError, events::EventHub};
@@ -80,6 +80,10 @@ pub trait DisplayControl: Send + Sync {
         expires: Expiry,
         disconnect: bool,
     ) -> Result<(), ControlError>;
+    /// Another certificate for SPICE clients with TLS, as PEM.
+    fn set_certificate(&self, certificate: &str, key: &str) -> Result<(), ControlError>;
+    /// Who came to the SPICE server's door.
+    fn spice_totals(&self) -> Option<serde_json::Value>;
     /// Until when it is good.
     fn expire_password(&self, expires: Expiry) -> Result<(), ControlError>;
     /// Connected VNC viewers.
@@ -342,6 +346,25 @@ impl DisplayControl for Display {
             server.disconnect();
         }
         Ok(())
+    }
+
+    fn set_certificate(&self, certificate: &str, key: &str) -> Result<(), ControlError> {
+        let server = self.spice()?;
+        let certificate = (Path::new("certificate"), certificate.as_bytes());
+        match TlsConfig::from_pem(certificate, (Path::new("key"), key.as_bytes())) {
+            Ok(tls) => {
+                server.set_tls(&tls);
+                Ok(())
+            }
+            Err(error) => {
+                let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+                Err(ControlError(format!("{error}{}", cause.unwrap_or_default())))
+            }
+        }
+    }
+
+    fn spice_totals(&self) -> Option<serde_json::Value> {
+        self.server.as_ref().map(|server| counters::totals(&server.status()))
     }
 
     fn expire_password(&self, expires: Expiry) -> Result<(), ControlError> {

@@ -8,7 +8,7 @@ use std::{
 use super::{Page, Reactor, Stage};
 use crate::{
     Refusal, ServerEvent,
-    io::links::PendingLink,
+    io::{links::PendingLink, shared::lock},
     proto::{
         channel::ChannelType,
         http::{self, MAX_HEAD, Request, Status},
@@ -36,6 +36,7 @@ impl Reactor {
     fn answer_http(&mut self, token: u64, mut request: Request) {
         let Some(connection) = self.connections.get_mut(&token) else { return };
         let config = &self.shared.config;
+        let has_tls = lock(&self.shared.tls).is_some();
         let encrypted = connection.stream.is_secure();
         if let Some(upgrade) = request.upgrade.take() {
             let peer = connection.peer;
@@ -68,7 +69,7 @@ impl Reactor {
             return self.answer(token, &http::failure(Status::NotFound, text), None);
         };
         let head = match &request.host {
-            Some(host) if must_be_secure && !encrypted && config.tls.is_some() => {
+            Some(host) if must_be_secure && !encrypted && has_tls => {
                 http::redirect(&format!("https://{host}{}{}", request.path, request.query))
             }
             _ if request.path == "/" => {
