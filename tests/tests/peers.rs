@@ -10,9 +10,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use drago_tests::guest::Guest;
-use drago_tests::paths;
 use drago_tests::picture::{Picture, reads};
-use drago_tests::progress::note;
 use drago_tests::vm::{Host, PATIENCE, Vm};
 use serde_json::{Value, json};
 
@@ -95,37 +93,6 @@ fn our_back_end_shows_qemus_guest() {
     qemu.ask("quit", &json!({}));
     assert_eq!(qemu.vm.wait().unwrap(), 0, "{}", qemu.vm.state());
     assert_eq!(ours.wait().unwrap(), 0, "{}", ours.state());
-}
-
-/// The back end of rust-vmm's vhost-device in its `null` mode draws nothing; the handshake, the device's
-/// features and the commands that a guest sends while it boots must pass all the same.
-#[test]
-#[ignore = "nested"]
-fn a_guest_boots_on_the_back_end_of_vhost_device() {
-    let Some(program) = vhost_device_gpu() else {
-        note("SKIPPED: no vhost-device-gpu; `cargo install vhost-device-gpu` provides it");
-        return;
-    };
-    let host = host();
-    let program = program.display().to_string();
-    let mut theirs = back_end(&host.0, "vhost-device-gpu", &program, &["--gpu-mode", "null"]);
-    let mut vm = drago_vmm(&host, "on-vhost-device-gpu");
-    vm.serial
-        .wait_for(0, "minimal# ", PATIENCE)
-        .unwrap_or_else(|error| panic!("{error}\n{}", vm.state()));
-    assert_eq!(theirs.ended().unwrap(), None, "{}", theirs.state());
-    let driver = vm.serial_command("readlink /sys/class/drm/card0/device/driver").unwrap();
-    assert!(driver.ends_with("virtio_gpu"), "{driver}");
-    vm.type_serial("poweroff").unwrap();
-    assert_eq!(vm.wait().unwrap(), 0, "{}", vm.state());
-}
-
-fn vhost_device_gpu() -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .chain([paths::workspace().join("target/tools/bin")])
-        .map(|dir| dir.join("vhost-device-gpu"))
-        .find(|program| program.is_file())
 }
 
 /// QEMU with its vhost-user-gpu front end, driven by QMP on its standard input and output.

@@ -183,7 +183,7 @@ impl Rig {
         let handles = Handles { by_option: vec![("gpu", built.handle.unwrap())] };
         let spice = SpiceConfig::parse(Spec::parse("spice", "127.0.0.1:0").unwrap()).unwrap();
         let identity = Identity { name: "pictures".to_owned(), uuid: None };
-        let display = display::start(Some(&spice), None, identity, &handles, &Arc::default())
+        let display = display::start(Some(&spice), None, None, identity, &handles, &Arc::default())
             .unwrap()
             .unwrap();
         let address = display.address().unwrap();

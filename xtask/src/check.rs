@@ -54,7 +54,7 @@ enum Suite {
     Nested,
     /// A minute of fuzzing for each target
     Fuzz,
-    /// OpenGL and the GNOME desktop inside the nested-KVM test host
+    /// rust-vmm's GPU back end; OpenGL and the GNOME desktop inside the nested-KVM test host
     Slow,
     /// Everything
     All,
@@ -82,6 +82,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         fuzz()?;
     }
     if args.suite.includes(Suite::Slow) {
+        rust_back_end()?;
         nested(&["virgl", "gnome"])?;
     }
     Ok(ExitCode::SUCCESS)
@@ -122,6 +123,21 @@ fn newer_opengl() -> Result<()> {
         .context("cannot run cargo")?;
     ensure!(status.success(), "drago-gpu's tests failed on the libraries in {}", root.display());
     Ok(())
+}
+
+/// Our front end with rust-vmm's GPU back end, which takes minutes to build.
+fn rust_back_end() -> Result<()> {
+    let root = paths::workspace().join("target/tools");
+    if !root.join("bin/vhost-device-gpu").is_file() {
+        step("cargo install vhost-device-gpu", || {
+            let root = root.display().to_string();
+            let options = ["--quiet", "--locked", "--no-default-features", "--root", &root];
+            cargo(&[&["install"], &options[..], &["vhost-device-gpu@0.2.0"]].concat())
+        })?;
+    }
+    step("rust-vmm's back end", || {
+        cargo(&["test", "--quiet", "-p", "drago-devices", "--lib", "vhost_device"])
+    })
 }
 
 fn nested(suites: &[&str]) -> Result<()> {

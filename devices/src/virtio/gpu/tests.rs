@@ -2,7 +2,7 @@
 //! processes: `drago-gpu` with and without shared frames, and QEMU's own `vhost-user-gpu`.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{Arc, Condvar, Mutex, OnceLock},
     time::{Duration, Instant},
@@ -174,6 +174,8 @@ enum BackEnd {
     Plain,
     /// QEMU's.
     Qemu,
+    /// rust-vmm's, which draws nothing in its mode `null`.
+    Null,
 }
 
 const ALL: [BackEnd; 3] = [BackEnd::Shared, BackEnd::Plain, BackEnd::Qemu];
@@ -186,6 +188,14 @@ impl Drop for Peer {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Installed, or made by `cargo xtask`.
+fn vhost_device_gpu() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools/bin");
+    let mut programs = std::env::split_paths(&path).chain([tools]);
+    programs.find_map(|dir| Some(dir.join("vhost-device-gpu")).filter(|program| program.is_file()))
 }
 
 /// A driver, a device, a back end and a viewer.
@@ -229,6 +239,25 @@ impl Rig {
                     println!("SKIPPED: {QEMU} is not installed (package qemu-system-gui)");
                     return None;
                 };
+                peer = Some(Peer(child));
+                wait_for_socket(&path);
+                config.socket = Some(path);
+            }
+            BackEnd::Null => {
+                let Some(program) = vhost_device_gpu() else {
+                    println!(
+                        "SKIPPED: no vhost-device-gpu (cargo xtask test --suite slow makes it)"
+                    );
+                    return None;
+                };
+                let path = directory.path().join("null");
+                let child = Command::new(program)
+                    .args(["--gpu-mode", "null", "--socket-path"])
+                    .arg(&path)
+                    .stdin(Stdio::null())
+                    .stderr(Stdio::null())
+                    .spawn()
+                    .unwrap();
                 peer = Some(Peer(child));
                 wait_for_socket(&path);
                 config.socket = Some(path);
@@ -534,7 +563,7 @@ fn partial_damage_odd_sizes_and_formats() {
             let screen = Resource { format, ..Resource::new(1, 641, 479) };
             rig.create(&screen);
             let part = match back_end {
-                BackEnd::Qemu => screen.whole(),
+                BackEnd::Qemu | BackEnd::Null => screen.whole(),
                 BackEnd::Shared | BackEnd::Plain => Rect::new(3, 5, 631, 471),
             };
             rig.show(1, part);
@@ -1104,4 +1133,21 @@ fn options_are_understood_and_mistakes_named() {
     ] {
         assert_eq!(parse(text).unwrap_err().to_string(), message);
     }
+}
+
+/// A second implementation of QEMU's socket, in Rust: handshake, and answers to the commands with which
+/// a driver starts. It has no monitors in this mode and asks us nothing.
+#[test]
+fn the_back_end_of_vhost_device_gets_along() {
+    let Some(mut rig) = Rig::new(BackEnd::Null) else { return };
+    let hdr = CtrlHdr::new(kind::GET_DISPLAY_INFO);
+    let answer = rig.command_raw(hdr.as_bytes(), size_of::<RespDisplayInfo>());
+    let (hdr, _) = CtrlHdr::read_from_prefix(&answer).unwrap();
+    assert_eq!(hdr.kind.get(), kind::OK_NODATA, "no error, and no monitors");
+    let screen = Resource::new(1, 64, 64);
+    rig.create(&screen);
+    rig.show(1, screen.whole());
+    rig.paint(&screen, screen.whole(), |x, y| [x as u8, y as u8, 0, 0]);
+    rig.unref(1);
+    assert!(rig.handle.is_alive());
 }
