@@ -381,6 +381,11 @@ fn passt_is_started_again_when_it_dies() {
 
 /// Runs the test `name` again inside a network namespace of its own.
 fn in_namespace(name: &str) -> bool {
+    namespace(name, "-rn", &["ip", "tuntap", "add", "t", "mode", "tap"])
+}
+
+/// Runs the test `name` again in the namespaces that `flags` of unshare(1) make, if `attempt` works there.
+fn namespace(name: &str, flags: &str, attempt: &[&str]) -> bool {
     if std::env::var_os("DRAGO_TEST_NAMESPACE").is_some() {
         return true;
     }
@@ -388,14 +393,13 @@ fn in_namespace(name: &str) -> bool {
         eprintln!("skipped: there is no /dev/net/tun");
         return false;
     }
-    let mut attempt = Command::new("unshare");
-    attempt.args(["-rn", "ip", "tuntap", "add", "t", "mode", "tap"]);
-    if !attempt.output().is_ok_and(|output| output.status.success()) {
-        eprintln!("skipped: no network namespace with a tap interface can be made here");
+    let attempted = Command::new("unshare").arg(flags).args(attempt).output();
+    if !attempted.is_ok_and(|output| output.status.success()) {
+        eprintln!("skipped: {attempt:?} is not possible in a network namespace here");
         return false;
     }
     let status = Command::new("unshare")
-        .args(["-rn"])
+        .arg(flags)
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture"])
         .env("DRAGO_TEST_NAMESPACE", "1")
@@ -408,6 +412,50 @@ fn in_namespace(name: &str) -> bool {
 fn ip(arguments: &str) {
     let status = Command::new("ip").args(arguments.split(' ')).status().unwrap();
     assert!(status.success(), "ip {arguments}");
+}
+
+#[test]
+fn packets_cross_a_macvtap_interface_that_somebody_else_opened() {
+    let name = "virtio::net::tests::packets_cross_a_macvtap_interface_that_somebody_else_opened";
+    let attempt = "ip link add name a0 type veth peer name b0 && \
+                   ip link add link b0 name mv0 type macvtap mode bridge";
+    // Device nodes need the real root.
+    if !namespace(name, "-nm", &["sh", "-c", attempt]) {
+        return;
+    }
+    let status = Command::new("mount").args(["-t", "sysfs", "sysfs", "/sys"]).status().unwrap();
+    assert!(status.success());
+    ip("link add name a0 type veth peer name b0");
+    ip("addr add 192.0.2.1/24 dev a0");
+    ip("link add link b0 name mv0 address 02:00:00:00:00:0a type macvtap mode bridge");
+    for interface in ["a0", "b0", "mv0"] {
+        ip(&format!("link set {interface} up"));
+    }
+    // As microvm.nix's runner finds it.
+    let index = std::fs::read_to_string("/sys/class/net/mv0/ifindex").unwrap();
+    let node = format!("/dev/tap{}", index.trim());
+    let Ok(tap) = std::fs::File::options().read(true).write(true).open(&node) else {
+        eprintln!("skipped: nobody makes {node}");
+        return;
+    };
+    let parse = |text: &str| NetConfig::parse(Spec::parse("net", text).unwrap()).unwrap();
+    let fd = tap.as_raw_fd();
+    let mut built = parse(&format!("fd={fd}")).build().unwrap();
+    let mut mac = [0; 6];
+    built.device.read_config(0, &mut mac);
+    assert_eq!(mac, [2, 0, 0, 0, 0, 0x0a], "the guest has the address of the interface");
+    let driver = Driver::start(&mut *built.device);
+    let mut guest = Guest { driver };
+    guest.driver.queues[0].fill(64, BUFFER);
+    let mut request = vec![0xff; 6];
+    request.extend(mac);
+    request.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    request.extend(mac);
+    request.extend([192, 0, 2, 2, 0, 0, 0, 0, 0, 0, 192, 0, 2, 1]);
+    request.resize(60, 0);
+    guest.transmit(&request);
+    let reply = guest.wait_for(|frame| frame[12..14] == [8, 6] && frame[20..22] == [0, 2]);
+    assert_eq!(reply[28..32], [192, 0, 2, 1]);
 }
 
 #[test]
