@@ -293,6 +293,14 @@ extern "C" fn get_drm_fd(cookie: *mut c_void) -> RawFd {
     node.map_or(-1, IntoRawFd::into_raw_fd)
 }
 
+/// What the library said last.
+static LAST_MESSAGE: Mutex<String> = Mutex::new(String::new());
+
+/// What the library said last, as far as it is listened to.
+pub(super) fn last_message() -> String {
+    LAST_MESSAGE.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
 extern "C" fn message(format: *const c_char, list: *mut c_void) {
     static MESSAGES: AtomicU32 = AtomicU32::new(0);
     let number = MESSAGES.fetch_add(1, Ordering::Relaxed);
@@ -307,6 +315,7 @@ extern "C" fn message(format: *const c_char, list: *mut c_void) {
     let length = usize::try_from(length).unwrap_or(0).min(buffer.len() - 1);
     let text = String::from_utf8_lossy(&buffer[..length]);
     tracing::debug!("virglrenderer: {}", text.trim_end());
+    text.trim_end().clone_into(&mut LAST_MESSAGE.lock().unwrap_or_else(PoisonError::into_inner));
     if number + 1 == MAX_MESSAGES {
         tracing::debug!("virglrenderer: no more messages are logged");
     }

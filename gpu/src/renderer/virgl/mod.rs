@@ -28,6 +28,9 @@ const BIND_RENDER_TARGET: u32 = 1 << 1;
 /// Where the driver's name is in the second capability set: `renderer` in `virgl_caps_v2`.
 const RENDERER_NAME: std::ops::Range<usize> = 696..760;
 
+/// Refused commands that are logged; a guest can cause any number.
+const MAX_ERRORS: u32 = 10;
+
 struct Resource {
     /// What `read_pixels` has to convert.
     format: Option<PixelFormat>,
@@ -41,6 +44,8 @@ pub struct Virgl {
     resources: HashMap<u32, Resource>,
     commands: Vec<u64>,
     node: String,
+    /// How many refused commands were logged.
+    errors: u32,
 }
 
 impl std::fmt::Debug for Virgl {
@@ -79,7 +84,14 @@ impl Virgl {
             .filter(|set| (1..=MAX_CAPSET).contains(&(set.size as usize)))
             .collect();
         let node = node.map_or_else(|| "no render node".to_owned(), |p| p.display().to_string());
-        Ok(Self { instance, capsets, resources: HashMap::new(), commands: Vec::new(), node })
+        Ok(Self {
+            instance,
+            capsets,
+            resources: HashMap::new(),
+            commands: Vec::new(),
+            node,
+            errors: 0,
+        })
     }
 
     /// Whether the CPUs draw.
@@ -297,7 +309,16 @@ impl Renderer for Virgl {
             bytes[..chunk.len()].copy_from_slice(chunk);
             u64::from_ne_bytes(bytes)
         }));
-        self.instance.submit(context, &mut self.commands, commands.len() / 4).map_err(refusal)
+        let done = self.instance.submit(context, &mut self.commands, commands.len() / 4);
+        done.map_err(|code| {
+            // The library executes nothing more of such a context: a desktop stands still.
+            if self.errors < MAX_ERRORS {
+                self.errors += 1;
+                let said = ffi::last_message();
+                tracing::warn!(context, code, said, "a program's 3D commands were refused");
+            }
+            refusal(code)
+        })
     }
 
     fn fence(&mut self, timeline: Timeline, id: u64) -> Result<(), Refusal> {
