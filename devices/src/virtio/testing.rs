@@ -55,7 +55,7 @@ pub(crate) struct TestInterrupt {
 }
 
 impl TestInterrupt {
-    fn new(queues: usize) -> Self {
+    pub(crate) fn new(queues: usize) -> Self {
         let fd = || EventFd::new(EFD_NONBLOCK).unwrap();
         Self {
             queues: (0..queues).map(|_| fd()).collect(),

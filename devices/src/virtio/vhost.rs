@@ -174,3 +174,24 @@ impl MutEventSubscriber for Faults {
         let _ = ops.remove(events);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::TestInterrupt;
+
+    #[test]
+    fn a_broken_ring_is_reported_once_and_the_watch_ends_with_its_device() {
+        let seen = Arc::new(TestInterrupt::new(1));
+        let interrupt: Arc<dyn VirtioInterrupt> = seen.clone();
+        let faults = Faults::new("test", &interrupt).unwrap();
+        let kernel = faults.event.try_clone().unwrap();
+        let worker = faults.start().unwrap();
+        assert!(!seen.needs_reset());
+        kernel.write(1).unwrap();
+        seen.wait_config_change();
+        assert!(seen.needs_reset());
+        kernel.write(1).unwrap();
+        drop(worker);
+    }
+}
