@@ -153,6 +153,15 @@ in
         };
       };
 
+      sound = mkOption {
+        type = types.nullOr types.bool;
+        default = null;
+        description = ''
+          Whether the guest has a sound card (virtio-snd), which the SPICE clients hear. Null: if its
+          screen is served by `spice`.
+        '';
+      };
+
       notify = mkOption {
         type = types.bool;
         default = true;

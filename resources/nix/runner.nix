@@ -130,6 +130,7 @@ let
       "--vnc"
       (device [ (listenAddress cfg.vnc) { password-file = cfg.vnc.passwordFile; } ])
     ]
+    ++ optionals ((cfg.sound or null) != null) [ "--sound" (switch cfg.sound) ]
     ++ cfg.extraArgs;
 
   ctl = "${program} ctl --control ${escapeShellArg (toString socket)}";

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod support;
+#[path = "support/tone.rs"]
+mod tone;
 
 use std::{
     f64::consts::TAU,
@@ -10,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, channel},
     },
@@ -21,10 +23,8 @@ use std::{
 use serde_json::Value;
 use spice_server::{ClientPolicy, PlaybackHandle, ask_for_short_turns};
 use support::{PATIENCE, have_client, setup};
+use tone::{RATE, TONE, clean, tone};
 
-const RATE: usize = 48_000;
-/// Not a whole number of periods in any packet, so that a lost one shows.
-const TONE: f64 = 431.7;
 const TICK: Duration = Duration::from_millis(10);
 
 /// `tests/sound_client.py`.
@@ -105,15 +105,6 @@ impl Drop for Ear {
     }
 }
 
-fn tone(from: usize, count: usize) -> Vec<[i16; 2]> {
-    (from..from + count)
-        .map(|i| {
-            let angle = i as f64 * TONE * TAU / RATE as f64;
-            [(10_000.0 * angle.sin()) as i16, (5_000.0 * angle.cos()) as i16]
-        })
-        .collect()
-}
-
 /// Plays what `frames` makes, given the number of the next frame, for so long, as time goes by.
 fn play(
     handle: &PlaybackHandle,
@@ -126,45 +117,6 @@ fn play(
         thread::sleep((began + TICK * tick).saturating_duration_since(Instant::now()));
         handle.play(&frames(tick as usize * RATE / 100, RATE / 100));
     }
-}
-
-/// Amplitude and phase of a tone in overlapping windows of 20 ms.
-fn demodulate(samples: &[f64], frequency: f64) -> Vec<(f64, f64)> {
-    const WINDOW: usize = 960;
-    let starts = (0..samples.len().saturating_sub(WINDOW)).step_by(WINDOW / 4);
-    starts
-        .map(|start| {
-            let (mut re, mut im) = (0.0, 0.0);
-            for i in 0..WINDOW {
-                let hann = 1.0 - (i as f64 * TAU / WINDOW as f64).cos();
-                let angle = (start + i) as f64 * frequency * TAU / RATE as f64;
-                re += samples[start + i] * hann * angle.cos();
-                im += samples[start + i] * hann * angle.sin();
-            }
-            ((re * re + im * im).sqrt() * 2.0 / WINDOW as f64, im.atan2(re))
-        })
-        .collect()
-}
-
-/// The longest time without a crackle, in seconds: amplitude within 6 % (Opus varies by 4), and no
-/// jump of the phase larger than `jump` (one lost sample is 0.056).
-fn clean(samples: &[f64], amplitude: f64, jump: f64) -> f64 {
-    let windows = demodulate(samples, TONE);
-    let (mut longest, mut run, mut last) = (0, 0, None);
-    for (loud, phase) in windows {
-        let turned = last.map_or(0.0, |last: f64| {
-            let turn = (phase - last).rem_euclid(TAU);
-            turn.min(TAU - turn)
-        });
-        last = Some(phase);
-        if (loud / amplitude - 1.0).abs() < 0.06 && turned < jump {
-            run += 1;
-        } else {
-            run = 0;
-        }
-        longest = longest.max(run);
-    }
-    longest as f64 * 240.0 / RATE as f64
 }
 
 #[test]
@@ -180,26 +132,37 @@ fn a_cut_sine_is_noticed() {
     assert!(clean(&silence, 10_000.0, 0.02) < 1.1);
 }
 
-/// What clients with raw samples and with Opus get, all processors being busy if `load`.
-fn play_a_sine(load: bool) {
-    if !have_client() {
-        return;
+/// One at a time, and again where the machine was busy with something else: sound is real time.
+fn take(what: impl Fn() -> Result<(), String>) {
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut said = Vec::new();
+    for _ in 0..5 {
+        match what() {
+            Ok(()) => return,
+            Err(why) => said.push(why),
+        }
     }
+    panic!("five times: {said:?}");
+}
+
+/// What clients with raw samples and with Opus get, all processors being busy if `load`.
+fn play_a_sine(load: bool) -> Result<(), String> {
     let stop = Arc::new(AtomicBool::new(false));
-    let workers: Vec<_> =
-        (0..if load { thread::available_parallelism().unwrap().get() * 2 } else { 0 })
-            .map(|_| {
-                let stop = stop.clone();
-                thread::spawn(move || while !stop.load(Ordering::Relaxed) {})
-            })
-            .collect();
+    let spinners = if load { thread::available_parallelism().unwrap().get() * 2 } else { 0 };
+    for _ in 0..spinners {
+        let stop = stop.clone();
+        thread::spawn(move || while !stop.load(Ordering::Relaxed) {});
+    }
     let setup = setup(|builder| builder.sound(true).client_policy(ClientPolicy::Shared));
     let handle = setup.server.playback().unwrap();
     let ears = [true, false].map(|opus| Ear::new(setup.address(), opus, 1.0));
     ears.iter().for_each(|ear| ear.wait_open(&["PlaybackChannel"]));
     handle.start(RATE as u32);
-    play(&handle, Duration::from_secs(4), tone);
+    play(&handle, Duration::from_secs(3), tone);
     handle.stop();
+    stop.store(true, Ordering::Relaxed);
+    let mut result = Ok(());
     for (ear, what) in ears.into_iter().zip(["Opus", "raw"]) {
         let start = ear.event("start");
         assert_eq!((&start["format"], &start["channels"]), (&1.into(), &2.into()));
@@ -209,23 +172,26 @@ fn play_a_sine(load: bool) {
         let samples = ear.finish();
         let clean = clean(&samples, 10_000.0, 0.02);
         println!("{what}: {} samples, {clean:.2} s clean", samples.len());
-        // Others may use the machine as well, and nobody can promise anything then.
-        assert!(load || samples.len() == RATE * 4, "{what}");
-        assert!(clean > if load { 1.0 } else { 3.8 }, "{what}: only {clean} s without a crackle");
+        if samples.len() != RATE * 3 || clean < 2.9 {
+            result = Err(format!("{what}: {} samples, {clean:.2} s clean", samples.len()));
+        }
     }
-    stop.store(true, Ordering::Relaxed);
-    workers.into_iter().for_each(|worker| worker.join().unwrap());
+    result
 }
 
 #[test]
 fn a_played_sine_stays_a_sine() {
-    play_a_sine(false);
+    if have_client() {
+        take(|| play_a_sine(false));
+    }
 }
 
 #[test]
-#[ignore = "keeps all processors busy; shows what comes through"]
+#[ignore = "keeps all processors busy"]
 fn a_played_sine_stays_a_sine_under_load() {
-    play_a_sine(true);
+    if have_client() {
+        take(|| play_a_sine(true));
+    }
 }
 
 #[test]
@@ -268,39 +234,41 @@ fn a_client_that_comes_later_hears_the_rest_at_any_rate() {
 
 #[test]
 fn one_client_records_for_the_program() {
-    if !have_client() {
-        return;
+    if have_client() {
+        take(|| record_a_sine(true));
+        take(|| record_a_sine(false));
     }
-    for opus in [true, false] {
-        let setup = setup(|builder| builder.sound(true).client_policy(ClientPolicy::Shared));
-        let handle = setup.server.record().unwrap();
-        // Its clock is 0.1 % faster than ours.
-        let ear = Ear::new(setup.address(), opus, 1.001);
-        ear.wait_open(&["RecordChannel"]);
-        let other = Ear::new(setup.address(), opus, 1.0);
-        other.wait_open(&["RecordChannel"]);
-        handle.start(RATE as u32);
-        let start = ear.event("record-start");
-        assert_eq!((&start["channels"], &start["rate"]), (&2.into(), &RATE.into()));
-        let mut heard = Vec::new();
-        let began = Instant::now();
-        for tick in 0..500 {
-            thread::sleep((began + TICK * tick).saturating_duration_since(Instant::now()));
-            let mut frames = [[0; 2]; RATE / 100];
-            handle.read(&mut frames);
-            heard.extend(frames.map(|frame| f64::from(frame[0])));
-        }
-        handle.stop();
-        ear.event("record-stop");
-        // Half a percent of 431.7 Hz in 5 ms is 0.07.
-        let clean = clean(&heard, 10_000.0, 0.08);
-        println!("opus {opus}: {clean:.2} s clean");
-        assert!(clean > 3.0, "opus {opus}: only {clean} s without a crackle");
-        // When the first client goes the other one records.
-        handle.start(RATE as u32);
-        drop(ear);
-        other.event("record-start");
+}
+
+fn record_a_sine(opus: bool) -> Result<(), String> {
+    let setup = setup(|builder| builder.sound(true).client_policy(ClientPolicy::Shared));
+    let handle = setup.server.record().unwrap();
+    // Its clock is 0.1 % faster than ours.
+    let ear = Ear::new(setup.address(), opus, 1.001);
+    ear.wait_open(&["RecordChannel"]);
+    let other = Ear::new(setup.address(), opus, 1.0);
+    other.wait_open(&["RecordChannel"]);
+    handle.start(RATE as u32);
+    let start = ear.event("record-start");
+    assert_eq!((&start["channels"], &start["rate"]), (&2.into(), &RATE.into()));
+    let mut heard = Vec::new();
+    let began = Instant::now();
+    for tick in 0..400 {
+        thread::sleep((began + TICK * tick).saturating_duration_since(Instant::now()));
+        let mut frames = [[0; 2]; RATE / 100];
+        handle.read(&mut frames);
+        heard.extend(frames.map(|frame| f64::from(frame[0])));
     }
+    handle.stop();
+    ear.event("record-stop");
+    // When the first client goes the other one records.
+    handle.start(RATE as u32);
+    drop(ear);
+    other.event("record-start");
+    // Half a percent of 431.7 Hz in 5 ms is 0.07.
+    let clean = clean(&heard, 10_000.0, 0.08);
+    println!("opus {opus}: {clean:.2} s clean");
+    if clean > 2.5 { Ok(()) } else { Err(format!("opus {opus}: {clean:.2} s clean")) }
 }
 
 #[test]
@@ -344,9 +312,12 @@ fn a_click_arrives_at_once() {
 /// A client that reads nothing costs the others nothing.
 #[test]
 fn a_client_that_stalls_is_left_behind() {
-    if !have_client() {
-        return;
+    if have_client() {
+        take(stall);
     }
+}
+
+fn stall() -> Result<(), String> {
     let setup = setup(|builder| builder.sound(true).client_policy(ClientPolicy::Shared));
     let handle = setup.server.playback().unwrap();
     let ear = Ear::new(setup.address(), false, 1.0);
@@ -364,10 +335,10 @@ fn a_client_that_stalls_is_left_behind() {
     handle.stop();
     ear.event("stop");
     stalled.event("stop");
-    let heard = ear.finish();
-    assert!(clean(&heard, 10_000.0, 0.02) > 3.5);
+    let clean = clean(&ear.finish(), 10_000.0, 0.02);
     // What it missed it does not get afterwards, but for what was on the line.
     let heard = stalled.finish().len() as f64 / RATE as f64;
-    println!("the one that stalled for 3 s heard {heard:.2} s");
+    println!("the one that stalled for 3 s heard {heard:.2} s, the other {clean:.2} s clean");
     assert!(heard < 1.8, "{heard} s");
+    if clean > 3.5 { Ok(()) } else { Err(format!("{clean:.2} s clean")) }
 }

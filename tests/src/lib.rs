@@ -16,6 +16,8 @@ pub mod paths;
 pub mod picture;
 pub mod progress;
 pub mod testbed;
+#[path = "../../spice-server/tests/support/tone.rs"]
+pub mod tone;
 pub mod units;
 pub mod viewer;
 pub mod vm;

@@ -177,8 +177,8 @@ fn play(server: &SpiceServer, tone: f64) {
             *frame = [(8000.0 * (time * tone * std::f64::consts::TAU).sin()) as i16; 2];
         }
         speaker.play(&frames);
-        if tick % 100 == 99 && std::mem::take(&mut loudest) > 0 {
-            println!("the microphone hears something");
+        if tick % 100 == 99 && loudest > 0 {
+            println!("the microphone: {} of 32767", std::mem::take(&mut loudest));
         }
     }
 }

@@ -4,6 +4,7 @@
 mod debian;
 mod minimal;
 mod nixos;
+mod sound;
 
 use std::path::{Path, PathBuf};
 
@@ -38,6 +39,14 @@ impl Guest {
     /// If a package cannot be fetched.
     pub fn minimal() -> Result<Self> {
         minimal::guest()
+    }
+
+    /// The busybox system with a sound card's driver (`/sound/order`), `aplay` and `arecord` in `/sound`.
+    ///
+    /// # Errors
+    /// If a package cannot be fetched.
+    pub fn sound() -> Result<Self> {
+        sound::guest()
     }
 
     /// A Debian system with a desktop.

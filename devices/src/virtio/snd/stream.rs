@@ -119,7 +119,7 @@ impl Stream {
             }
             (Command::Stop, Running) => {
                 self.state = Stopped;
-                self.clock = Clock::Stopped(self.position(now));
+                self.clock = Clock::Stopped(self.position(now).min(self.queued));
                 Ok(Effect::Stop)
             }
             (Command::Release, Prepared | Stopped) => {
