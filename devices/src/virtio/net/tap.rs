@@ -11,6 +11,9 @@ use crate::virtio::registry::BuildError;
 
 const OPTION: &str = "net";
 
+/// The device `/dev/net/tun` (kernel: `Documentation/admin-guide/devices.txt`).
+const TUN: (u32, u32) = (10, 200);
+
 /// VIRTIO_NET_F_* bits that concern offloads, with the TUN_F_* flags they need.
 const GUEST_OFFLOADS: &[(u32, u32)] = &[
     (super::device::GUEST_CSUM, libc::TUN_F_CSUM),
@@ -119,8 +122,9 @@ impl Tap {
         }
         // What a macvtap delivers is addressed to the interface's own address, so that must be the
         // guest's; on a tap the guest is at the other end of the wire and needs another one.
-        let path = std::fs::read_link(format!("/proc/self/fd/{number}")).unwrap_or_default();
-        let macvtap = path.to_string_lossy().starts_with("/dev/tap");
+        // Taps all come from one device, whatever its node is called; macvtaps have one each.
+        let macvtap = rustix::fs::fstat(&fd)
+            .is_ok_and(|stat| stat.st_rdev != rustix::fs::makedev(TUN.0, TUN.1));
         let mac = macvtap.then(|| sys::hardware_address(fd.as_fd(), &info.name).ok()).flatten();
         let mac = mac.map(MacAddress);
         Self::adopt(fd, &info.name, info.flags, mac).map_err(|source| BuildError::Host {
