@@ -63,7 +63,8 @@ exec >/output/result 2>&1
 uname
 cat /etc/machine-id
 od -An -c $CREDENTIALS_DIRECTORY/test.secret
-findmnt -no FSTYPE /nix/.ro-store /nix/store
+findmnt -no FSTYPE /nix/.ro-store
+findmnt -no FSTYPE /nix/store
 echo it >/nix/store/written && cat /nix/store/written
 systemd-run --quiet iperf3 --server
 END",
@@ -101,7 +102,7 @@ END",
     let of_process = units
         .run(&format!(
             "grep -E '^(Uid|Gid|CapEff)' /proc/{pid}/status; \
-        tr '\\0' '\\n' </proc/{pid}/environ | grep ^PATH; ps -o args= -p {pid}"
+        tr '\\0' '\\n' </proc/{pid}/environ | grep ^PATH; tr '\\0' ' ' </proc/{pid}/cmdline"
         ))
         .unwrap();
     assert!(of_process.contains("CapEff:\t0000000000000000"), "{of_process}");
@@ -142,6 +143,63 @@ END",
     );
     assert!(clean, "the volume was not unmounted");
     // Nothing of the machine is left.
-    let left = units.run(&format!("ls {images}; ip -br link; pgrep -a drago || true")).unwrap();
+    let left = units.run(&format!("ls {images}; ip -br link; cat /proc/[0-9]*/comm")).unwrap();
     assert!(!left.contains("agent.sock") && !left.contains("drago"), "{left}");
+}
+
+/// Upstream's `startup-shutdown` and what of `machined` the test above leaves: the runner alone, in an
+/// empty environment, for a guest that switches itself off and one that reboots, from both forms of the
+/// kernel and both places of the store; then a machine that machined ends.
+#[test]
+#[ignore = "nested"]
+fn a_runner_returns_success_however_the_guest_ends() {
+    let (units, nixos) = start();
+    let shape = |store| Shape { store, writable: false, output: Some("/dev/vdb") };
+    for (name, end, kernel, store) in [
+        ("off", "poweroff", &nixos.bzimage, Store::FirstDisk),
+        ("again", "reboot", &nixos.vmlinux, Store::Label),
+    ] {
+        units
+            .run(&format!(
+                "printf 'exec >/output/result 2>&1\\nuname -m\\nsystemctl {end}\\n' >/run/script"
+            ))
+            .unwrap();
+        let configuration = json!({
+            "mem": 512,
+            "volumes": [volume("output.img", "output")],
+            "credentialFiles": { "test.script": "/run/script" },
+        });
+        units.install(name, &nixos, kernel, &shape(store), configuration).unwrap();
+        // No environment, no terminal, the rights of the unit's user and group alone.
+        units
+            .run(&format!(
+                "cd /var/lib/microvms/{name} && setpriv --reuid=microvm --regid=kvm --clear-groups \
+                 --no-new-privs env -i current/bin/microvm-run >run.log 2>&1 </dev/null || \
+                 {{ tail -n 40 run.log; exit 1; }}"
+            ))
+            .unwrap();
+        let (text, clean) = result(&units, &format!("/var/lib/microvms/{name}/output.img"));
+        assert_eq!(text, "x86_64", "{name}");
+        assert!(clean, "{name}: the volume was not unmounted");
+        // Stopping what is gone already, as ExecStop does.
+        units
+            .run(&format!("cd /var/lib/microvms/{name} && env -i current/bin/microvm-shutdown"))
+            .unwrap();
+    }
+
+    units.run("echo true >/run/script").unwrap();
+    let configuration = json!({
+        "mem": 512,
+        "registerWithMachined": true,
+        "vsock": { "cid": 4243 },
+        "credentialFiles": { "test.script": "/run/script" },
+    });
+    let shape = Shape { store: Store::Label, writable: false, output: None };
+    units.install("ended", &nixos, &nixos.vmlinux, &shape, configuration).unwrap();
+    units.run("systemctl start microvm@ended").unwrap();
+    let pid = state(&units, "ended", "MainPID");
+    units.run("machinectl terminate ended").unwrap();
+    units.run(&format!("while [ -d /proc/{pid} ]; do sleep 0.1; done")).unwrap();
+    // Restart=always has it started again.
+    units.run("systemctl stop microvm@ended").unwrap();
 }
