@@ -1,7 +1,7 @@
 //! Guests in the shape of NixOS, run by microvm.nix's units with our runners, under a real systemd with
 //! a real systemd in the guest: what the checks of microvm.nix ask for, see docs/testing.md.
 //!
-//! Run by `cargo xtask test --suite nested` (the core) and `--suite slow` (all); needs the test host, so
+//! Run by `cargo xtask test --suite nested`; needs the test host, so
 //! every test is `#[ignore]`d by default.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]

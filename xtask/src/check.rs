@@ -76,7 +76,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         fast()?;
     }
     if args.suite.includes(Suite::Nested) {
-        nested(&["minimal", "sound", "microvm", "cycles", "peers", "weston"])?;
+        nested(&["minimal", "sound", "microvm", "units", "cycles", "peers", "weston"])?;
     }
     if args.suite.includes(Suite::Fuzz) {
         fuzz()?;
