@@ -2,13 +2,16 @@
 
 use std::{
     io,
-    os::unix::{
-        fs::DirBuilderExt,
-        net::{UnixListener, UnixStream},
+    os::{
+        fd::OwnedFd,
+        unix::net::{UnixListener, UnixStream},
     },
-    path::{Path, PathBuf},
 };
 
+use rustix::{
+    io::Errno,
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
+};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon};
 use vm_memory::GuestMemoryAtomic;
@@ -62,54 +65,108 @@ pub struct Door {
     near: UnixStream,
 }
 
+/// How often somebody else may be faster than we are.
+const ATTEMPTS: usize = 16;
+
 impl Door {
-    /// Listens in a directory that nobody else may enter, which is gone when this returns. To be
-    /// called before the sandbox is entered.
+    /// Listens under a name that the kernel chooses and that is in no folder, so nothing is left of
+    /// it whenever this process dies. To be called before the sandbox is entered.
     pub fn open() -> Result<Self, ServeError> {
-        let (listener, near) = private_listener().map_err(ServeError::Setup)?;
-        Ok(Self { listener, near })
+        Self::open_despite(|_| Ok(())).map_err(ServeError::Setup)
     }
-}
 
-/// Removes the directories of processes that were killed while they had one.
-fn forget_the_dead(parent: &Path) {
-    for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let pid = name.to_str().and_then(|name| name.strip_prefix("drago-gpu-"));
-        let Some(pid) = pid.and_then(|pid| pid.parse::<u32>().ok()) else { continue };
-        if !Path::new(&format!("/proc/{pid}")).exists() {
-            // Whoever may not do this is somebody else.
-            let _ = std::fs::remove_file(entry.path().join("socket"));
-            let _ = std::fs::remove_dir(entry.path());
-        }
-    }
-}
-
-fn private_listener() -> io::Result<(UnixListener, UnixStream)> {
-    let candidates = [
-        std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from),
-        Some(std::env::temp_dir()),
-        Some(PathBuf::from("/dev/shm")),
-    ];
-    let mut last = io::Error::from(io::ErrorKind::NotFound);
-    for parent in candidates.into_iter().flatten() {
-        forget_the_dead(&parent);
-        let directory = parent.join(format!("drago-gpu-{}", std::process::id()));
-        match std::fs::DirBuilder::new().mode(0o700).create(&directory) {
-            Ok(()) => {}
-            Err(error) => {
-                last = io::Error::new(error.kind(), format!("{}: {error}", directory.display()));
-                continue;
+    /// `stranger` acts while everybody can find the name.
+    fn open_despite(
+        mut stranger: impl FnMut(&SocketAddrUnix) -> io::Result<()>,
+    ) -> io::Result<Self> {
+        let mut last = io::Error::from(io::ErrorKind::WouldBlock);
+        for _ in 0..ATTEMPTS {
+            let listener = stream()?;
+            rustix::net::bind(&listener, &SocketAddrUnix::new_unnamed())?;
+            // Room for one. If our connection finds it, no other one can be accepted.
+            rustix::net::listen(&listener, 0)?;
+            let name = SocketAddrUnix::try_from(rustix::net::getsockname(&listener)?)?;
+            stranger(&name)?;
+            let near = UnixStream::from(stream()?);
+            near.set_nonblocking(true)?;
+            match rustix::net::connect(&near, &name) {
+                Ok(()) => {
+                    near.set_nonblocking(false)?;
+                    return Ok(Self { listener: UnixListener::from(listener), near });
+                }
+                Err(Errno::AGAIN) => last = Errno::AGAIN.into(),
+                Err(error) => return Err(error.into()),
             }
         }
-        let path = directory.join("socket");
-        let result = UnixListener::bind(&path).and_then(|listener| {
-            let near = UnixStream::connect(&path)?;
-            Ok((listener, near))
-        });
-        let _ = std::fs::remove_file(&path);
-        let _ = std::fs::remove_dir(&directory);
-        return result;
+        Err(last)
     }
-    Err(last)
+}
+
+fn stream() -> io::Result<OwnedFd> {
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    );
+    Ok(socket?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    #[test]
+    fn who_comes_in_between_does_not_get_in() {
+        let mut strangers = Vec::new();
+        let door = Door::open_despite(|name| {
+            if strangers.len() < 3 {
+                let stranger = stream()?;
+                rustix::net::connect(&stranger, name)?;
+                strangers.push(UnixStream::from(stranger));
+            }
+            Ok(())
+        });
+        let Door { listener, mut near } = door.unwrap();
+        assert_eq!(strangers.len(), 3);
+        let (mut inside, _) = listener.accept().unwrap();
+        near.write_all(b"us").unwrap();
+        let mut bytes = [0; 2];
+        inside.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"us");
+        // What they connected to is gone.
+        for mut stranger in strangers {
+            assert_eq!(stranger.read(&mut bytes).unwrap_or(0), 0);
+        }
+    }
+
+    #[test]
+    fn nobody_is_let_in_after_us() {
+        let mut name = None;
+        let door = Door::open_despite(|found| {
+            name = Some(found.clone());
+            Ok(())
+        });
+        let Door { listener, near } = door.unwrap();
+        let late = UnixStream::from(stream().unwrap());
+        late.set_nonblocking(true).unwrap();
+        assert_eq!(rustix::net::connect(&late, &name.unwrap()), Err(Errno::AGAIN));
+        assert!(listener.local_addr().unwrap().as_pathname().is_none(), "in no folder");
+        drop(near);
+    }
+
+    #[test]
+    fn a_stranger_who_is_always_faster_ends_it() {
+        let mut strangers = Vec::new();
+        let door = Door::open_despite(|name| {
+            let stranger = stream()?;
+            rustix::net::connect(&stranger, name)?;
+            strangers.push(stranger);
+            Ok(())
+        });
+        assert_eq!(door.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(strangers.len(), ATTEMPTS);
+    }
 }

@@ -195,10 +195,6 @@ impl Place {
         }
         // Those of virtiofsd, which is ours to clear up after.
         left.retain(|name| !name.starts_with("fs"));
-        // A drago-gpu that is killed in its first millisecond leaves a folder; the next one removes it.
-        if let Some(one) = left.iter().position(|name| name.starts_with("drago-gpu-")) {
-            left.remove(one);
-        }
         left.sort();
         left
     }
