@@ -6,10 +6,16 @@ mod support;
 use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
 };
 
-use spice_server::Severity;
-use support::{PATIENCE, setup};
+use spice_server::{AgentPort, Severity};
+use support::{PATIENCE, eventually, guest_message, setup};
+
+const CLIPBOARD: u32 = 4;
 
 /// A channel with the 18-byte header and no capabilities at all.
 struct Plain(TcpStream);
@@ -53,13 +59,17 @@ impl Plain {
     }
 
     fn send(&mut self, kind: u16, body: &[u8]) {
-        let mut out = vec![0; 8];
-        out.extend_from_slice(&kind.to_le_bytes());
-        out.extend_from_slice(&(body.len() as u32).to_le_bytes());
-        out.extend_from_slice(&[0; 4]);
-        out.extend_from_slice(body);
-        self.0.write_all(&out).unwrap();
+        self.0.write_all(&packet(kind, body)).unwrap();
     }
+}
+
+fn packet(kind: u16, body: &[u8]) -> Vec<u8> {
+    let mut out = vec![0; 8];
+    out.extend_from_slice(&kind.to_le_bytes());
+    out.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    out.extend_from_slice(&[0; 4]);
+    out.extend_from_slice(body);
+    out
 }
 
 fn word(bytes: &[u8], at: usize) -> u32 {
@@ -143,4 +153,124 @@ fn nonsense_ends_the_session_and_nothing_else() {
     support::eventually("the session's end", || setup.server.status().clients.is_empty());
     let mut main = Plain::link(setup.address(), 0, 1);
     assert_eq!(main.message().0, 103);
+}
+
+/// A guest's port whose reader comes by when the test says so.
+#[derive(Default)]
+struct Gate {
+    open: AtomicBool,
+    received: AtomicUsize,
+    refused: AtomicUsize,
+    wanted: AtomicUsize,
+}
+
+impl AgentPort for Gate {
+    fn to_guest(&self, bytes: &[u8]) -> usize {
+        if !self.open.load(Ordering::Acquire) {
+            self.refused.fetch_add(1, Ordering::Release);
+            return 0;
+        }
+        self.received.fetch_add(bytes.len(), Ordering::Release);
+        bytes.len()
+    }
+
+    fn guest_data_wanted(&self) {
+        self.wanted.fetch_add(1, Ordering::Release);
+    }
+}
+
+/// What the agent's part of a main channel is told; PONGs, LEDs and such aside.
+fn agent_message(main: &mut Plain) -> (u16, Vec<u8>) {
+    loop {
+        let (kind, body) = main.message();
+        if matches!(kind, 109 | 110) {
+            return (kind, body);
+        }
+    }
+}
+
+/// Nothing else goes on that would wake the server by chance.
+#[test]
+fn a_client_gets_its_tokens_back_as_soon_as_the_guest_reads() {
+    let port = Arc::new(Gate::default());
+    let setup = setup(|builder| builder.agent(port.clone()));
+    setup.show_background((64, 64));
+    let agent = setup.server.agent();
+    agent.guest_opened(true);
+    let mut main = Plain::link(setup.address(), 0, 1);
+    let (kind, init) = main.message();
+    assert_eq!((kind, word(&init, 16)), (103, 1));
+    let all = word(&init, 20);
+    main.send(106, &u32::MAX.to_le_bytes());
+
+    let count = |bytes: &AtomicUsize| bytes.load(Ordering::Acquire);
+    for round in 0..20 {
+        port.open.store(false, Ordering::Release);
+        let before = (count(&port.refused), count(&port.received), read(&setup));
+        let message = guest_message(CLIPBOARD, &vec![round; 2000 * all as usize]);
+        let chunks: Vec<_> = message[8..].chunks(2048).collect();
+        assert_eq!(chunks.len(), all as usize);
+        let packets: Vec<u8> = chunks.iter().flat_map(|chunk| packet(107, chunk)).collect();
+        main.0.write_all(&packets).unwrap();
+        eventually("all is read", || read(&setup) - before.2 >= packets.len() as u64);
+        eventually("the port is full", || count(&port.refused) > before.0);
+        port.open.store(true, Ordering::Release);
+        agent.writable();
+        let mut tokens = 0;
+        while tokens < all {
+            let (kind, given) = agent_message(&mut main);
+            assert_eq!(kind, 110);
+            tokens += word(&given, 0);
+        }
+        let wire = message.len() - 8 + 8 * chunks.len();
+        assert_eq!(count(&port.received) - before.1, wire);
+    }
+}
+
+/// Bytes that the server has read from its one client.
+fn read(setup: &support::Setup) -> u64 {
+    setup.server.status().clients.first().map_or(0, |client| client.bytes_received)
+}
+
+/// With a client that takes everything.
+#[test]
+fn the_guest_is_asked_for_what_was_refused_as_soon_as_the_client_has_read() {
+    let port = Arc::new(Gate::default());
+    port.open.store(true, Ordering::Release);
+    let setup = setup(|builder| builder.agent(port.clone()));
+    setup.show_background((64, 64));
+    let agent = setup.server.agent();
+    agent.guest_opened(true);
+    let mut main = Plain::link(setup.address(), 0, 1);
+    assert_eq!(main.message().0, 103);
+    main.send(106, &u32::MAX.to_le_bytes());
+    // What the guest says before the client has begun is lost; this comes after the beginning.
+    main.send(107, &guest_message(6, &[0; 8])[8..]);
+    eventually("the client's capabilities", || port.received.load(Ordering::Acquire) > 0);
+
+    let mut message = Vec::new();
+    for chunk in guest_message(CLIPBOARD, &vec![9; 300_000])[8..].chunks(2048) {
+        message.extend_from_slice(&1u32.to_le_bytes());
+        message.extend_from_slice(&(chunk.len() as u32).to_le_bytes());
+        message.extend_from_slice(chunk);
+    }
+    let reader = std::thread::spawn(move || {
+        let mut bytes = 0;
+        while bytes < 300_020 {
+            if let (109, body) = agent_message(&mut main) {
+                bytes += body.len();
+            }
+        }
+        bytes
+    });
+    let mut rest = &message[..];
+    let mut seen = 0;
+    while !rest.is_empty() {
+        rest = &rest[agent.guest_data(rest)..];
+        if !rest.is_empty() {
+            eventually("room", || port.wanted.load(Ordering::Acquire) > seen);
+            seen = port.wanted.load(Ordering::Acquire);
+        }
+    }
+    assert_eq!(reader.join().unwrap(), 300_020);
 }

@@ -61,17 +61,28 @@ impl AgentHub {
         lock(&self.bridge).guest_opened(open);
     }
 
-    /// Gives the guest what it takes. Only the I/O thread calls this.
-    pub(crate) fn pump(&self) {
-        let Some(port) = &self.port else { return };
+    /// Gives the guest what it takes; whether that was anything, and so clients may have tokens to
+    /// get. Only the I/O thread calls this.
+    pub(crate) fn pump(&self) -> bool {
+        let mut any = false;
+        let Some(port) = &self.port else { return any };
         loop {
             let Some(mut item) = lock(&self.bridge).next_for_guest() else { break };
             let rest = item.bytes.get(item.written..).unwrap_or_default();
-            item.written += port.to_guest(rest).min(rest.len());
+            let taken = port.to_guest(rest).min(rest.len());
+            item.written += taken;
+            any |= taken > 0;
             if !lock(&self.bridge).wrote(item) {
                 break;
             }
         }
+        any
+    }
+
+    /// Asks the guest for what was refused, once the client has taken enough. Only the I/O thread
+    /// calls this.
+    pub(crate) fn resume_guest(&self) {
+        let Some(port) = &self.port else { return };
         if lock(&self.bridge).take_wanted() {
             port.guest_data_wanted();
         }

@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// Unsent bytes above which a channel waits before it says more.
-const SOFT_LIMIT: usize = 64 * 1024;
+pub(crate) const SOFT_LIMIT: usize = 64 * 1024;
 /// Pointer images a client is asked to remember.
 const CURSOR_CACHE: usize = 32;
 

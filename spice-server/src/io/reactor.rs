@@ -16,7 +16,7 @@ use std::{
 use rustix::event::{Timespec, epoll};
 
 use super::{
-    channels::{Channel, Context},
+    channels::{Channel, Context, SOFT_LIMIT},
     guard::{self, Guard, source},
     keys::{KeyEvent, KeyService},
     links::{FailureDelay, PendingLink},
@@ -602,6 +602,8 @@ impl Reactor {
 
     /// Lets every channel send what changed since it last did.
     fn serve_channels(&mut self) {
+        // First, because every chunk that the guest takes is a token for the client.
+        self.shared.agent.pump();
         let mut dirty = Vec::new();
         for (token, connection) in &mut self.connections {
             if let Stage::Channel(session, _, channel) = &mut connection.stage {
@@ -610,14 +612,23 @@ impl Reactor {
                     Context { shared: &self.shared, session: session.id, out: &mut connection.out };
                 channel.serve(&mut context);
                 if connection.out.len() != before {
-                    dirty.push(*token);
+                    dirty.push((*token, connection.out.len() >= SOFT_LIMIT));
                 }
             }
         }
-        for token in dirty {
+        let mut again = false;
+        for (token, held_back) in dirty {
             self.flush(token);
+            // While the socket is full, it is epoll that comes back.
+            let sent = |connection: &Connection| connection.out.is_empty();
+            again |= held_back && self.connections.get(&token).is_some_and(sent);
         }
-        self.shared.agent.pump();
+        self.shared.agent.resume_guest();
+        // Who went just now may have left something for the guest to hear.
+        again |= self.shared.agent.pump();
+        if again {
+            self.shared.io.wake();
+        }
     }
 
     fn update_status(&self) {
