@@ -1,0 +1,27 @@
+//! The whole way from commands in virtqueues to pictures in a sink, through real back end
+//! processes: `drago-gpu` with and without shared frames, QEMU's own `vhost-user-gpu`, and rust-vmm's.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`commands`] | what a driver writes into its queues, and its memory |
+//! | [`sink`] | a viewer |
+//! | [`rig`] | driver, device, back end and viewer together |
+//! | [`pictures`] | frames and cursors |
+//! | [`monitors`] | what the driver is told about them; options |
+//! | [`recovery`] | back ends that die, drivers that come and go or break rules |
+//! | [`peers`] | what only one foreign back end does |
+
+mod commands;
+mod monitors;
+mod peers;
+mod pictures;
+mod recovery;
+mod rig;
+mod sink;
+
+use std::time::Duration;
+
+use super::*;
+use crate::{GuestMemory, virtio::device::VirtioDevice};
+
+const PATIENCE: Duration = Duration::from_secs(20);
