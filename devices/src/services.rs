@@ -8,6 +8,8 @@ use std::{io, sync::Arc};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::virtio::shared_memory::SharedMemory;
+
 /// An MSI message as the guest programmed it (PCI Local Bus 3.0, §6.8.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MsiMessage {
@@ -41,4 +43,12 @@ pub trait VmServices: Send + Sync {
 
     /// Takes back [`register_ioevent`](Self::register_ioevent).
     fn unregister_ioevent(&self, address: u64, fd: &EventFd) -> io::Result<()>;
+
+    /// Lets the guest see the window at the guest physical `address`, and nowhere else, as memory
+    /// of its own; `None`: nowhere.
+    fn place_shared_memory(
+        &self,
+        window: &Arc<SharedMemory>,
+        address: Option<u64>,
+    ) -> io::Result<()>;
 }

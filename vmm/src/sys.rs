@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
-use devices::GuestMemory;
+use devices::{GuestMemory, virtio::shared_memory::SharedMemory};
 use kvm_bindings::{kvm_run, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::pipe::PipeFlags;
@@ -105,6 +105,27 @@ pub fn map_guest_memory(vm: &VmFd, memory: &GuestMemory) -> io::Result<()> {
         // after the VM is gone, stays so; guest memory is only ever accessed as volatile.
         unsafe { vm.set_user_memory_region(slot) }?;
     }
+    Ok(())
+}
+
+/// Tells KVM where the guest sees a window for memory of the host; `None`: nowhere. The window must be
+/// kept until then.
+pub fn set_window(
+    vm: &VmFd,
+    slot: u32,
+    window: &SharedMemory,
+    address: Option<u64>,
+) -> io::Result<()> {
+    let slot = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: address.unwrap_or_default(),
+        memory_size: if address.is_some() { window.size() } else { 0 },
+        userspace_addr: window.host_address(),
+    };
+    // SAFETY: the range stays mapped as long as `window` lives, which is as long as the slot by the
+    // contract above; nothing in this process refers to what is in it.
+    unsafe { vm.set_user_memory_region(slot) }?;
     Ok(())
 }
 

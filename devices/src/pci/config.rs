@@ -34,6 +34,17 @@ pub struct Ids {
     pub subsystem: u16,
 }
 
+/// What a 64-bit base address register leads to; the value is that of its lowest bits (PCI Local Bus
+/// 3.0 §6.2.5.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+pub enum BarKind {
+    /// Registers: reading may have effects.
+    Registers = 0b0100,
+    /// Memory: prefetchable.
+    Memory = 0b1100,
+}
+
 /// 256 bytes and which of their bits the guest may change.
 #[derive(Debug)]
 pub struct ConfigSpace {
@@ -66,12 +77,11 @@ impl ConfigSpace {
         space
     }
 
-    /// Makes base address registers `index` and `index + 1` one 64-bit, non-prefetchable memory
-    /// register of `size` bytes (a power of two, at least 16) that starts out at `address`.
-    pub fn set_bar64(&mut self, index: u16, size: u64, address: u64) {
-        const MEMORY_64_BIT: u64 = 0b100;
+    /// Makes base address registers `index` and `index + 1` one 64-bit register of `size` bytes (a
+    /// power of two, at least 16) that starts out at `address`.
+    pub fn set_bar64(&mut self, index: u16, size: u64, address: u64, kind: BarKind) {
         let offset = usize::from(BAR0 + 4 * index);
-        self.set(offset, &(address | MEMORY_64_BIT).to_le_bytes());
+        self.set(offset, &(address | kind as u64).to_le_bytes());
         self.allow(offset, &(!(size - 1) & !0xf).to_le_bytes());
     }
 
@@ -172,7 +182,7 @@ mod tests {
     #[test]
     fn a_bar_can_be_sized_and_moved() {
         let mut space = space();
-        space.set_bar64(0, 0x8000, 0xc000_0000);
+        space.set_bar64(0, 0x8000, 0xc000_0000, BarKind::Registers);
         assert_eq!(dword(&space, 0x10), 0xc000_0004);
         space.write(0x10, &[0xff; 4]);
         space.write(0x14, &[0xff; 4]);

@@ -142,14 +142,18 @@ impl PciRoot {
         memory: GuestMemory,
     ) -> Result<PciAddress, PciError> {
         let slot = self.slots.first_free().ok_or(PciError::NoFreeSlot)?;
-        let bar = self
-            .free
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .allocate(VirtioPci::BAR_SIZE)
-            .ok_or(PciError::NoAddressSpace { size: VirtioPci::BAR_SIZE })?;
+        let allocate = |size| {
+            let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+            free.allocate(size).ok_or(PciError::NoAddressSpace { size })
+        };
+        let bar = allocate(VirtioPci::BAR_SIZE)?;
+        let shared_memory = match device.shared_memory() {
+            Some((_, window)) => Some(allocate(window.size())?),
+            None => None,
+        };
         let place = BarPlace {
             address: bar,
+            shared_memory,
             windows: self.windows.clone(),
             mmio_bus: self.mmio_bus.clone(),
         };
@@ -190,7 +194,9 @@ impl PciRoot {
 pub struct BarPlace {
     /// The address before the guest chooses another.
     pub address: u64,
-    /// Where it may be moved to.
+    /// The same of its shared memory region, if it has one.
+    pub shared_memory: Option<u64>,
+    /// Where both may be moved to.
     pub windows: PciWindows,
     /// The address space it appears in.
     pub mmio_bus: Arc<Bus>,

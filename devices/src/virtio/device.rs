@@ -16,6 +16,7 @@ use std::{fmt, io, sync::Arc};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::shared_memory::SharedMemory;
 use crate::GuestMemory;
 
 /// Virtio device type (VIRTIO 1.3 §5).
@@ -145,6 +146,11 @@ pub trait VirtioDevice: Send {
 
     /// Features offered to the driver, without [`F_VERSION_1`].
     fn features(&self) -> u64;
+
+    /// The device's shared memory region and its id (§2.10), if it has one.
+    fn shared_memory(&self) -> Option<(u8, Arc<SharedMemory>)> {
+        None
+    }
 
     /// Reads device configuration space. Bytes past its end must be left as they are; the
     /// transport passes a zeroed buffer.

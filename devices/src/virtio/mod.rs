@@ -13,6 +13,7 @@
 //! | [`pci`] | the PCI transport |
 //! | [`rng`] | entropy |
 //! | [`registry`] | the one list of devices; a new device is a folder and a line there |
+//! | [`shared_memory`] | a window of the guest's address space for memory of the host |
 //! | [`snd`] | sound card |
 //! | [`vsock`] | sockets between host and guest, served by the host's kernel |
 //! | [`worker`] | a device's thread: an epoll loop that can be stopped and hands its state back |
@@ -29,6 +30,7 @@ pub mod pci;
 pub mod registry;
 mod ring;
 pub mod rng;
+pub mod shared_memory;
 pub mod snd;
 #[cfg(test)]
 mod testing;

@@ -16,7 +16,7 @@ use devices::{
     bus::{Bus, BusDevice},
     pci::{PciRoot, PciWindows},
     services::{MsiMessage, MsiVector, VmServices},
-    virtio::VirtioDevice,
+    virtio::{VirtioDevice, shared_memory::SharedMemory},
 };
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::{
@@ -93,6 +93,8 @@ impl MsiVector for FakeVector {
 pub struct FakeServices {
     pub vectors: Mutex<Vec<Arc<FakeVector>>>,
     pub ioevents: Mutex<BTreeMap<u64, EventFd>>,
+    /// Where the window for memory of the host is.
+    pub window: Mutex<Option<u64>>,
 }
 
 impl VmServices for FakeServices {
@@ -112,6 +114,11 @@ impl VmServices for FakeServices {
     fn unregister_ioevent(&self, address: u64, _: &EventFd) -> io::Result<()> {
         let previous = self.ioevents.lock().unwrap().remove(&address);
         assert!(previous.is_some(), "no ioeventfd at {address:#x}");
+        Ok(())
+    }
+
+    fn place_shared_memory(&self, _: &Arc<SharedMemory>, address: Option<u64>) -> io::Result<()> {
+        *self.window.lock().unwrap() = address;
         Ok(())
     }
 }

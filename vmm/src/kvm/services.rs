@@ -7,7 +7,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use devices::services::{MsiMessage, MsiVector, VmServices};
+use devices::{
+    services::{MsiMessage, MsiVector, VmServices},
+    virtio::shared_memory::SharedMemory,
+};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry,
@@ -63,7 +66,17 @@ impl Routes {
 struct Shared {
     vm: Arc<VmFd>,
     routes: Mutex<Routes>,
+    /// Windows by their slots; they stay as long as the guest may see them.
+    windows: Mutex<Vec<Window>>,
 }
+
+struct Window {
+    memory: Arc<SharedMemory>,
+    placed: bool,
+}
+
+/// The memory slots behind those of RAM.
+const FIRST_WINDOW: u32 = 32;
 
 impl Shared {
     fn routes(&self) -> MutexGuard<'_, Routes> {
@@ -92,7 +105,9 @@ impl std::fmt::Debug for KvmServices {
 impl KvmServices {
     /// Services of `vm`, whose interrupt controllers exist already.
     pub fn new(vm: Arc<VmFd>) -> Self {
-        Self { shared: Arc::new(Shared { vm, routes: Mutex::default() }) }
+        Self {
+            shared: Arc::new(Shared { vm, routes: Mutex::default(), windows: Mutex::default() }),
+        }
     }
 
     /// An eventfd that pulses the I/O APIC pin `gsi`.
@@ -128,6 +143,44 @@ impl VmServices for KvmServices {
     fn unregister_ioevent(&self, address: u64, fd: &EventFd) -> io::Result<()> {
         let address = IoEventAddress::Mmio(address);
         self.shared.vm.unregister_ioevent(fd, &address, NoDatamatch).map_err(io_error)
+    }
+
+    fn place_shared_memory(
+        &self,
+        memory: &Arc<SharedMemory>,
+        address: Option<u64>,
+    ) -> io::Result<()> {
+        let mut windows = self.shared.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = windows.iter().position(|window| Arc::ptr_eq(&window.memory, memory));
+        let index = known.unwrap_or_else(|| {
+            windows.push(Window { memory: memory.clone(), placed: false });
+            windows.len() - 1
+        });
+        let Some(window) = windows.get_mut(index) else { return Ok(()) };
+        let slot = FIRST_WINDOW + index as u32;
+        if std::mem::replace(&mut window.placed, false) {
+            crate::sys::set_window(&self.shared.vm, slot, memory, None)?;
+        }
+        if address.is_some() {
+            crate::sys::set_window(&self.shared.vm, slot, memory, address)?;
+            window.placed = true;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let windows = self.windows.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for (slot, window) in (FIRST_WINDOW..).zip(windows.drain(..)) {
+            if window.placed
+                && let Err(error) = crate::sys::set_window(&self.vm, slot, &window.memory, None)
+            {
+                tracing::error!(%error, "a window of the guest stays");
+                // It must not see what comes to be there.
+                std::mem::forget(window.memory);
+            }
+        }
     }
 }
 

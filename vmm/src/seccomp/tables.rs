@@ -65,6 +65,7 @@ pub(super) static VCPU: &[Row] = &[
         0x4040_ae79, // KVM_IOEVENTFD: doorbells move with their BAR
         0x4020_ae76, // KVM_IRQFD: MSI-X vectors come and go
         0x4008_ae6a, // KVM_SET_GSI_ROUTING: MSI-X messages
+        0x4020_ae46, // KVM_SET_USER_MEMORY_REGION: windows for the host's memory move with their BAR
     ], "KVM"),
     allow_if(libc::SYS_ioctl, 1, IOCTL_GROUP, &[0xaf00], "vhost: activation of kernel devices"),
     allow_if(libc::SYS_ioctl, 1, WORD, &[

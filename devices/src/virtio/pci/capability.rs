@@ -9,6 +9,8 @@ use crate::pci::{
 
 /// Index of the base address register (it takes two).
 pub const BAR: u8 = 0;
+/// Index of the one for shared memory (it takes two as well).
+pub const SHARED_MEMORY_BAR: u8 = 2;
 
 const PAGE: u64 = 0x1000;
 
@@ -56,6 +58,7 @@ const NOTIFY_CFG: u8 = 2;
 const ISR_CFG: u8 = 3;
 const DEVICE_CFG: u8 = 4;
 const PCI_CFG: u8 = 5;
+const SHARED_MEMORY_CFG: u8 = 8;
 
 /// Adds all capabilities; returns the offsets of the MSI-X and the configuration access one.
 pub(super) fn add_all(config: &mut ConfigSpace, msix: &Msix) -> (u16, u16) {
@@ -75,6 +78,18 @@ pub(super) fn add_all(config: &mut ConfigSpace, msix: &Msix) -> (u16, u16) {
     );
     let msix = config.add_capability(msix::CAPABILITY, &table, &writable);
     (msix.unwrap_or_default(), pci_cfg.unwrap_or_default())
+}
+
+/// Adds the capability that says where the shared memory region `id` is (§4.1.4.7).
+pub(super) fn add_shared_memory(config: &mut ConfigSpace, id: u8, size: u64) {
+    // `struct virtio_pci_cap64` without its first two bytes; the region is the whole register.
+    let mut bytes = vec![24, SHARED_MEMORY_CFG, SHARED_MEMORY_BAR, id, 0, 0];
+    bytes.extend([0; 4]);
+    bytes.extend((size as u32).to_le_bytes());
+    bytes.extend([0; 4]);
+    bytes.extend(((size >> 32) as u32).to_le_bytes());
+    // Fits behind the others (124 bytes).
+    config.add_capability(VENDOR, &bytes, &[]);
 }
 
 /// `struct virtio_pci_cap` without its first two bytes.

@@ -22,19 +22,20 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::{
-    capability::{BAR, Layout, PciCfgAccess},
+    capability::{BAR, Layout, PciCfgAccess, SHARED_MEMORY_BAR},
     common::{CommonConfig, Effect, QueueSetup},
     interrupt::Interrupts,
 };
 use super::device::{
     ActivateError, Activation, ActiveQueue, DeviceType, F_VERSION_1, VirtioDevice,
 };
+use super::shared_memory::SharedMemory;
 use crate::{
     GuestMemory,
     bus::{Bus, BusDevice},
     pci::{
         BarPlace, PciError, PciFunction, PciWindows,
-        config::{COMMAND_MEMORY, ConfigSpace, Ids},
+        config::{BarKind, COMMAND_MEMORY, ConfigSpace, Ids},
         msix::Msix,
     },
     services::VmServices,
@@ -73,6 +74,8 @@ struct State {
     /// Offset of the configuration access capability.
     pci_cfg: u16,
     mapped: Option<u64>,
+    /// The shared memory region, and where the guest sees it.
+    shared: Option<(Arc<SharedMemory>, Option<u64>)>,
     /// Addresses whose writes signal a queue's eventfd without leaving the kernel.
     ioevents: Vec<(u64, usize)>,
     common: CommonConfig,
@@ -123,8 +126,17 @@ impl VirtioPci {
             subsystem_vendor: VENDOR,
             subsystem: DEVICE_BASE + device_type.0,
         });
-        config.set_bar64(BAR.into(), Layout::SIZE, place.address);
+        config.set_bar64(BAR.into(), Layout::SIZE, place.address, BarKind::Registers);
         let (msix_capability, pci_cfg) = capability::add_all(&mut config, &msix);
+        let shared = match (device.shared_memory(), place.shared_memory) {
+            (Some((id, window)), Some(address)) => {
+                let size = window.size();
+                config.set_bar64(SHARED_MEMORY_BAR.into(), size, address, BarKind::Memory);
+                capability::add_shared_memory(&mut config, id, size);
+                Some((window, None))
+            }
+            _ => None,
+        };
         let common = CommonConfig::new(device.features() | F_VERSION_1, &sizes);
         Ok(Arc::new_cyclic(|this| Self {
             device_type,
@@ -141,6 +153,7 @@ impl VirtioPci {
                 msix_capability,
                 pci_cfg,
                 mapped: None,
+                shared,
                 ioevents: Vec::new(),
                 common,
                 active: false,
@@ -284,6 +297,25 @@ impl VirtioPci {
         state.device.activate(Activation { memory, features, queues, interrupt })
     }
 
+    /// Lets the guest see the shared memory region where its base address register says.
+    fn sync_shared_memory(&self, state: &mut State) {
+        let address = state.config.bar64(SHARED_MEMORY_BAR.into());
+        let decoding = state.config.command() & COMMAND_MEMORY != 0;
+        let Some((window, placed)) = &mut state.shared else { return };
+        let fits = decoding && self.windows.contains(address, window.size());
+        let wanted = fits.then_some(address);
+        if wanted == *placed {
+            return;
+        }
+        match self.services.place_shared_memory(window, wanted) {
+            Ok(()) => *placed = wanted,
+            Err(error) => {
+                *placed = None;
+                tracing::warn!(device = %self.device_type, %error, "the guest cannot see the shared memory");
+            }
+        }
+    }
+
     /// Makes the registers appear where the base address and command registers say.
     fn sync_mapping(&self, state: &mut State) {
         let address = state.config.bar64(BAR.into());
@@ -385,6 +417,7 @@ impl PciFunction for VirtioPci {
             };
             if touched(0x04, 2) || touched(0x10, 24) {
                 self.sync_mapping(&mut state);
+                self.sync_shared_memory(&mut state);
             }
             if touched(state.msix_capability + 2, 2) {
                 let mut control = [0; 2];
