@@ -1,9 +1,14 @@
 //! Building, starting and asking a server.
 
 use std::{
+    io,
     net::SocketAddr,
     path::PathBuf,
-    sync::{Arc, Mutex, atomic::Ordering},
+    sync::{
+        Arc, Mutex,
+        atomic::Ordering,
+        mpsc::{self, Receiver, RecvTimeoutError},
+    },
     thread::{self, JoinHandle},
     time::{Duration, SystemTime},
 };
@@ -27,6 +32,8 @@ use crate::{
 
 /// Most displays of a server.
 const MAX_DISPLAYS: u32 = 16;
+/// How long the server's threads may take to end.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What happens when a second client comes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -78,6 +85,8 @@ pub struct ServerBuilder {
     name: Option<String>,
     uuid: Option<[u8; 16]>,
     addresses: Vec<Address>,
+    /// What [`bind`](ServerBuilder::bind) has made of addresses.
+    listeners: Vec<Listener>,
     tls: Option<TlsConfig>,
     secure: SecureChannels,
     web: Option<WebPage>,
@@ -101,6 +110,7 @@ impl Default for ServerBuilder {
             name: None,
             uuid: None,
             addresses: Vec::new(),
+            listeners: Vec::new(),
             tls: None,
             secure: SecureChannels::NONE,
             web: None,
@@ -247,26 +257,39 @@ impl ServerBuilder {
         self
     }
 
-    /// Listens and starts the server's threads.
-    pub fn start(self) -> Result<SpiceServer, Error> {
-        if self.addresses.is_empty() {
-            return Err(Error::NoAddress);
-        }
-        let mut listeners = Vec::new();
-        let mut addresses = Vec::new();
-        for address in self.addresses {
-            let listener = match address {
-                Address::Tcp { address, tls_only } => {
-                    let failed = |source| Error::Listen { address, source };
-                    let listener = Listener::tcp(address, tls_only).map_err(failed)?;
-                    addresses.extend(listener.local_addr().map_err(failed)?);
-                    listener
-                }
+    /// Listens now on all addresses given so far, so that [`start`](Self::start) cannot fail for one
+    /// of them. Clients that come meanwhile wait.
+    pub fn bind(mut self) -> Result<Self, Error> {
+        for address in self.addresses.drain(..) {
+            self.listeners.push(match address {
+                Address::Tcp { address, tls_only } => Listener::tcp(address, tls_only)
+                    .map_err(|source| Error::Listen { address, source })?,
                 Address::Unix { path, mode } => Listener::unix(&path, mode)
                     .map_err(|source| Error::ListenUnix { path, source })?,
-            };
-            listeners.push(listener);
+            });
         }
+        Ok(self)
+    }
+
+    /// Listens and starts the server's threads.
+    pub fn start(self) -> Result<SpiceServer, Error> {
+        let mut this = self.bind()?;
+        let listeners = std::mem::take(&mut this.listeners);
+        if listeners.is_empty() {
+            return Err(Error::NoAddress);
+        }
+        let addresses = listeners.iter().filter_map(|listener| listener.local_addr().transpose());
+        let addresses: Vec<SocketAddr> = addresses
+            .collect::<io::Result<_>>()
+            .map_err(|source| Error::Start { what: "listening sockets", source })?;
+        this.serve(listeners, addresses)
+    }
+
+    fn serve(
+        self,
+        listeners: Vec<Listener>,
+        addresses: Vec<SocketAddr>,
+    ) -> Result<SpiceServer, Error> {
         if self.password.is_none() && !self.password_required {
             tracing::warn!(
                 "no SPICE password: everybody who reaches {addresses:?} sees and drives the display"
@@ -302,11 +325,15 @@ impl ServerBuilder {
         })
         .map_err(start("key thread"))?;
         let reactor = Reactor::new(shared.clone(), listeners, keys).map_err(start("event loop"))?;
+        let (ended, end) = mpsc::channel();
         let thread = thread::Builder::new()
             .name("spice-io".into())
-            .spawn(move || reactor.run())
+            .spawn(move || {
+                reactor.run();
+                drop::<mpsc::Sender<()>>(ended);
+            })
             .map_err(start("I/O thread"))?;
-        Ok(SpiceServer { addresses, shared, thread: Mutex::new(Some(thread)) })
+        Ok(SpiceServer { addresses, shared, thread: Mutex::new(Some((thread, end))) })
     }
 }
 
@@ -315,7 +342,8 @@ impl ServerBuilder {
 pub struct SpiceServer {
     addresses: Vec<SocketAddr>,
     shared: Arc<Shared>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    /// The I/O thread, and what is disconnected at its end.
+    thread: Mutex<Option<(JoinHandle<()>, Receiver<()>)>>,
 }
 
 impl SpiceServer {
@@ -397,13 +425,16 @@ impl SpiceServer {
     }
 
     /// Disconnects everybody and ends the server for good, as dropping it does. Must not be called from
-    /// one of its own callbacks.
+    /// one of its own callbacks; one that does not return is left behind after a few seconds.
     pub fn stop(&self) {
         self.shared.stop.store(true, Ordering::Release);
         self.shared.io.wake();
-        if let Some(thread) = lock(&self.thread).take() {
-            let _ = thread.join();
+        let Some((thread, end)) = lock(&self.thread).take() else { return };
+        if let Err(RecvTimeoutError::Timeout) = end.recv_timeout(STOP_TIMEOUT) {
+            tracing::error!("the SPICE server's threads do not end; they are left behind");
+            return;
         }
+        let _ = thread.join();
     }
 
     /// Who is connected.
@@ -521,4 +552,7 @@ pub struct ChannelStatus {
     pub bytes_received: u64,
     /// Bytes that wait for room in its socket.
     pub bytes_waiting: u64,
+    /// Messages received that were not looked at because there were too many: sound that came faster
+    /// than it can be recorded.
+    pub messages_dropped: u64,
 }

@@ -65,7 +65,10 @@ impl Decoder {
     }
 
     /// The frames of a packet; `None` if it is not one.
-    pub(crate) fn decode(&mut self, packet: &[u8]) -> Option<impl Iterator<Item = Frame> + '_> {
+    pub(crate) fn decode(
+        &mut self,
+        packet: &[u8],
+    ) -> Option<impl ExactSizeIterator<Item = Frame> + '_> {
         let count = self.inner.decode_s16(packet, MAX_PACKET_FRAMES, &mut self.samples).ok()?;
         let (frames, _) = self.samples.as_chunks::<2>();
         Some(frames.iter().copied().take(count))

@@ -173,6 +173,14 @@ impl Channel {
         Ok(())
     }
 
+    /// Messages of the client since the last call that were too many and not looked at.
+    pub(crate) fn take_dropped(&mut self) -> u64 {
+        match &mut self.body {
+            Body::Record(record) => record.take_dropped(),
+            _ => 0,
+        }
+    }
+
     /// Says what changed on the server since the last time, as long as the client keeps reading.
     pub(crate) fn serve(&mut self, context: &mut Context<'_>) {
         if context.out.len() > SOFT_LIMIT {

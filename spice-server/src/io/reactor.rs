@@ -22,7 +22,7 @@ use super::{
     links::{FailureDelay, PendingLink},
     listen::Listener,
     shared::{Command, Session, Shared, Traffic, lock},
-    stream::{Peer, Stream},
+    stream::{Peer, READ, Stream},
     sys::ask_for_short_turns,
     viewer::{ViewerHandle, is_hangup},
 };
@@ -43,7 +43,9 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 const MAX_UNSENT: usize = 512 * 1024;
 /// How long no connections are accepted after the system refused one.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
-const READ_SIZE: usize = 16 * 1024;
+/// Most bytes taken from a connection that has not authenticated; a TLS handshake, a request for a
+/// page and a link have less than half of that.
+const MAX_STRANGER: u64 = 64 * 1024;
 /// How often one connection is read before it is others' turn.
 const READS: usize = 8;
 
@@ -103,7 +105,7 @@ impl Connection {
     fn next_part(&mut self) -> bool {
         let Stage::Closing { page: Some(page), .. } = &mut self.stage else { return false };
         let rest = page.content.get(page.sent..).unwrap_or_default();
-        let part = rest.get(..READ_SIZE).unwrap_or(rest);
+        let part = rest.get(..READ).unwrap_or(rest);
         self.out.clear();
         self.out.extend_from_slice(part);
         self.sent = 0;
@@ -221,7 +223,6 @@ impl Reactor {
     fn accept(&mut self, token: u64) {
         let Some(listener) = self.listeners.get((token - TOKEN_LISTENERS) as usize) else { return };
         let tls_only = listener.tls_only;
-        count(&self.shared.totals.connections, 1);
         let (socket, peer) = match listener.accept() {
             Ok(accepted) => accepted,
             Err(error)
@@ -240,6 +241,7 @@ impl Reactor {
                 return;
             }
         };
+        count(&self.shared.totals.connections, 1);
         if !self.guard.connection(&peer, Instant::now()) {
             // Dropped without a word, which is the cheapest.
             tracing::debug!(%peer, "too many connections from there");
@@ -309,10 +311,17 @@ impl Reactor {
 
     /// Reads what there is, or a fair share of it.
     fn read(&mut self, token: u64) {
-        let mut buffer = [0; READ_SIZE];
+        let mut buffer = [0; READ];
         for _ in 0..READS {
             let Some(connection) = self.connections.get_mut(&token) else { return };
-            match connection.stream.read(&mut buffer) {
+            let result = connection.stream.read(&mut buffer);
+            if !matches!(connection.stage, Stage::Channel(..))
+                && connection.stream.bytes_taken() > MAX_STRANGER
+            {
+                let error = io::Error::other("too many bytes of a stranger");
+                return self.hang_up(token, &error);
+            }
+            match result {
                 Ok(0) if matches!(connection.stage, Stage::Closing { .. }) && !connection.ended => {
                     connection.ended = true;
                     connection.watch(&self.epoll, token);
@@ -362,7 +371,9 @@ impl Reactor {
                 session.count_received(traffic, bytes.len());
                 let mut context =
                     Context { shared: &self.shared, session: session.id, out: &mut connection.out };
-                if let Err(error) = channel.receive(bytes, &mut context) {
+                let result = channel.receive(bytes, &mut context);
+                count(&traffic.dropped, channel.take_dropped());
+                if let Err(error) = result {
                     let error = io::Error::new(io::ErrorKind::InvalidData, error);
                     return self.hang_up(token, &error);
                 }

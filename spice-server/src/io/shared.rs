@@ -145,6 +145,8 @@ pub(crate) struct Traffic {
     received: AtomicU64,
     /// Bytes that wait for the socket.
     pub(crate) waiting: AtomicU64,
+    /// Messages of the client that were too many and not looked at.
+    pub(crate) dropped: AtomicU64,
 }
 
 impl Traffic {
@@ -181,6 +183,7 @@ impl Session {
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             waiting: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
         });
         lock(&self.channels).push(traffic.clone());
         traffic
@@ -224,6 +227,7 @@ impl Session {
             bytes_sent: read(&traffic.sent),
             bytes_received: read(&traffic.received),
             bytes_waiting: read(&traffic.waiting),
+            messages_dropped: read(&traffic.dropped),
         };
         ClientStatus {
             session: self.id,

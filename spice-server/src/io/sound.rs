@@ -20,7 +20,7 @@ use crate::{
         framing::Framer,
         link::LinkRequest,
         playback, record,
-        sound::{Mode, Volume},
+        sound::{Mode, RATE, Volume},
     },
 };
 
@@ -28,6 +28,12 @@ use crate::{
 /// that stalled and catches up gets there; what is beyond it would stay in the client's queue for
 /// good.
 const MOST_AHEAD: Duration = Duration::from_millis(60);
+/// Recorded sound that is taken in a second, and most at once, in frames: a client's clock may be fast and
+/// a line may stall, but nobody records three seconds in two.
+const RECORD_RATE: f64 = RATE as f64 * 1.5;
+const RECORD_BURST: f64 = RATE as f64;
+/// What a message counts for at least: the shortest packet of Opus (2.5 ms).
+const RECORD_LEAST: usize = RATE as usize / 400;
 /// Time between two measurements of the line.
 const PING_INTERVAL: Duration = Duration::from_millis(50);
 /// An answer that is later than the fastest one by this much means that the line is not keeping up.
@@ -205,8 +211,37 @@ pub(super) struct RecordChannel {
     mode: Mode,
     /// Made when the client first says that it needs one.
     decoder: Option<Box<Decoder>>,
+    allowance: Allowance,
+    /// Messages that were too much.
+    dropped: u64,
     volume: Option<Volume>,
     mute: Option<bool>,
+}
+
+/// How much sound a client may send now. Decoding it is work on a thread that others need as well.
+#[derive(Debug)]
+struct Allowance {
+    /// Frames; below 0 after one message that was longer than what was left.
+    left: f64,
+    at: Instant,
+}
+
+impl Allowance {
+    fn new(now: Instant) -> Self {
+        Self { left: RECORD_BURST, at: now }
+    }
+
+    /// Whether another message may be looked at.
+    fn is_open(&mut self, now: Instant) -> bool {
+        let time = now.saturating_duration_since(self.at).as_secs_f64();
+        self.left = (self.left + time * RECORD_RATE).min(RECORD_BURST);
+        self.at = now;
+        self.left > 0.0
+    }
+
+    fn charge(&mut self, frames: usize) {
+        self.left -= frames.max(RECORD_LEAST) as f64;
+    }
 }
 
 impl RecordChannel {
@@ -220,9 +255,16 @@ impl RecordChannel {
             recording: false,
             mode: Mode::Raw,
             decoder: None,
+            allowance: Allowance::new(Instant::now()),
+            dropped: 0,
             volume: None,
             mute: None,
         }
+    }
+
+    /// Messages since the last call that were not looked at because there were too many.
+    pub(super) fn take_dropped(&mut self) -> u64 {
+        std::mem::take(&mut self.dropped)
     }
 
     pub(super) fn message(
@@ -236,9 +278,13 @@ impl RecordChannel {
             }
             // What was on its way when recording ended.
             record::ClientMessage::Data(_) if !self.recording => {}
+            record::ClientMessage::Data(_) if !self.allowance.is_open(Instant::now()) => {
+                self.dropped += 1;
+            }
             record::ClientMessage::Data(data) => match self.mode {
                 Mode::Raw => {
                     let (frames, _) = data.as_chunks::<4>();
+                    self.allowance.charge(frames.len());
                     let frames = frames.iter().map(|[a, b, c, d]| {
                         [i16::from_le_bytes([*a, *b]), i16::from_le_bytes([*c, *d])]
                     });
@@ -250,6 +296,7 @@ impl RecordChannel {
                     }
                     let Some(decoder) = &mut self.decoder else { return Ok(()) };
                     let frames = decoder.decode(data).ok_or(DecodeError::Value("Opus packet"))?;
+                    self.allowance.charge(frames.len());
                     self.shared.write(self.session, frames);
                 }
             },
@@ -287,6 +334,37 @@ impl RecordChannel {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_more_sound_is_decoded_than_anybody_records() {
+        let start = Instant::now();
+        let mut allowance = Allowance::new(start);
+        // Packets of `length` frames as fast as they come, for ten seconds.
+        for length in [0, 120, 480, 5760] {
+            let mut taken = 0;
+            for tick in 0..10_000 {
+                let now = start + Duration::from_millis(tick);
+                for _ in 0..200 {
+                    if allowance.is_open(now) {
+                        allowance.charge(length);
+                        taken += length.max(RECORD_LEAST);
+                    }
+                }
+            }
+            let most = RECORD_RATE * 10.0 + RECORD_BURST + 5760.0;
+            assert!((taken as f64) < most, "{length}: {taken}");
+            allowance = Allowance::new(start);
+        }
+        // A fast clock, and a line that stalls for half a second each time.
+        for second in 0..10 {
+            let now = start + Duration::from_secs(second);
+            for packet in 0..101 {
+                let late = if packet < 50 { 500 } else { packet * 10 };
+                assert!(allowance.is_open(now + Duration::from_millis(late)));
+                allowance.charge(480);
+            }
+        }
+    }
 
     #[test]
     fn a_line_that_falls_behind_is_noticed_and_a_slower_one_is_believed() {

@@ -9,6 +9,9 @@
 //! What is written is encrypted or framed only when everything before it is with the kernel: a layer
 //! holds one part of at most [`PART`] bytes, and what waits for the line waits unencrypted, where it
 //! can still be replaced by something newer.
+//!
+//! Layers know bytes that are none of SPICE's: empty records, empty frames. One [`Stream::read`] takes
+//! at most [`READ`] bytes from the socket for them, so that nobody keeps a thread with nothing.
 
 use std::{
     fmt,
@@ -32,6 +35,8 @@ use crate::proto::framing::{HeaderKind, MessageEnds};
 
 /// Most bytes that are encrypted or framed at once.
 const PART: usize = 32 * 1024;
+/// Most bytes taken from a socket at once.
+pub(crate) const READ: usize = 16 * 1024;
 /// Largest WebSocket message of a client; SPICE messages may be cut anywhere.
 const MAX_MESSAGE: usize = 64 * 1024;
 /// First byte of a TLS connection: a handshake record (RFC 8446, 5.1).
@@ -120,6 +125,10 @@ enum Layer {
 struct Transport {
     socket: Socket,
     layer: Layer,
+    /// Bytes that may be taken from the socket before it is others' turn.
+    budget: usize,
+    /// Bytes taken from the socket so far.
+    taken: u64,
 }
 
 impl Transport {
@@ -139,6 +148,26 @@ impl Transport {
             _ => Layer::Plain,
         };
         Ok(true)
+    }
+}
+
+/// A socket that is read within a budget.
+struct Metered<'a> {
+    socket: &'a mut Socket,
+    budget: &'a mut usize,
+    taken: &'a mut u64,
+}
+
+impl Read for Metered<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if *self.budget == 0 {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let most = buffer.len().min(*self.budget);
+        let count = self.socket.read(buffer.get_mut(..most).unwrap_or_default())?;
+        *self.budget -= count;
+        *self.taken += count as u64;
+        Ok(count)
     }
 }
 
@@ -165,20 +194,22 @@ impl Read for Transport {
         if !self.decide()? {
             return Ok(0);
         }
-        let Layer::Tls(tls) = &mut self.layer else { return self.socket.read(buffer) };
+        let mut socket =
+            Metered { socket: &mut self.socket, budget: &mut self.budget, taken: &mut self.taken };
+        let Layer::Tls(tls) = &mut self.layer else { return socket.read(buffer) };
         loop {
             match tls.reader().read(buffer) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 result => return result,
             }
-            if tls.read_tls(&mut self.socket)? == 0 {
+            if tls.read_tls(&mut socket)? == 0 {
                 // An end without close_notify: SPICE messages have lengths, nothing can be cut
                 // unnoticed.
                 return Ok(0);
             }
             let processed = tls.process_new_packets();
             // Handshakes, and alerts that tell the client what is wrong.
-            let sent = later(send_records(tls, &mut self.socket));
+            let sent = later(send_records(tls, socket.socket));
             processed.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
             sent?;
         }
@@ -247,7 +278,7 @@ impl Stream {
     /// `tls`: what to offer to a client that begins with TLS.
     pub(crate) fn new(socket: Socket, tls: Option<Arc<rustls::ServerConfig>>) -> Self {
         Self {
-            transport: Transport { socket, layer: Layer::Undecided(tls) },
+            transport: Transport { socket, layer: Layer::Undecided(tls), budget: 0, taken: 0 },
             frames: None,
             ends: None,
         }
@@ -264,8 +295,10 @@ impl Stream {
         Ok(())
     }
 
-    /// Reads what the client sent; 0 at its end. `Interrupted` if something other than that came.
+    /// Reads what the client sent; 0 at its end. `Interrupted` if something other than that came, or so
+    /// much that it is others' turn: there may be more.
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.transport.budget = READ;
         let Some(frames) = &mut self.frames else { return self.transport.read(buffer) };
         if frames.rest.is_empty() {
             match frames.context.read(&mut self.transport) {
@@ -315,6 +348,11 @@ impl Stream {
             None => self.transport.flush(),
             Some(frames) => frames.context.flush(&mut self.transport).or_else(ended),
         }
+    }
+
+    /// Bytes taken from the socket so far, whatever they meant.
+    pub(crate) fn bytes_taken(&self) -> u64 {
+        self.transport.taken
     }
 
     pub(crate) fn is_websocket(&self) -> bool {
@@ -424,5 +462,90 @@ pub(crate) fn fuzz_frames<'a>(received: Vec<u8>, parts: &mut impl Iterator<Item 
             },
             Err(_) => return,
         }
+    }
+}
+
+#[cfg(test)]
+#[path = "../../examples/soak-peer/tls.rs"]
+#[allow(missing_docs, unreachable_pub, reason = "a part of an example")]
+mod client;
+
+#[cfg(test)]
+mod tests {
+    use std::{path::Path, process::Command, sync::mpsc, thread};
+
+    use super::*;
+
+    fn pair() -> (Socket, UnixStream) {
+        let (server, client) = UnixStream::pair().unwrap();
+        server.set_nonblocking(true).unwrap();
+        (Socket::Unix(server), client)
+    }
+
+    /// Reads as long as it only says that it was others' turn, and how often that was.
+    fn turns(stream: &mut Stream) -> (usize, io::ErrorKind) {
+        let mut turns = 0;
+        loop {
+            let before = stream.bytes_taken();
+            let error = stream.read(&mut [0; 64]).expect_err("nothing to read");
+            assert!(stream.bytes_taken() - before <= READ as u64);
+            if error.kind() != io::ErrorKind::Interrupted {
+                return (turns, error.kind());
+            }
+            turns += 1;
+        }
+    }
+
+    #[test]
+    fn empty_frames_are_read_in_turns() {
+        let (socket, mut client) = pair();
+        let mut stream = Stream::new(socket, None);
+        stream.upgrade(b"answer", vec![0x02, 0x80, 0, 0, 0, 0]).unwrap();
+        client.write_all(&[0x00, 0x80, 0, 0, 0, 0].repeat(10_000)).unwrap();
+        assert_eq!(turns(&mut stream), (60_000 / READ, io::ErrorKind::WouldBlock));
+        // Its end, with something in it.
+        client.write_all(&[0x80, 0x81, 0, 0, 0, 0, b'x']).unwrap();
+        assert_eq!(stream.read(&mut [0; 64]).unwrap(), 1);
+    }
+
+    #[test]
+    fn empty_records_end_the_connection() {
+        let folder = tempfile::tempdir().unwrap();
+        let (key, certificate) = (folder.path().join("key"), folder.path().join("certificate"));
+        let made = Command::new("openssl")
+            .args(["req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt"])
+            .args(["ec_paramgen_curve:prime256v1", "-subj", "/CN=localhost", "-keyout"])
+            .args([&*key, Path::new("-out"), &*certificate])
+            .output();
+        if !made.is_ok_and(|made| made.status.success()) {
+            eprintln!("SKIPPED: openssl is not installed");
+            return;
+        }
+        let config = crate::TlsConfig::from_files(&certificate, &key).unwrap();
+        let (socket, peer) = pair();
+        let mut stream = Stream::new(socket, Some(config.0));
+        let (done, finished) = mpsc::channel();
+        let peer = thread::spawn(move || {
+            let mut tls = client::connect(peer).unwrap();
+            tls.write_all(b"x").unwrap();
+            let mut records = client::EmptyRecords::after(tls).unwrap();
+            let sent: usize = (0..3).map(|_| records.send().unwrap()).sum();
+            done.send(sent).unwrap();
+            records
+        });
+        // The handshake, up to what comes after it.
+        let mut buffer = [0; 64];
+        while !matches!(stream.read(&mut buffer), Ok(count) if count > 0) {
+            rustix::event::poll(
+                &mut [rustix::event::PollFd::new(&stream, rustix::event::PollFlags::IN)],
+                None,
+            )
+            .unwrap();
+        }
+        let sent = finished.recv().unwrap();
+        assert!(sent > 2 * READ);
+        // The library bears 32 of them.
+        assert_eq!(turns(&mut stream), (0, io::ErrorKind::InvalidData));
+        drop(peer.join());
     }
 }

@@ -46,6 +46,8 @@ const FIRST_PICTURE: Duration = Duration::from_secs(1);
 const KEEP_BUFFERS: Duration = Duration::from_secs(2);
 /// Encoded bytes worth a write of their own.
 const WRITE_SIZE: usize = 64 * 1024;
+/// How often the client is read before it is the picture's turn.
+const READS: usize = 8;
 /// While a picture is unfinished, the time between newer ones is at least so many times what looking
 /// at one costs.
 const UNFINISHED_PAUSE: u32 = 4;
@@ -120,6 +122,8 @@ fn run(new: NewViewer, handle: ViewerHandle) {
         deframer: Deframer::new(new.header),
         session: new.session,
         traffic: new.traffic,
+        // Layers may hold something that poll does not know of.
+        read_again: new.stream.is_layered(),
         stream: new.stream,
         sent: 0,
         accounted: encoder.out.len(),
@@ -180,6 +184,8 @@ struct Viewer {
     session: Arc<Session>,
     traffic: Arc<Traffic>,
     stream: Stream,
+    /// The connection's layers may hold more than was read.
+    read_again: bool,
     encoder: Encoder,
     /// Bytes of the encoder's messages that are with the kernel, and that `flow` knows of.
     sent: usize,
@@ -198,12 +204,11 @@ struct Viewer {
 impl Viewer {
     fn serve(&mut self) -> io::Result<()> {
         self.read_messages()?;
-        if self.stream.is_layered() {
-            // Layers may hold something that poll does not know of.
-            self.read()?;
-        }
         self.ping(true, Instant::now());
         while !self.handle.closed.load(Ordering::Acquire) {
+            if self.read_again {
+                self.read()?;
+            }
             if self.encoder.out.len() - self.sent >= WRITE_SIZE && !self.write()? {
                 self.flow.blocked();
                 self.wait(true, None)?;
@@ -382,6 +387,7 @@ impl Viewer {
         if blocked {
             interest |= PollFlags::OUT;
         }
+        let pause = if self.read_again { Some(Duration::ZERO) } else { pause };
         let timeout = pause.map(|pause| Timespec {
             tv_sec: pause.as_secs() as i64,
             tv_nsec: pause.subsec_nanos().into(),
@@ -392,7 +398,7 @@ impl Viewer {
                 PollFd::from_borrowed_fd(self.handle.wake.as_fd(), PollFlags::IN),
             ];
             match poll(&mut fds, timeout.as_ref()) {
-                Ok(0) => return Ok(false),
+                Ok(0) => return Ok(self.read_again),
                 Ok(_) => {}
                 Err(rustix::io::Errno::INTR) => return Ok(true),
                 Err(error) => return Err(error.into()),
@@ -409,9 +415,11 @@ impl Viewer {
         Ok(true)
     }
 
+    /// Reads what there is, or a fair share of it.
     fn read(&mut self) -> io::Result<()> {
         let mut buffer = [0; 4096];
-        loop {
+        self.read_again = false;
+        for _ in 0..READS {
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => {
@@ -427,6 +435,8 @@ impl Viewer {
                 return Ok(());
             }
         }
+        self.read_again = true;
+        Ok(())
     }
 
     fn read_messages(&mut self) -> io::Result<()> {

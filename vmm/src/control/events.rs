@@ -1,4 +1,4 @@
-//! EventHub for `ctl events`: what happens is offered to whoever listens, and nobody waits for them.
+//! Events for `ctl events`: what happens is offered to whoever listens, and nobody waits for them.
 
 use std::{
     sync::{
@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-/// EventHub a listener may lag behind before it misses some.
+/// Events a listener may lag behind before it misses some.
 const QUEUE: usize = 256;
 
 /// Where events are published.

@@ -14,8 +14,8 @@ use std::{
 };
 
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
-    net::{RecvFlags, recv},
 };
 
 use super::{
@@ -32,7 +32,7 @@ const MAX_CONNECTIONS: usize = 16;
 const POWER_BUTTON_INTERVAL: Duration = Duration::from_secs(3);
 
 /// How often it is looked whether a listener has left while nothing happens.
-const EVENT_PAUSE: Duration = Duration::from_secs(2);
+const EVENT_PAUSE: Duration = Duration::from_secs(1);
 
 /// A listening control socket. Dropping it removes the socket file.
 #[derive(Debug)]
@@ -179,17 +179,24 @@ fn stream_events(mut stream: &UnixStream, events: &Subscription) -> io::Result<(
             Next::Event(event) => event,
             Next::Lost(count) => serde_json::json!({ "event": "lost", "count": count }),
             Next::End => return Ok(()),
-            Next::Quiet => {
-                // A client that has left is not noticed by writing to it while nothing happens.
-                let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-                match recv(stream, &mut [0u8; 1], flags) {
-                    Ok((0, _)) => return Ok(()),
-                    _ => continue,
-                }
-            }
+            // A client that has left is not noticed by writing to it while nothing happens.
+            Next::Quiet if has_left(stream)? => return Ok(()),
+            Next::Quiet => continue,
         };
         write_line(&mut stream, &event)?;
     }
+}
+
+/// Whether a client has closed its socket, whatever it said before. One that has only said all it will say
+/// may still listen.
+fn has_left(stream: &UnixStream) -> io::Result<bool> {
+    let mut client = [PollFd::new(stream, PollFlags::empty())];
+    match poll(&mut client, Some(&Timespec::default())) {
+        Err(Errno::INTR) => return Ok(false),
+        result => result?,
+    };
+    let [client] = client.map(|client| client.revents());
+    Ok(client.intersects(PollFlags::HUP | PollFlags::ERR))
 }
 
 fn answer(request: &Request, target: &dyn ControlTarget) -> (Response, Vec<u8>) {
@@ -394,6 +401,30 @@ pub(super) mod tests {
         let answers = lines(&path, &vec![b'x'; MAX_LINE + 1], 3);
         assert_eq!(answers.len(), 2, "the connection is closed after the error");
         assert!(answers[1].contains("at most"));
+    }
+
+    #[test]
+    fn listeners_who_have_left_are_noticed_while_nothing_happens() {
+        let hub = Arc::new(EventHub::default());
+        let (server, mut client) = UnixStream::pair().unwrap();
+        let (done, ended) = mpsc::channel();
+        let listener = hub.subscribe();
+        let serving = thread::spawn(move || {
+            let result = stream_events(&server, &listener);
+            done.send(()).unwrap();
+            result
+        });
+        // It has said more than anybody reads, and that this was all, which is not leaving.
+        client.write_all(b"{\"command\":\"status\"}\n").unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        ended.recv_timeout(EVENT_PAUSE * 2).unwrap_err();
+        hub.publish("test", serde_json::json!({}));
+        let mut line = String::new();
+        BufReader::new(&client).read_line(&mut line).unwrap();
+        assert!(line.contains("test"), "{line}");
+        drop(client);
+        ended.recv_timeout(Duration::from_secs(60)).unwrap();
+        serving.join().unwrap().unwrap();
     }
 
     #[test]

@@ -36,6 +36,7 @@ fn channel(channel: &ChannelStatus) -> Value {
         "bytes_sent": channel.bytes_sent,
         "bytes_received": channel.bytes_received,
         "bytes_waiting": channel.bytes_waiting,
+        "messages_dropped": channel.messages_dropped,
     })
 }
 

@@ -14,6 +14,7 @@ use crate::{
     ClientPolicy, Refusal, ServerEvent,
     io::{
         channels::{Channel, Context},
+        guard::source,
         password::Ticket,
         shared::{Session, lock},
         viewer::NewViewer,
@@ -40,6 +41,11 @@ impl Reactor {
                 Some(LinkEvent::Request(request)) => self.link_request(token, request),
                 Some(LinkEvent::Ticket(ticket)) => {
                     let key = pending.key.take();
+                    let request = pending.request.clone();
+                    // Locked out, perhaps, since the link began.
+                    if request.is_some_and(|request| self.locked_out(token, &request).is_some()) {
+                        return self.refuse_guess(token);
+                    }
                     let wanted = self.wanted_ticket(token);
                     match (wanted, key) {
                         (Ticket::None, _) => return self.link_done(token),
@@ -114,7 +120,11 @@ impl Reactor {
     /// Whether nobody from there may begin a session now. Clients that are in are not concerned.
     fn locked_out(&mut self, token: u64, request: &LinkRequest) -> Option<LinkCode> {
         let peer = self.connections.get(&token)?.peer;
-        if self.sessions.iter().any(|entry| entry.session.id == request.connection_id) {
+        let joined = |entry: &SessionEntry| {
+            let session = &entry.session;
+            session.id == request.connection_id && source(&session.peer) == source(&peer)
+        };
+        if self.sessions.iter().any(joined) {
             return None;
         }
         self.guard.locked(&peer, Instant::now()).map(|_| LinkCode::PermissionDenied)
@@ -178,11 +188,31 @@ impl Reactor {
         pending.key = Some(key);
     }
 
+    /// A ticket of somebody who is locked out: whether it is right is not said, and does not count.
+    fn refuse_guess(&mut self, token: u64) {
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        let Stage::Link(pending) = &mut connection.stage else { return };
+        let peer = connection.peer;
+        pending.link.finish(LinkCode::PermissionDenied, &mut connection.out);
+        if self.guard.may_log() {
+            tracing::info!(%peer, "a ticket of a locked out address was not looked at");
+        }
+        self.shared.emit(ServerEvent::Refused { peer, reason: Refusal::LockedOut });
+        self.close_after_flush(token);
+    }
+
     pub(super) fn ticket_verified(&mut self, token: u64, ok: bool) {
         let now = Instant::now();
         let Some(connection) = self.connections.get_mut(&token) else { return };
         let Stage::Link(pending) = &mut connection.stage else { return };
         let peer = connection.peer;
+        // Several tickets of one address may have been under way together.
+        let request = pending.request.clone();
+        if request.is_some_and(|request| self.locked_out(token, &request).is_some()) {
+            return self.refuse_guess(token);
+        }
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        let Stage::Link(pending) = &mut connection.stage else { return };
         if ok {
             self.failures.success();
             self.guard.success(&peer, now);
