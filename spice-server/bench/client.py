@@ -18,7 +18,8 @@ def on(obj, signal, handler):
 class Client:
     """A connected client; counts pixels drawn and bytes read."""
 
-    def __init__(self, address, password=None):
+    def __init__(self, address, password=None, authority=None):
+        """`authority`: file with its certificate, for TLS."""
         host, port = address
         self.loop = GLib.MainLoop()
         self.channels = {}
@@ -34,6 +35,10 @@ class Client:
         self.session = S.Session()
         for name, value in (("host", host), ("port", str(port)), ("enable-audio", False)):
             self.session.set_property(name, value)
+        if authority:
+            self.session.set_property("port", None)
+            self.session.set_property("tls-port", str(port))
+            self.session.set_property("ca-file", authority)
         if password:
             self.session.set_property("password", password)
         on(self.session, "channel-new", self.new_channel)
@@ -101,10 +106,9 @@ class Client:
 class Process:
     """A helper program that says where it listens."""
 
-    def __init__(self, *command):
+    def __init__(self, *command, log=subprocess.DEVNULL):
         self.pid = None
-        self.child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                      text=True)
+        self.child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         self.pid = self.child.pid
         line = self.child.stdout.readline()
         if "listening" not in line:

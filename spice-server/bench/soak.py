@@ -3,36 +3,48 @@
 
     soak.py --bin-dir target/release/examples [--minutes 60] [--rate 50]
 
-The server may neither grow, nor leak descriptors or threads, nor lose a frame for the honest viewer. Prints
-JSON, and fails (status 1) where one of these happened. Hostile peers come from many addresses of the
-loopback network, because an address with wrong passwords is locked out.
+Clients and hostile peers come plain, with TLS, with WebSockets and with both. The server may not grow, lose a
+frame for the honest viewer (both judged in runs of ten minutes and more), fail an honest client, panic, or
+have one descriptor or thread more at the end, when all have gone, than in the beginning. Prints JSON, and
+fails (status 1) where one of these happened. Hostile peers come from many addresses of the loopback network,
+because an address with wrong passwords is locked out.
 """
 import argparse
 import json
 import os
 import random
+import shutil
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 
-from client import Client, Process, GLib, percentile
+from client import Client, Process, percentile
 
 FPS = 10
+# From here on a run is long enough for judging memory and pictures.
+LONG_MINUTES = 10
+# How long the server may take to forget those who have gone: what a stalled link has, and some more.
+QUIET_SECONDS = 60
 LINK_HEADER = b"REDQ" + (2).to_bytes(4, "little") + (2).to_bytes(4, "little")
 # Connection 0, main channel, no capabilities.
 LINK = LINK_HEADER + (18).to_bytes(4, "little") + bytes(4) + b"\1\0" + bytes(8) + b"\x12\0\0\0"
 
 
-def attempt(address, bodies):
+def address_of_its_own():
+    return f"127.{random.randrange(1, 255)}.{random.randrange(255)}.7"
+
+
+def attempt(server, bodies):
     """A connection from a random address that sends these bytes and reads what comes."""
     with socket.socket() as peer:
         peer.settimeout(20)
-        peer.bind((f"127.{random.randrange(1, 255)}.{random.randrange(255)}.7", 0))
+        peer.bind((address_of_its_own(), 0))
         try:
-            peer.connect(address)
+            peer.connect(server.address)
             for body in bodies:
                 if isinstance(body, float):
                     time.sleep(body)
@@ -43,27 +55,57 @@ def attempt(address, bodies):
             pass  # cut off, as it should be
 
 
-def wrong_password(address):
-    attempt(address, [LINK, (1).to_bytes(4, "little") + os.urandom(128), b"x"])
+def wrong_password(server):
+    attempt(server, [LINK, (1).to_bytes(4, "little") + os.urandom(128), b"x"])
 
 
-def garbage(address):
-    attempt(address, [os.urandom(random.randrange(1, 65536))])
+def garbage(server):
+    attempt(server, [os.urandom(random.randrange(1, 65536))])
 
 
-def stall(address):
-    attempt(address, [LINK[:random.randrange(len(LINK))], 12.0, b"x"])
+def stall(server):
+    attempt(server, [LINK[:random.randrange(len(LINK))], 12.0, b"x"])
 
 
-def oversize(address):
-    attempt(address, [LINK_HEADER + b"\xff\xff\xff\x7f" + bytes(1 << 20)])
+def oversize(server):
+    attempt(server, [LINK_HEADER + b"\xff\xff\xff\x7f" + bytes(1 << 20)])
 
 
-def tls_and_web(address):
-    attempt(address, [random.choice([b"\x16\x03\x01\x00\xff", b"GET / HTTP/1.1\r\n"]), 3.0, b"x"])
+def half_tls_and_web(server):
+    attempt(server, [random.choice([b"\x16\x03\x01\x00\xff", b"GET / HTTP/1.1\r\n"]), 3.0, b"x"])
 
 
-HOSTILE = [wrong_password, garbage, stall, oversize, tls_and_web]
+def peer(server, mode, seconds, password=""):
+    """The example `soak-peer`; what it says."""
+    host, port = server.address
+    done = subprocess.run([server.peer, mode, f"{host}:{port}", address_of_its_own(), str(seconds), password],
+                          stdout=subprocess.PIPE, text=True, timeout=120)
+    return done.stdout.strip()
+
+
+def empty_frames(server):
+    peer(server, "web-empty", 30)
+
+
+def empty_records(server):
+    peer(server, "tls-empty", 30)
+
+
+def empty_frames_in_tls(server):
+    peer(server, "tls+web-empty", 30)
+
+
+def wrong_password_in_layers(server):
+    peer(server, random.choice(["web", "tls", "tls+web"]), 1, "wrong")
+
+
+def nothing_from_inside(server):
+    """A client with the password that sends empty frames or records as fast as it can."""
+    peer(server, random.choice(["web-inside", "tls-inside", "tls+web-inside"]), 3, server.password)
+
+
+HOSTILE = [wrong_password, garbage, stall, oversize, half_tls_and_web, empty_frames, empty_records,
+           empty_frames_in_tls, wrong_password_in_layers, nothing_from_inside]
 
 
 def flood(client):
@@ -80,86 +122,167 @@ def vitals(pid):
             "threads": len(os.listdir(f"/proc/{pid}/task"))}
 
 
+def make_certificate(folder):
+    """A certificate that is its own authority, and its key."""
+    certificate, key = os.path.join(folder, "certificate"), os.path.join(folder, "key")
+    subprocess.run(["openssl", "req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt",
+                    "ec_paramgen_curve:prime256v1", "-subj", "/CN=soak", "-days", "2", "-addext",
+                    "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+                   check=True, stderr=subprocess.DEVNULL)
+    return certificate, key
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--bin-dir", required=True, help="folder with test-picture")
+    parser.add_argument("--bin-dir", required=True, help="folder with test-picture and soak-peer")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--rate", type=float, default=50, help="connects per minute")
+    parser.add_argument("--seed", type=int, default=None, help="of what comes when")
     options = parser.parse_args()
-    password = "soak"
-    with tempfile.NamedTemporaryFile("w") as file:
-        file.write(password)
-        file.flush()
-        server = Process(os.path.join(options.bin_dir, "test-picture"), "--listen", "127.0.0.1:0",
-                         "--mode", "typing", "--fps", str(FPS), "--size", "1024x768", "--quiet",
-                         "--policy", "shared", "--password-file", file.name)
+    seed = options.seed if options.seed is not None else random.randrange(1 << 32)
+    random.seed(seed)
+    if not shutil.which("openssl"):
+        raise SystemExit("openssl is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        password, log = "soak", os.path.join(folder, "log")
+        password_file = os.path.join(folder, "password")
+        with open(password_file, "w") as file:
+            file.write(password)
+        certificate, key = make_certificate(folder)
+        with open(log, "w") as errors:
+            server = Process(os.path.join(options.bin_dir, "test-picture"), "--listen", "127.0.0.1:0",
+                             "--mode", "typing", "--fps", str(FPS), "--size", "1024x768", "--quiet",
+                             "--policy", "shared", "--password-file", password_file,
+                             "--tls-cert-file", certificate, "--tls-key-file", key, log=errors)
+        server.password, server.authority = password, certificate
+        server.peer = os.path.join(options.bin_dir, "soak-peer")
         with server:
-            result = soak(server, options, password)
+            result = Soak(server, options).run()
+        with open(log) as lines:
+            panics = [line.strip() for line in lines if "panicked" in line]
+        result["failures"] += panics[:5]
+        result["seed"] = seed
     json.dump(result, sys.stdout, indent=2)
     print()
     sys.exit(1 if result["failures"] else 0)
 
 
-def soak(server, options, password):
-    viewer = Client(server.address, password)
-    viewer.ready()
-    warm_up = min(120, options.minutes * 12)
-    counts = {}
-    samples = []
-    begin = time.monotonic()
-    watched_from = next_sample = begin + warm_up
-    end = begin + options.minutes * 60
-    next_connect = begin
-    busy = 0
-    while time.monotonic() < end:
-        now = time.monotonic()
-        if not viewer.watch_stamps and now >= watched_from:
-            viewer.latencies, viewer.watch_stamps = [], True
-            watched_from = now
-        if now >= next_sample:
-            samples.append(vitals(server.pid))
-            next_sample += 15
-        if now >= next_connect:
-            next_connect += 60 / options.rate
-            busy += 1
-            if busy % 2:
-                kind = random.choice(HOSTILE)
-                threading.Thread(target=kind, args=(server.address,), daemon=True).start()
-                name = kind.__name__
+class Soak:
+    def __init__(self, server, options):
+        self.server, self.options = server, options
+        self.counts, self.failures, self.threads = {}, [], []
+        self.viewer = None
+
+    def begin(self, function):
+        thread = threading.Thread(target=function, daemon=True)
+        thread.start()
+        self.threads.append(thread)
+
+    def honest_gtk(self, authority=None, floods=False):
+        client = Client(self.server.address, self.server.password, authority)
+        client.ready()
+        if floods:
+            flood(client)
+        client.close()
+
+    def honest_layers(self):
+        mode = random.choice(["web", "tls", "tls+web"])
+        said = peer(self.server, mode, 1, self.server.password)
+        if said != "served":
+            self.failures.append(f"an honest client ({mode}) was not served: {said}")
+
+    def honest(self, turn):
+        kind = turn % 4
+        name = ["honest", "honest TLS", "honest layers", "flood"][kind]
+        try:
+            if kind == 2:
+                self.begin(self.honest_layers)
             else:
-                other = Client(server.address, password)
-                other.ready()
-                name = "honest"
-                if busy % 10 == 0:
-                    flood(other)
-                    name = "flood"
-                other.close()
-            counts[name] = counts.get(name, 0) + 1
-        viewer.run(seconds=min(0.2, max(0.01, next_connect - time.monotonic())))
-    watched = time.monotonic() - watched_from
-    viewer.run(seconds=1)
-    shown = len(viewer.latencies)
-    expected = watched * FPS
-    third = max(1, len(samples) // 3)
-    first = statistics.median(sample["rss_kib"] for sample in samples[:third])
-    last = statistics.median(sample["rss_kib"] for sample in samples[-third:])
-    growth = (last - first) / first * 100
-    failures = []
-    if growth > 2:
-        failures.append(f"the server grew by {growth:.1f} %")
-    if shown < expected * 0.99:
-        failures.append(f"the viewer saw {shown} of {expected:.0f} frames")
-    for what in ("fds", "threads"):
-        early = max(sample[what] for sample in samples[:third])
-        late = max(sample[what] for sample in samples[-third:])
-        # What is under way at the moment of a sample varies.
-        if late > early + 24:
-            failures.append(f"{what}: {early} at first, {late} at last")
-    return {"minutes": options.minutes, "connects": counts, "rss_kib_first": first, "rss_kib_last": last,
-            "growth_percent": round(growth, 2), "frames_expected": round(expected),
-            "frames_seen": shown, "latency_ms_p50": percentile(viewer.latencies, 0.5),
-            "latency_ms_p99": percentile(viewer.latencies, 0.99), "last": samples[-1],
-            "failures": failures}
+                self.honest_gtk(self.server.authority if kind == 1 else None, kind == 3)
+        except SystemExit as error:
+            self.failures.append(f"{name}: {error}")
+        return name
+
+    def quiet(self, wanted):
+        """Waits until all have gone; what the server has then."""
+        end = time.monotonic() + QUIET_SECONDS
+        while time.monotonic() < end:
+            self.viewer.run(seconds=0.2)
+            self.threads = [thread for thread in self.threads if thread.is_alive()]
+            now = vitals(self.server.pid)
+            if not self.threads and wanted(now):
+                break
+        return now
+
+    def run(self):
+        options = self.options
+        self.viewer = Client(self.server.address, self.server.password)
+        self.viewer.ready()
+        # One of each has come and gone: what is made once is there.
+        for turn in range(4):
+            self.honest(turn)
+        seen = []
+        # The same ten times in a row, a fifth of a second apart.
+        first = self.quiet(lambda now: seen.append((now["fds"], now["threads"])) or
+                           (len(seen) >= 10 and len(set(seen[-10:])) == 1))
+        shown, expected, samples = self.storm()
+        last = self.quiet(lambda now: all(now[what] <= first[what] for what in ("fds", "threads")))
+        if self.threads:
+            self.failures.append(f"{len(self.threads)} peers are still busy")
+        for what in ("fds", "threads"):
+            if last[what] > first[what]:
+                self.failures.append(f"{what}: {first[what]} at first, {last[what]} at last")
+        self.viewer.latencies = []
+        self.viewer.run(until=lambda: self.viewer.latencies)
+        result = {"minutes": options.minutes, "connects": self.counts, "first": first, "last": last,
+                  "frames_expected": round(expected), "frames_seen": len(shown),
+                  "latency_ms_p50": percentile(shown, 0.5), "latency_ms_p99": percentile(shown, 0.99)}
+        third = max(1, len(samples) // 3)
+        early = statistics.median(sample["rss_kib"] for sample in samples[:third])
+        late = statistics.median(sample["rss_kib"] for sample in samples[-third:])
+        growth = (late - early) / early * 100
+        result.update(rss_kib_early=early, rss_kib_late=late, growth_percent=round(growth, 2))
+        if options.minutes >= LONG_MINUTES:
+            if growth > 2:
+                self.failures.append(f"the server grew by {growth:.1f} %")
+            if len(shown) < expected * 0.99:
+                self.failures.append(f"the viewer saw {len(shown)} of {expected:.0f} frames")
+        result["failures"] = self.failures
+        return result
+
+    def storm(self):
+        """Everybody comes. What the viewer saw, what it should have seen, and samples of the server."""
+        options, viewer = self.options, self.viewer
+        samples, turn = [], 0
+        begin = time.monotonic()
+        watched_from = next_sample = begin + min(120, options.minutes * 12)
+        end = begin + options.minutes * 60
+        next_connect = begin
+        while time.monotonic() < end:
+            now = time.monotonic()
+            if not viewer.watch_stamps and now >= watched_from:
+                viewer.latencies, viewer.watch_stamps = [], True
+                watched_from = now
+            if now >= next_sample:
+                samples.append(vitals(self.server.pid))
+                next_sample += 15
+            if now >= next_connect:
+                next_connect += 60 / options.rate
+                turn += 1
+                if turn % 2:
+                    # Each in its turn, so that a short run has them all.
+                    kind = HOSTILE[turn // 2 % len(HOSTILE)]
+                    self.begin(lambda kind=kind: kind(self.server))
+                    name = kind.__name__
+                else:
+                    name = self.honest(turn // 2)
+                self.counts[name] = self.counts.get(name, 0) + 1
+            viewer.run(seconds=min(0.2, max(0.01, next_connect - time.monotonic())))
+        watched = time.monotonic() - watched_from
+        viewer.run(seconds=1)
+        if not samples:
+            samples.append(vitals(self.server.pid))
+        return list(viewer.latencies) or [0], watched * FPS, samples
 
 
 if __name__ == "__main__":
