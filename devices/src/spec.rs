@@ -34,6 +34,22 @@ pub enum SpecError {
         /// The key that is missing.
         key: String,
     },
+    /// A key that needs a value stands alone.
+    #[error("--{option}: '{key}' needs a value: {key}=…")]
+    NoValue {
+        /// The flag, without dashes.
+        option: String,
+        /// The key that stands alone.
+        key: String,
+    },
+    /// What the option begins with is missing.
+    #[error("--{option}: it begins with {expected}")]
+    MissingWord {
+        /// The flag, without dashes.
+        option: String,
+        /// What it begins with.
+        expected: String,
+    },
     /// A value that cannot be understood or is out of range.
     #[error("--{option}: {key}={value}: {reason}")]
     InvalidValue {
@@ -63,26 +79,27 @@ pub enum SpecError {
 pub struct Spec {
     option: String,
     word: Option<String>,
-    pairs: Vec<(String, String)>,
+    /// Keys and their values; those that stand alone have none.
+    pairs: Vec<(String, Option<String>)>,
     asked: Vec<&'static str>,
 }
 
 impl Spec {
     /// Splits the value of the flag `--{option}`. A first element without `=` is the
-    /// [`word`](Self::take_word); elements without `=` further on mean `key=on`.
+    /// [`word`](Self::take_word); a key without `=` further on switches something on.
     pub fn parse(option: &str, text: &str) -> Result<Self, SpecError> {
         let mut word = None;
-        let mut pairs: Vec<(String, String)> = Vec::new();
+        let mut pairs = Vec::new();
         for (index, element) in text.split(',').enumerate() {
             match element.split_once('=') {
-                Some((key, value)) => pairs.push((key.to_owned(), value.to_owned())),
+                Some((key, value)) => pairs.push((key.to_owned(), Some(value.to_owned()))),
                 None if index == 0 => {
                     if !element.is_empty() {
                         word = Some(element.to_owned());
                     }
                 }
                 None if element.is_empty() => {}
-                None => pairs.push((element.to_owned(), "on".to_owned())),
+                None => pairs.push((element.to_owned(), None)),
             }
         }
         Ok(Self { option: option.to_owned(), word, pairs, asked: Vec::new() })
@@ -100,7 +117,7 @@ impl Spec {
 
     /// The value of a key that may be given once.
     pub fn take(&mut self, key: &'static str) -> Result<Option<String>, SpecError> {
-        let mut values = self.take_all(key);
+        let mut values = self.take_all(key)?;
         if values.len() > 1 {
             return Err(SpecError::DuplicateKey { option: self.option.clone(), key: key.into() });
         }
@@ -108,25 +125,29 @@ impl Spec {
     }
 
     /// All values of a key that may be given several times, in order.
-    pub fn take_all(&mut self, key: &'static str) -> Vec<String> {
-        self.asked.push(key);
-        let mut values = Vec::new();
-        self.pairs.retain(|(name, value)| {
-            let hit = name == key;
-            if hit {
-                values.push(value.clone());
-            }
-            !hit
-        });
-        values
+    pub fn take_all(&mut self, key: &'static str) -> Result<Vec<String>, SpecError> {
+        let values = self.take_raw(key).into_iter();
+        let missing = || SpecError::NoValue { option: self.option.clone(), key: key.to_owned() };
+        values.map(|value| value.ok_or_else(missing)).collect()
     }
 
-    /// A required value.
-    pub fn require(&mut self, key: &'static str) -> Result<String, SpecError> {
-        self.take(key)?.ok_or_else(|| SpecError::MissingKey {
-            option: self.option.clone(),
-            key: key.to_owned(),
-        })
+    fn take_raw(&mut self, key: &'static str) -> Vec<Option<String>> {
+        self.asked.push(key);
+        let (hits, rest) =
+            std::mem::take(&mut self.pairs).into_iter().partition(|(name, _)| name == key);
+        self.pairs = rest;
+        Vec::into_iter(hits).map(|(_, value)| value).collect()
+    }
+
+    /// The error for a key that must be there and is not. To be returned after
+    /// [`finish`](Self::finish), so that a misspelt key is what the user hears of.
+    pub fn missing(&self, key: &str) -> SpecError {
+        SpecError::MissingKey { option: self.option.clone(), key: key.to_owned() }
+    }
+
+    /// The same for what stands in front of all keys.
+    pub fn missing_word(&self, expected: &str) -> SpecError {
+        SpecError::MissingWord { option: self.option.clone(), expected: expected.to_owned() }
     }
 
     /// A value parsed with [`FromStr`].
@@ -144,7 +165,12 @@ impl Spec {
 
     /// An `on`/`off` switch (also `true`/`false`, `yes`/`no`, `1`/`0`).
     pub fn take_switch(&mut self, key: &'static str) -> Result<Option<bool>, SpecError> {
-        let Some(value) = self.take(key)? else { return Ok(None) };
+        let mut values = self.take_raw(key);
+        let value = values.pop().map(|value| value.unwrap_or_else(|| "on".to_owned()));
+        let Some(value) = value else { return Ok(None) };
+        if !values.is_empty() {
+            return Err(SpecError::DuplicateKey { option: self.option.clone(), key: key.into() });
+        }
         match value.as_str() {
             "on" | "true" | "yes" | "1" => Ok(Some(true)),
             "off" | "false" | "no" | "0" => Ok(Some(false)),
@@ -199,7 +225,7 @@ mod tests {
     fn words_pairs_and_bare_keys() {
         let mut spec = Spec::parse("net", "user,hostfwd=a,ro,hostfwd=b").unwrap();
         assert_eq!(spec.take_word().as_deref(), Some("user"));
-        assert_eq!(spec.take_all("hostfwd"), ["a", "b"]);
+        assert_eq!(spec.take_all("hostfwd").unwrap(), ["a", "b"]);
         assert_eq!(spec.take_switch("ro"), Ok(Some(true)));
         spec.finish().unwrap();
     }
@@ -207,7 +233,7 @@ mod tests {
     #[test]
     fn every_error_names_the_option() {
         let mut spec = Spec::parse("disk", "path=x,tpyo=1").unwrap();
-        spec.require("path").unwrap();
+        spec.take("path").unwrap();
         assert_eq!(
             spec.finish().unwrap_err().to_string(),
             "--disk: unknown key 'tpyo' (known: path)"
@@ -221,6 +247,12 @@ mod tests {
             spec.take_switch("ro").unwrap_err().to_string(),
             "--disk: ro=maybe: expected on or off"
         );
-        assert_eq!(spec.require("nope").unwrap_err().to_string(), "--disk: 'nope=' is missing");
+        assert_eq!(spec.missing("nope").to_string(), "--disk: 'nope=' is missing");
+        assert_eq!(spec.missing_word("a FILE").to_string(), "--disk: it begins with a FILE");
+        let mut spec = Spec::parse("disk", "x,serial").unwrap();
+        assert_eq!(
+            spec.take("serial").unwrap_err().to_string(),
+            "--disk: 'serial' needs a value: serial=…"
+        );
     }
 }

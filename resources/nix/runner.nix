@@ -85,6 +85,7 @@ let
       "--disk"
       (device [
         "path=${toString image}"
+        "format=raw"
         (if readOnly then "ro=on" else null)
         (if direct then "direct=on" else null)
         { inherit serial; }

@@ -282,7 +282,7 @@ fn a_run_makes_volumes_once_and_adds_arguments() {
         String::from_utf8(out.stdout).unwrap()
     };
     let arguments = run();
-    assert!(arguments.contains("\n--disk\npath=my data.img,direct=on\n"), "{arguments}");
+    assert!(arguments.contains("\n--disk\npath=my data.img,format=raw,direct=on\n"), "{arguments}");
     assert!(arguments.ends_with("\n--spice\n127.0.0.1:5999\n"), "{arguments}");
     assert!(place.path().join("started").exists(), "preStart was not run");
 

@@ -35,7 +35,7 @@ use devices::{
     virtio::{device::VirtioDevice, gpu},
 };
 use drago_tests::{client::SpiceClient, paths, picture::Picture};
-use drago_vmm::display::{self, DisplayControl, Handles, Identity, SpiceConfig};
+use drago_vmm::display::{self, DisplayControl, Doors, Handles, Identity, SpiceConfig};
 use gpu_protocol::{
     Rect,
     virtio::{
@@ -183,9 +183,8 @@ impl Rig {
         let handles = Handles { by_option: vec![("gpu", built.handle.unwrap())] };
         let spice = SpiceConfig::parse(Spec::parse("spice", "127.0.0.1:0").unwrap()).unwrap();
         let identity = Identity { name: "pictures".to_owned(), uuid: None };
-        let display = display::start(Some(&spice), None, None, identity, &handles, &Arc::default())
-            .unwrap()
-            .unwrap();
+        let doors = Doors::open(Some(&spice), None, None).unwrap();
+        let display = display::start(doors, identity, &handles, &Arc::default()).unwrap().unwrap();
         let address = display.address().unwrap();
         let port = address.rsplit(':').next().unwrap().parse().unwrap();
         let features = device.features();

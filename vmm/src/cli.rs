@@ -56,17 +56,21 @@ pub enum CliError {
         /// What to do instead.
         hint: &'static str,
     },
+    /// As QEMU has them.
+    #[error("-{0}: options have two dashes: --{0}")]
+    OneDash(String),
     /// A device option.
     #[error(transparent)]
     Device(#[from] SpecError),
 }
 
-/// The keys of `--spice`.
-const SPICE: &str = "ADDRESS:PORT|unix:PATH[,password-file=FILE][,password-required=on]\
-[,clients=exclusive|refuse|shared|view-only]\
-[,tls-cert-file=FILE,tls-key-file=FILE[,tls-port=PORT][,tls-channels=all|none|NAME+NAME]]\
-[,web-origin=ORIGIN][,unix=PATH][,unix-mode=OCTAL][,copy-paste=on|off|to-guest|to-client][,copy-paste-limit=MIB]\
-[,file-transfer=on|off]";
+/// What follows the address of `--spice`.
+const SPICE: &str = "Serve the screen to SPICE clients; more, after commas:
+password-file=FILE, password-required=on
+clients=exclusive|refuse|shared|view-only
+tls-cert-file=FILE, tls-key-file=FILE, tls-port=PORT, tls-channels=all|none|NAME+NAME…
+unix=PATH, unix-mode=OCTAL, web-origin=ORIGIN
+copy-paste=on|off|to-guest|to-client, copy-paste-limit=MIB, file-transfer=on|off";
 
 #[derive(Debug, Parser)]
 #[command(name = "drago-vmm", version, about = "A virtual machine monitor for graphical microVMs")]
@@ -98,7 +102,7 @@ struct MachineArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
     /// RAM in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    #[arg(long, value_name = "MIB", default_value_t = 512, value_parser = mebibytes)]
     memory: u64,
     /// Take RAM from 2 MiB huge pages
     #[arg(long)]
@@ -115,11 +119,10 @@ struct MachineArgs {
     /// Credential for the guest's systemd, read from a file (repeatable)
     #[arg(long, value_name = "NAME=FILE", action = ArgAction::Append)]
     credential: Vec<CredentialConfig>,
-    /// Serve the screen to SPICE clients
-    #[arg(long, value_name = SPICE)]
+    #[arg(long, value_name = "ADDRESS:PORT|unix:PATH[,KEY=VALUE…]", help = SPICE)]
     spice: Option<String>,
     /// Show browsers a page with a SPICE client, on the address of --spice and on this one
-    #[arg(long, value_name = "[ADDRESS:PORT][,dir=FOLDER]", num_args = 0..=1)]
+    #[arg(long, value_name = "ADDRESS:PORT[,dir=FOLDER]", num_args = 0..=1)]
     #[arg(default_missing_value = "")]
     web: Option<String>,
     /// Serve the screen to VNC clients
@@ -181,7 +184,7 @@ const REFUSED: &[(&[&str], &str)] = &[
     ),
     (
         &["--cpu", "--accel", "--machine"],
-        "guests run on KVM with the host's processor, nothing else",
+        "guests run on KVM with the host's processor, nothing else; how many they get is --cpus N",
     ),
     (
         &["--drive", "--hda", "--cdrom", "--pmem"],
@@ -209,6 +212,29 @@ fn refusal(error: clap::Error) -> CliError {
         }
     }
     error.into()
+}
+
+/// An option of ours in the way QEMU writes them: with one dash.
+fn one_dash(arguments: &[OsString]) -> Option<CliError> {
+    let options = command();
+    let long = |name: &str| options.get_arguments().any(|option| option.get_long() == Some(name));
+    let name = arguments.iter().skip(1).find_map(|argument| {
+        argument.to_str()?.strip_prefix('-').filter(|name| name.len() > 1 && long(name))
+    })?;
+    Some(CliError::OneDash(name.to_owned()))
+}
+
+/// Reads `--memory`.
+fn mebibytes(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| {
+        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let factor = match text.get(digits.len()..).map(str::to_ascii_lowercase).as_deref() {
+            Some("g" | "gb" | "gib") => 1024,
+            _ => 1,
+        };
+        let mib = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(factor));
+        format!("expected a number of MiB, such as {}", mib.filter(|mib| *mib > 0).unwrap_or(1024))
+    })
 }
 
 /// With which machines a device comes by itself.
@@ -240,22 +266,31 @@ fn command() -> clap::Command {
             Count::One => "",
             Count::Many => " (repeatable)",
         };
-        command = command.arg(
-            Arg::new(module.option)
-                .long(module.option)
-                .value_name(module.value_name)
-                .help(format!("{}{repeatable}", module.help))
-                .num_args(0..=1)
-                .default_missing_value("")
-                .action(ArgAction::Append),
-        );
+        // In brackets is what may be left away.
+        let (name, optional) = match module.value_name.strip_prefix('[') {
+            Some(rest) => (rest.replacen(']', "", 1), true),
+            None => (module.value_name.to_owned(), false),
+        };
+        let argument = Arg::new(module.option)
+            .long(module.option)
+            .value_name(name)
+            .help(format!("{}{repeatable}", module.help))
+            .action(ArgAction::Append);
+        command = command.arg(if optional {
+            argument.num_args(0..=1).default_missing_value("")
+        } else {
+            argument
+        });
     }
     command
 }
 
 /// Parses the command line; the first argument is the program's name, whatever it is.
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation, CliError> {
-    let matches = command().try_get_matches_from(arguments).map_err(refusal)?;
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let matches = command()
+        .try_get_matches_from(&arguments)
+        .map_err(|error| one_dash(&arguments).unwrap_or_else(|| refusal(error)))?;
     let cli = Cli::from_arg_matches(&matches)?;
     match cli.task {
         Some(Task::Ctl { control, action }) => Ok(Invocation::Ctl { control, action }),
@@ -406,8 +441,21 @@ mod tests {
 
     #[test]
     fn errors_name_the_option() {
-        let text = |arguments| run(arguments).unwrap_err().to_string();
+        let text = |arguments: &str| run(arguments).unwrap_err().to_string();
         assert!(text("--kernel a --rng nope=1").starts_with("--rng:"));
+        assert!(text("--kernel a --memory 2G").contains("a number of MiB, such as 2048"));
+        assert!(text("--kernel a --memory much").contains("a number of MiB, such as 1024"));
+        assert!(text("--kernel a --disk").contains("--disk <path=FILE"));
+        assert!(text("--kernel a --disk pth=x").starts_with("--disk: unknown key 'pth'"));
+        assert!(text("--kernel a --vsock notify=on").starts_with("--vsock: 'cid=' is missing"));
+        assert!(text("--kernel a --fs tag=x,sock=y").starts_with("--fs: unknown key 'sock'"));
+        assert!(text("--kernel a --spice port=1").starts_with("--spice: unknown key 'port'"));
+        assert!(text("--kernel a --spice clients=shared").contains("begins with ADDRESS:PORT"));
+        assert!(text("--kernel a --vnc port=1").starts_with("--vnc: unknown key 'port'"));
+        for bare in ["password-file", "web-origin", "tls-port"] {
+            let error = text(&format!("--kernel a --spice 127.0.0.1:1,{bare}"));
+            assert_eq!(error, format!("--spice: '{bare}' needs a value: {bare}=…"));
+        }
         assert!(text("--kernel a --serial x").contains("--serial"));
         assert!(text("--kernel a --spice password-file=x").starts_with("--spice:"));
         assert!(text("--kernel a --web dri=x").starts_with("--web: unknown key 'dri'"));
@@ -425,6 +473,9 @@ mod tests {
         assert!(text("--kernel a --net bridge=br0").contains("tap=IFNAME"));
         assert!(text("--kernel a --user nobody").contains("group kvm"));
         assert!(text("--kernel a --cpu kvm64").contains("KVM"));
+        assert!(text("--kernel a --cpu 2").contains("--cpus N"));
+        assert!(text("-kernel a").starts_with("-kernel: options have two dashes: --kernel"));
+        assert!(text("--kernel a -smp 2").contains("unexpected argument"));
         assert!(text("--kernel a --disk path=d,format=qcow2").contains("qemu-img convert -O raw"));
         assert!(run("--kernel a --disk path=d,format=raw").is_ok());
         // No option of ours is among them, and unknown ones are said to be unknown.

@@ -30,7 +30,7 @@ use crate::{
         server::ControlServer,
     },
     credentials::{self, CredentialError},
-    display::{self, DisplayControl, DisplayError, Handles, Identity},
+    display::{self, DisplayControl, DisplayError, Doors, Handles, Identity},
     exit::{Exit, ExitReason},
     firmware,
     kvm::{
@@ -146,6 +146,8 @@ struct Machine {
 impl Machine {
     fn build(config: VmConfig, exit: &Arc<Exit>, started: Instant) -> Result<Self, Error> {
         let mut strings = credentials::read(&config.credentials)?;
+        let (spice, vnc) = (config.spice.as_ref(), config.vnc.as_ref());
+        let doors = Doors::open(spice, config.web.as_ref(), vnc)?;
         let mut readiness = Readiness::from_environment();
         let kvm = kvm::open()?;
         let max = kvm.get_max_vcpus();
@@ -201,9 +203,7 @@ impl Machine {
         smbios::write(&memory, config.uuid, &strings).map_err(Error::Tables)?;
         let observed = Arc::<EventHub>::default();
         let identity = Identity { name: config.name.clone(), uuid: config.uuid };
-        let (spice, vnc) = (config.spice.as_ref(), config.vnc.as_ref());
-        let display =
-            display::start(spice, config.web.as_ref(), vnc, identity, &handles, &observed)?;
+        let display = display::start(doors, identity, &handles, &observed)?;
 
         let balloon: Option<BalloonHandle> =
             handles.by_option.iter().find_map(|(_, handle)| handle.downcast_ref().cloned());

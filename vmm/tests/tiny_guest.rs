@@ -21,7 +21,7 @@ const LOAD_ADDRESS: u64 = 0x10_0000;
 fn no_kvm(test: &str) -> bool {
     match probe_kvm() {
         KvmClass::None { reason } => {
-            println!("{test} skipped: no KVM here ({reason})");
+            println!("SKIPPED {test}: no KVM here ({reason})");
             true
         }
         _ => false,
@@ -476,7 +476,7 @@ fn passt_comes_back_although_the_sandbox_is_closed() {
         return;
     }
     if Command::new("passt").arg("--version").output().is_err() {
-        println!("{test} skipped: passt is not installed");
+        println!("SKIPPED {test}: passt is not installed");
         return;
     }
     let image = elf(&[code::print("up\n"), code::HALT.to_vec()].concat(), false);
@@ -511,8 +511,20 @@ fn spice_client(folder: &Path, arguments: &[&str], words: &[&str]) -> Child {
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(client.stdout.take().unwrap()).lines().map_while(Result::ok);
-    let found = lines.any(|line| words.iter().all(|word| line.contains(word)));
-    assert!(found, "{arguments:?}: never {words:?}");
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let wanted: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+    thread::spawn(move || {
+        let found = lines.any(|line| wanted.iter().all(|word| line.contains(word)));
+        let _ = sender.send(found);
+        // Whatever else it says must find a reader.
+        lines.for_each(drop);
+    });
+    let found = receiver.recv_timeout(LIMIT);
+    if found != Ok(true) {
+        let _ = client.kill();
+        let _ = client.wait();
+        panic!("{arguments:?}: never {words:?}");
+    }
     client
 }
 
@@ -539,7 +551,7 @@ fn viewers_come_in_through_the_closed_sandbox() {
         || !openssl.is_ok_and(|o| o.status.success())
     {
         println!(
-            "{test} skipped: drago-gpu is not built, or spice-gtk or openssl is not installed"
+            "SKIPPED {test}: drago-gpu is not built, or spice-gtk or openssl is not installed"
         );
         return;
     }

@@ -34,7 +34,9 @@ use devices::virtio::{
     input::InputHandle,
     snd::SoundHandle,
 };
-use spice_server::{DisplayEvents, Expiry, Leds, MonitorConfig, Secret, SpiceServer, TlsConfig};
+use spice_server::{
+    DisplayEvents, Expiry, Leds, MonitorConfig, Secret, ServerBuilder, SpiceServer, TlsConfig,
+};
 use vnc_server::VncServer;
 
 use crate::control::{ControlError, events::EventHub};
@@ -159,16 +161,56 @@ pub enum DisplayError {
     /// The server did not start.
     #[error("--spice: the server cannot be started")]
     Server(#[from] spice_server::Error),
+    /// The page's own address cannot be listened on.
+    #[error("--web {address}: cannot listen there; is another program using the port?")]
+    WebListen {
+        /// Where.
+        address: SocketAddr,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
     /// A server without anything to show.
-    #[error("--{0}: there is no display to serve; do not switch --gpu off")]
+    #[error("--{0}: there is no display to serve: the machine has no --gpu")]
     NoGpu(&'static str),
 }
 
-/// Connects what `config` asks for. `None` if the machine has no display.
+/// Where viewers will come in: open already, nothing to see yet.
+#[derive(Default)]
+pub struct Doors {
+    spice: Option<(ServerBuilder, Option<PathBuf>)>,
+    vnc: Option<vnc::Door>,
+}
+
+impl Doors {
+    /// Reads passwords and certificates and listens, before anything is started for the display.
+    pub fn open(
+        spice: Option<&SpiceConfig>,
+        web: Option<&WebConfig>,
+        vnc: Option<&VncConfig>,
+    ) -> Result<Self, DisplayError> {
+        let spice = match spice {
+            Some(config) => {
+                let mut builder = config.apply(SpiceServer::builder())?.bind()?;
+                if let Some(web) = web {
+                    builder = web.apply(builder)?.bind().map_err(|error| match error {
+                        spice_server::Error::Listen { address, source } => {
+                            DisplayError::WebListen { address, source }
+                        }
+                        other => other.into(),
+                    })?;
+                }
+                Some((builder, config.unix.as_ref().map(|(path, _)| path.clone())))
+            }
+            None => None,
+        };
+        Ok(Self { spice, vnc: vnc.map(vnc::Door::open).transpose()? })
+    }
+}
+
+/// Connects viewers and devices. `None` if the machine has no display.
 pub fn start(
-    config: Option<&SpiceConfig>,
-    web: Option<&WebConfig>,
-    vnc: Option<&VncConfig>,
+    doors: Doors,
     identity: Identity,
     handles: &Handles,
     observers: &Arc<EventHub>,
@@ -189,7 +231,7 @@ pub fn start(
         }
     }
     let Some(gpu) = gpu else {
-        return match (config, vnc) {
+        return match (doors.spice, doors.vnc) {
             (Some(_), _) => Err(DisplayError::NoGpu("spice")),
             (None, Some(_)) => Err(DisplayError::NoGpu("vnc")),
             (None, None) => Ok(None),
@@ -197,11 +239,13 @@ pub fn start(
     };
     let inputs = Arc::new(inputs);
     let screens: Vec<Arc<Screen>> = (0..gpu.scanouts()).map(|id| Screen::new(id, &gpu)).collect();
-    let server = match config {
+    let (builder, spice_socket) = doors.spice.unzip();
+    let spice_socket = spice_socket.flatten();
+    let server = match builder {
         None => None,
-        Some(config) => {
+        Some(builder) => {
             let events = Arc::new(Viewers { screens: screens.clone() });
-            let mut builder = SpiceServer::builder()
+            let mut builder = builder
                 .name(identity.name.clone())
                 .observer(Arc::new(Observer(observers.clone())))
                 .displays(gpu.scanouts())
@@ -213,10 +257,6 @@ pub fn start(
             }
             if let Some(port) = &agent_port {
                 builder = builder.agent(Arc::new(Port(port.clone())));
-            }
-            let mut builder = config.apply(builder)?;
-            if let Some(web) = web {
-                builder = web.apply(builder)?;
             }
             Some(Arc::new(builder.start()?))
         }
@@ -234,13 +274,15 @@ pub fn start(
         if let Some(keyboard) = inputs.keyboard() {
             show_leds(keyboard, Arc::downgrade(server));
         }
-        if let Some(address) = server.local_addr() {
+        for address in server.local_addrs() {
             tracing::info!(%address, "SPICE server listens");
         }
     }
-    let spice_socket = config.and_then(|config| Some(config.unix.as_ref()?.0.clone()));
-    let vnc = match (vnc, screens.first()) {
-        (Some(config), Some(screen)) => Some(vnc::start(config, identity.name, screen, &inputs)?),
+    if let Some(path) = &spice_socket {
+        tracing::info!(path = %path.display(), "SPICE server listens");
+    }
+    let vnc = match (doors.vnc, screens.first()) {
+        (Some(door), Some(screen)) => Some(vnc::start(door, identity.name, screen, &inputs)?),
         _ => None,
     };
     gpu.set_sink(Arc::new(screen::Sink::new(screens.clone(), server.as_ref())));

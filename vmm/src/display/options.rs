@@ -23,13 +23,11 @@ pub struct VncConfig {
 impl VncConfig {
     /// Parses `ADDRESS:PORT[,password-file=FILE]`.
     pub fn parse(mut spec: Spec) -> Result<Self, SpecError> {
-        let listen = spec.take_word().ok_or_else(|| SpecError::MissingKey {
-            option: spec.option().to_owned(),
-            key: "ADDRESS:PORT".to_owned(),
-        })?;
+        let listen = spec.take_word();
         let password_file = spec.take_path("password-file")?;
+        let missing = spec.missing_word("ADDRESS:PORT");
         spec.finish()?;
-        Ok(Self { listen, password_file })
+        Ok(Self { listen: listen.ok_or(missing)?, password_file })
     }
 
     /// The address to listen on.

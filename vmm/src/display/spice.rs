@@ -64,12 +64,7 @@ impl SpiceConfig {
             },
             None => None,
         };
-        if listen.is_none() && unix.is_none() {
-            return Err(SpecError::MissingKey {
-                option: spec.option().to_owned(),
-                key: "ADDRESS:PORT".to_owned(),
-            });
-        }
+        let missing = spec.missing_word("ADDRESS:PORT or unix:PATH");
         let unix_mode = take_mode(&mut spec, unix.is_some())?;
         let password_file = spec.take_path("password-file")?;
         let password_required = spec.take_switch("password-required")?.unwrap_or_default();
@@ -85,8 +80,11 @@ impl SpiceConfig {
         };
         let tls = TlsFiles::take(&mut spec, listen.is_some())?;
         let agent = take_agent(&mut spec)?;
-        let origins = spec.take_all("web-origin");
+        let origins = spec.take_all("web-origin")?;
         spec.finish()?;
+        if listen.is_none() && unix.is_none() {
+            return Err(missing);
+        }
         let unix = unix.map(|path| (path, unix_mode));
         Ok(Self { listen, unix, password_file, password_required, clients, tls, agent, origins })
     }
@@ -205,10 +203,7 @@ impl TlsFiles {
         let key = spec.take_path("tls-key-file")?;
         let port = spec.take_parsed::<u16>("tls-port")?;
         let channels = spec.take("tls-channels")?;
-        let missing = |key: &str| SpecError::MissingKey {
-            option: spec.option().to_owned(),
-            key: key.to_owned(),
-        };
+        let missing = |key: &str| spec.missing(key);
         let (certificate, key) = match (certificate, key) {
             (Some(certificate), Some(key)) => (certificate, key),
             (Some(_), None) => return Err(missing("tls-key-file")),

@@ -1,6 +1,9 @@
 //! VNC viewers: frames to them, keys and pointer from them.
 
-use std::sync::Arc;
+use std::{
+    net::{SocketAddr, TcpListener},
+    sync::Arc,
+};
 
 use devices::virtio::gpu;
 use spice_server::{InputSink, KeyEvent, MonitorConfig, PointerPosition, ScancodePrefix};
@@ -13,22 +16,37 @@ use super::{
     screen::{Screen, Through},
 };
 
+/// Where VNC viewers come in.
+pub(super) struct Door {
+    address: SocketAddr,
+    listener: TcpListener,
+    password: Option<Vec<u8>>,
+}
+
+impl Door {
+    pub(super) fn open(config: &VncConfig) -> Result<Self, DisplayError> {
+        let address = config.address()?;
+        let password = config.password()?;
+        let listener =
+            vnc_server::listen(address).map_err(|source| DisplayError::Vnc { address, source })?;
+        Ok(Self { address, listener, password })
+    }
+}
+
 /// Serves a screen.
 pub(super) fn start(
-    config: &VncConfig,
+    door: Door,
     name: String,
     screen: &Arc<Screen>,
     inputs: &Arc<Inputs>,
 ) -> Result<VncServer, DisplayError> {
-    let address = config.address()?;
-    let password = config.password()?;
+    let Door { address, listener, password } = door;
     if password.is_none() && !address.ip().is_loopback() {
         tracing::warn!(%address, "--vnc without password-file: anybody who reaches it may connect");
     }
-    let failed = |source| DisplayError::Vnc { address, source };
-    let listener = vnc_server::listen(address).map_err(failed)?;
     let viewers = Arc::new(Viewers { screen: screen.clone(), inputs: inputs.clone() });
-    let server = VncServer::start(listener, Config { name, password }, viewers).map_err(failed)?;
+    let server = VncServer::start(listener, Config { name, password }, viewers)
+        .map_err(|source| DisplayError::Vnc { address, source })?;
     screen.set_vnc(server.screen());
     tracing::info!(address = %server.local_addr().unwrap_or(address), "VNC server listens");
     Ok(server)

@@ -39,7 +39,7 @@ use crate::spec::{Spec, SpecError};
 /// The disk in the registry.
 pub static MODULE: DeviceModule = DeviceModule {
     option: "disk",
-    value_name: "path=FILE[,ro=on][,direct=on][,serial=TEXT][,id=NAME]",
+    value_name: "path=FILE[,ro=on][,direct=on][,serial=TEXT][,id=NAME][,format=raw]",
     help: "a disk: a raw image file or a block device; /dev/vda, /dev/vdb… in the given order",
     count: Count::Many,
     parse,
@@ -52,13 +52,15 @@ pub struct DiskConfig {
     path: PathBuf,
     options: ImageOptions,
     serial: String,
+    /// Said with `format=raw`.
+    surely_raw: bool,
 }
 
 fn parse(mut spec: Spec) -> Result<Box<dyn DeviceConfig>, SpecError> {
     // `--disk FILE` is short for `--disk path=FILE`.
     let path = match (spec.take_word(), spec.take_path("path")?) {
-        (Some(word), None) => PathBuf::from(word),
-        (None, Some(path)) => path,
+        (Some(word), None) => Some(PathBuf::from(word)),
+        (None, path) => path,
         (Some(word), Some(_)) => {
             return Err(SpecError::UnexpectedWord {
                 option: spec.option().to_owned(),
@@ -66,17 +68,19 @@ fn parse(mut spec: Spec) -> Result<Box<dyn DeviceConfig>, SpecError> {
                 expected: "there is a path= already".to_owned(),
             });
         }
-        (None, None) => PathBuf::from(spec.require("path")?),
     };
+    let missing = spec.missing("path");
     let read_only = spec.take_switch("ro")?.unwrap_or(false);
     let direct = spec.take_switch("direct")?.unwrap_or(false);
+    let mut surely_raw = false;
     for key in ["format", "image_type"] {
-        if let Some(format) = spec.take(key)?
-            && format != "raw"
-        {
-            let reason = "only raw images and block devices are possible; convert it with \
-                          'qemu-img convert -O raw'";
-            return Err(spec.invalid(key, &format, reason));
+        if let Some(format) = spec.take(key)? {
+            if format != "raw" {
+                let reason = "only raw images and block devices are possible; convert it with \
+                              'qemu-img convert -O raw'";
+                return Err(spec.invalid(key, &format, reason));
+            }
+            surely_raw = true;
         }
     }
     let id = spec.take("id")?;
@@ -91,21 +95,27 @@ fn parse(mut spec: Spec) -> Result<Box<dyn DeviceConfig>, SpecError> {
         ));
     }
     spec.finish()?;
+    let path = path.ok_or(missing)?;
     // The name given with id= shows up in the guest as the serial number unless there is another.
     let serial = serial.or(id).unwrap_or_default();
-    Ok(Box::new(DiskConfig { path, options: ImageOptions { read_only, direct }, serial }))
+    let options = ImageOptions { read_only, direct };
+    Ok(Box::new(DiskConfig { path, options, serial, surely_raw }))
 }
 
 impl DeviceConfig for DiskConfig {
     fn build(self: Box<Self>) -> Result<BuiltDevice, BuildError> {
         let image = Image::open(&self.path, &self.options)?;
-        if let Some(format) = looks_like(&self.path) {
-            // Not an error: the content of a disk is the guest's, and never decides how it is read.
-            tracing::warn!(
-                path = %self.path.display(),
-                "this looks like a {format} image; the guest gets it as it is, byte for byte (convert \
-                 it with 'qemu-img convert -O raw')"
+        // The content of a disk is the guest's and never decides how it is read. But who has a
+        // qcow2 image and gets a guest without a root file system would look for the reason long.
+        if !self.surely_raw
+            && let Some(format) = looks_like(&self.path)
+        {
+            let reason = format!(
+                "path={}: this looks like a {format} image, and only raw ones are possible; convert it \
+                 with 'qemu-img convert -O raw', or give it to the guest as it is with format=raw",
+                self.path.display()
             );
+            return Err(BuildError::Unusable { option: MODULE.option, reason });
         }
         Ok(BuiltDevice { device: Box::new(Disk::new(image, &self.serial)), handle: None })
     }

@@ -216,7 +216,7 @@ fn discard_gives_storage_back() {
     file.as_file().sync_all().unwrap();
     let mut device = build(file.path(), "");
     if device.features() & F_DISCARD == 0 {
-        eprintln!("skipped: the file system of {:?} cannot punch holes", file.path());
+        eprintln!("SKIPPED: the file system of {:?} cannot punch holes", file.path());
         return;
     }
     let mut driver = Driver::start(device.as_mut());
@@ -357,7 +357,7 @@ fn direct_image(bytes: &[u8]) -> Option<(TempDir, PathBuf)> {
             return Some((directory, path));
         }
     }
-    eprintln!("skipped: no file system here has direct I/O");
+    eprintln!("SKIPPED: no file system here has direct I/O");
     None
 }
 
@@ -500,7 +500,10 @@ fn no_format_is_read_into_a_disk() {
     content[..4].copy_from_slice(b"QFI\xfb");
     let file = image(&content);
     assert_eq!(super::looks_like(file.path()), Some("qcow2"));
-    let mut device = build(file.path(), "");
+    let spec = Spec::parse("disk", &format!("path={}", file.path().display())).unwrap();
+    let error = (MODULE.parse)(spec).unwrap().build().map(drop).unwrap_err().to_string();
+    assert!(error.starts_with("--disk: path=") && error.contains("qcow2"), "{error}");
+    let mut device = build(file.path(), ",format=raw");
     let mut driver = Driver::start(device.as_mut());
     let (status, data) = ask(&mut driver, IN, 0, &[], 512);
     assert_eq!((status, &data[..]), (OK, &content[..512]));

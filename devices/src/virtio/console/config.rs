@@ -99,7 +99,7 @@ impl ConsoleConfig {
         if let Some(path) = spec.take_path("qga")? {
             config.add(&spec, "qga", GUEST_AGENT_PORT, PortBackend::Socket(path))?;
         }
-        for text in spec.take_all("port") {
+        for text in spec.take_all("port")? {
             let (name, backend) = match text.split_once(":socket=") {
                 None => (text.as_str(), PortBackend::Handle),
                 Some((_, "")) => return Err(spec.invalid("port", &text, "the path is empty")),

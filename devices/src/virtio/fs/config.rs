@@ -23,15 +23,15 @@ pub struct FsConfig {
 impl FsConfig {
     /// Parses `tag=TAG,socket=PATH`.
     pub fn parse(mut spec: Spec) -> Result<Box<dyn DeviceConfig>, SpecError> {
-        let tag = spec.require("tag")?;
-        if tag.is_empty() || tag.len() > MAX_TAG {
+        let tag = spec.take("tag")?;
+        if let Some(tag) = &tag
+            && (tag.is_empty() || tag.len() > MAX_TAG)
+        {
             let reason = format_args!("expected 1 to {MAX_TAG} bytes");
-            return Err(spec.invalid("tag", &tag, reason));
+            return Err(spec.invalid("tag", tag, reason));
         }
-        let socket = spec.take_path("socket")?.ok_or_else(|| SpecError::MissingKey {
-            option: spec.option().to_owned(),
-            key: "socket".to_owned(),
-        })?;
+        let socket = spec.take_path("socket")?;
+        let (no_tag, no_socket) = (spec.missing("tag"), spec.missing("socket"));
         for key in ["path", "source", "dir"] {
             if let Some(value) = spec.take(key)? {
                 let reason = "virtiofsd shares the folder, and listens at socket=; start it with \
@@ -40,7 +40,7 @@ impl FsConfig {
             }
         }
         spec.finish()?;
-        Ok(Box::new(Self { tag, socket }))
+        Ok(Box::new(Self { tag: tag.ok_or(no_tag)?, socket: socket.ok_or(no_socket)? }))
     }
 }
 

@@ -153,7 +153,7 @@ impl NetConfig {
 
 fn user(spec: &mut Spec, mtu: Option<u16>) -> Result<PasstConfig, SpecError> {
     let mut forwards: Vec<HostForward> = Vec::new();
-    for rule in spec.take_all("hostfwd") {
+    for rule in spec.take_all("hostfwd")? {
         let forward: HostForward =
             rule.parse().map_err(|error| spec.invalid("hostfwd", &rule, error))?;
         let clash = forwards.iter().any(|other| {

@@ -296,7 +296,7 @@ fn passt_config(forward: &str) -> PasstConfig {
 fn have_passt() -> bool {
     let there = Command::new("passt").arg("--version").output().is_ok();
     if !there {
-        eprintln!("skipped: the program 'passt' is not installed");
+        eprintln!("SKIPPED: the program 'passt' is not installed");
     }
     there
 }
@@ -390,12 +390,12 @@ fn namespace(name: &str, flags: &str, attempt: &[&str]) -> bool {
         return true;
     }
     if !std::path::Path::new("/dev/net/tun").exists() {
-        eprintln!("skipped: there is no /dev/net/tun");
+        eprintln!("SKIPPED: there is no /dev/net/tun");
         return false;
     }
     let attempted = Command::new("unshare").arg(flags).args(attempt).output();
     if !attempted.is_ok_and(|output| output.status.success()) {
-        eprintln!("skipped: {attempt:?} is not possible in a network namespace here");
+        eprintln!("SKIPPED: {attempt:?} is not possible in a network namespace here");
         return false;
     }
     let status = Command::new("unshare")
@@ -448,7 +448,7 @@ fn packets_cross_a_macvtap_interface_that_somebody_else_opened() {
     let status = Command::new("mknod").arg(&node).args(["c", major, minor]).status().unwrap();
     assert!(status.success());
     let Ok(tap) = std::fs::File::options().read(true).write(true).open(&node) else {
-        eprintln!("skipped: device nodes cannot be opened here");
+        eprintln!("SKIPPED: device nodes cannot be opened here");
         return;
     };
     let parse = |text: &str| NetConfig::parse(Spec::parse("net", text).unwrap()).unwrap();

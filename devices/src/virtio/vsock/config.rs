@@ -22,15 +22,18 @@ pub struct VsockConfig {
 impl VsockConfig {
     /// Parses `cid=N[,notify=on|off]`.
     pub fn parse(mut spec: Spec) -> Result<Box<dyn DeviceConfig>, SpecError> {
-        let text = spec.require("cid")?;
         // 0, 1 and 2 are hypervisor, loopback and host; the last one means any.
-        let cid = text
-            .parse()
-            .ok()
-            .filter(|cid| (3..u32::MAX).contains(cid))
-            .ok_or_else(|| spec.invalid("cid", &text, "expected 3 to 4294967294"))?;
+        let cid = match spec.take("cid")? {
+            Some(text) => match text.parse() {
+                Ok(cid) if (3..u32::MAX).contains(&cid) => Some(cid),
+                _ => return Err(spec.invalid("cid", &text, "expected 3 to 4294967294")),
+            },
+            None => None,
+        };
         let notify = spec.take_switch("notify")?.unwrap_or(false);
+        let missing = spec.missing("cid");
         spec.finish()?;
+        let cid = cid.ok_or(missing)?;
         Ok(Box::new(Self { cid, notify }))
     }
 }
