@@ -279,10 +279,8 @@ fn report(sides: &[Side], runs: &[Vec<Run>], stopped: &[usize]) -> Result<Value>
 }
 
 fn spice() -> Result<String> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     step("building the example server", || {
-        let status = Command::new(cargo)
-            .current_dir(paths::workspace())
+        let status = paths::cargo()
             .args(["build", "--quiet", "--release", "-p", "spice-server", "--examples"])
             .status()?;
         ensure!(status.success(), "the examples of spice-server do not build");

@@ -167,10 +167,8 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 fn build() -> Result<PathBuf> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
+    let status = paths::cargo()
         .args(["build", "--quiet", "--release", "-p", "drago-gpu", "--bins", "--examples"])
-        .current_dir(paths::workspace())
         .status()?;
     ensure!(status.success(), "drago-gpu does not build");
     let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);

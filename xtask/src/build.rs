@@ -1,15 +1,15 @@
 //! Builds the project's programs.
 
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
+use drago_tests::paths;
 
 /// Builds one program and returns where cargo put it.
 pub(crate) fn program(package: &str, name: &str, release: bool) -> Result<PathBuf> {
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut cargo = paths::cargo();
     cargo
-        .current_dir(drago_tests::paths::workspace())
         .args(["build", "--quiet", "--message-format=json", "-p", package, "--bin", name])
         .stderr(Stdio::inherit());
     if release {

@@ -107,8 +107,7 @@ const GRAPHICS: &[&str] = &["libvirglrenderer1", "libegl1", "libgl1-mesa-dri"];
 /// The same pictures as in the step before, with virglrenderer 1.1 and Mesa 25.
 fn newer_opengl() -> Result<()> {
     let root = Release::open("trixie")?.tree("graphics", GRAPHICS)?;
-    let program = env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-    let status = command(&program)
+    let status = prepared(paths::cargo())
         .args(["test", "--quiet", "-p", "drago-gpu", "--test", "virgl"])
         .env("DRAGO_TEST_ROOT", &root)
         .env("DRAGO_TEST_DRIVER", "LLVM 19")
@@ -167,7 +166,10 @@ fn fuzz() -> Result<()> {
 
 /// A command in the workspace that finds the tools installed by [`tool`].
 fn command(program: &str) -> Command {
-    let mut command = Command::new(program);
+    prepared(Command::new(program))
+}
+
+fn prepared(mut command: Command) -> Command {
     command.current_dir(paths::workspace()).stdin(Stdio::null());
     if let Some(path) = env::var_os("PATH") {
         let mut folders: Vec<PathBuf> = env::split_paths(&path).collect();
@@ -180,8 +182,7 @@ fn command(program: &str) -> Command {
 }
 
 fn cargo(arguments: &[&str]) -> Result<()> {
-    let program = env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-    let status = command(&program).args(arguments).status().context("cannot run cargo")?;
+    let status = prepared(paths::cargo()).args(arguments).status().context("cannot run cargo")?;
     ensure!(status.success(), "cargo {} failed", arguments.join(" "));
     Ok(())
 }
@@ -202,7 +203,7 @@ fn deny() -> Result<()> {
     tool("cargo-deny")?;
     cargo(&["deny", "--log-level", "error", "check", "licenses", "bans", "sources"])?;
     // The database of advisories lives on a server that not every machine reaches.
-    let fetched = command("cargo").args(["deny", "fetch", "db"]).output()?;
+    let fetched = prepared(paths::cargo()).args(["deny", "fetch", "db"]).output()?;
     if fetched.status.success() {
         cargo(&["deny", "--log-level", "error", "check", "advisories"])
     } else {

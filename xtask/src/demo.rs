@@ -83,7 +83,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     println!("look at it:  remote-viewer spice://127.0.0.1:{}", args.spice_port);
     if let Some(key) = &guest.ssh_key {
         println!(
-            "log in:      ssh -i {} -p {} -o StrictHostKeyChecking=no demo@127.0.0.1",
+            "log in:      ssh -i {} -p {} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
+             demo@127.0.0.1",
             key.display(),
             args.ssh_port
         );

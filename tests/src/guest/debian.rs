@@ -7,11 +7,15 @@ use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 
 use super::{Guest, recipe_text};
 use crate::{debian, paths, progress};
+
+/// The file in a guest's folder that is locked by who uses it.
+const IN_USE: &str = "in-use";
 
 /// Which desktop a Debian guest has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +69,7 @@ pub(crate) fn guest(desktop: Desktop) -> Result<Guest> {
         )?;
         forget_older(&cache, name, &dir)?;
     }
+    hold(&dir)?;
     Ok(Guest {
         name: name.to_owned(),
         kernel: dir.join("vmlinuz"),
@@ -162,15 +167,42 @@ fn build(desktop: Desktop, recipes: &[&Path], cache: &Path, dir: &Path) -> Resul
 }
 
 /// Images of older recipes only fill the disk.
+/// Marks a guest as in use until this process ends.
+pub(super) fn hold(dir: &Path) -> Result<()> {
+    static HELD: Mutex<Vec<File>> = Mutex::new(Vec::new());
+    let file = File::create(dir.join(IN_USE))?;
+    file.lock_shared()?;
+    HELD.lock().unwrap_or_else(PoisonError::into_inner).push(file);
+    Ok(())
+}
+
+/// Removes guests of older recipes, except those that another checkout with the same cache runs.
 pub(super) fn forget_older(cache: &Path, name: &str, keep: &Path) -> Result<()> {
     for entry in std::fs::read_dir(cache)? {
         let path = entry?.path();
         let old = path
             .file_name()
             .is_some_and(|file| file.to_string_lossy().starts_with(&format!("{name}-")));
-        if old && path != keep && path.is_dir() {
+        let unused = || File::create(path.join(IN_USE)).is_ok_and(|file| file.try_lock().is_ok());
+        if old && path != keep && path.is_dir() && unused() {
             let _ = std::fs::remove_dir_all(&path);
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_in_use_is_not_forgotten() {
+        let cache = tempfile::tempdir().unwrap();
+        let guests = ["weston-new", "weston-running", "weston-old", "gnome-old"];
+        let folders = guests.map(|name| cache.path().join(name));
+        folders.iter().for_each(|folder| std::fs::create_dir(folder).unwrap());
+        hold(&folders[1]).unwrap();
+        forget_older(cache.path(), "weston", &folders[0]).unwrap();
+        assert_eq!(folders.each_ref().map(|folder| folder.is_dir()), [true, true, false, true]);
+    }
 }

@@ -135,6 +135,7 @@ impl Nixos {
             )?;
             super::debian::forget_older(&cache, "nixos", &dir)?;
         }
+        super::debian::hold(&dir)?;
         Ok(Self { bzimage: kernel.image, vmlinux: dir.join("vmlinux"), dir })
     }
 
