@@ -1,5 +1,5 @@
 //! A device's shared memory region through the PCI transport, as Linux looks for it.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
 
 mod harness;
 
