@@ -16,6 +16,8 @@ use vhost::{
     },
 };
 
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
 use super::device::QUEUES;
 use crate::{
     GuestMemory,
@@ -61,7 +63,8 @@ impl Connection {
         self.socket.as_fd()
     }
 
-    /// Hands over the queues; virtiofsd goes on with the available entries `bases`.
+    /// Hands over the queues; virtiofsd goes on with the available entries `bases`. Returns what it
+    /// writes to when it finds a ring broken.
     pub(super) fn start(
         &mut self,
         features: u64,
@@ -69,7 +72,8 @@ impl Connection {
         queues: &[ActiveQueue],
         bases: &[u16],
         interrupt: &Arc<dyn VirtioInterrupt>,
-    ) -> Result<(), VhostError> {
+    ) -> Result<EventFd, VhostError> {
+        let fault = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).named("an eventfd")?;
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         let agreed = (features | protocol) & self.features;
         self.frontend.set_features(agreed).named("SET_FEATURES")?;
@@ -77,6 +81,7 @@ impl Connection {
         for (active, base) in queues.iter().zip(bases) {
             let place = (usize::from(active.index), *base);
             set_queue(&self.frontend, Addresses::Process, memory, place, active, &**interrupt)?;
+            self.frontend.set_vring_err(place.0, &fault).named("SET_VRING_ERR")?;
         }
         if agreed & protocol != 0 {
             self.enable(queues, true)?;
@@ -85,7 +90,7 @@ impl Connection {
         for active in queues {
             active.kick.write(1).named("waking virtiofsd")?;
         }
-        Ok(())
+        Ok(fault)
     }
 
     /// Takes the queues back. Without error virtiofsd no longer touches guest memory.

@@ -7,7 +7,7 @@
 //! | `device` | configuration space and life cycle |
 //! | `orphan` | answers for the guest while there is no virtiofsd |
 //! | `supervisor` | the thread that connects, notices an end, and connects again |
-//! | `sys` | signals that wait |
+//! | `sys` | signals that wait, eventfds to wait for |
 //!
 //! virtiofsd may be restarted while the guest runs. What its guest knew of files went with it, and
 //! numbers that stood for one file stand for another one in the next virtiofsd, so the old session

@@ -14,6 +14,7 @@ use std::{
 };
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{connection::Connection, orphan::Orphan, sys};
 use crate::{
@@ -66,27 +67,42 @@ pub(super) struct Supervisor {
 impl Supervisor {
     /// Waits for virtiofsd to listen at `path`, and connects.
     pub(super) fn start(tag: &str, path: &Path) -> Result<Self, BuildError> {
+        Self::start_unless(tag, path, sys::told_to_end)
+    }
+
+    /// Like [`start`](Self::start), which goes on while `told_to_end` does not say otherwise.
+    pub(super) fn start_unless(
+        tag: &str,
+        path: &Path,
+        told_to_end: fn() -> bool,
+    ) -> Result<Self, BuildError> {
         let host = |what: String, source| BuildError::Host { option: OPTION, what, source };
         let no_room = |source| host("no eventfd or thread can be made".to_owned(), source);
         let begin = Instant::now();
+        let mut retry = Retry::new(begin);
+        let mut reported = None;
         let (cut, connection) = loop {
             let limit = START_LIMIT.saturating_sub(begin.elapsed());
-            let stream = connect_patiently(path, limit).map_err(|source| {
+            let stream = connect_patiently(path, limit, told_to_end).map_err(|source| {
                 host(format!("tag={tag}: virtiofsd does not listen at {}", path.display()), source)
             })?;
+            retry.connected(Instant::now());
             let cut = stream.try_clone().map_err(no_room)?;
-            match within(PATIENCE, &cut, || Connection::negotiate(stream)) {
+            let error = match within(PATIENCE, &cut, told_to_end, || Connection::negotiate(stream))
+            {
                 Ok(connection) => break (cut, connection),
-                // That of the machine's last run, which was about to end: the next one is on its way.
-                Err(error) if error.is_end() && begin.elapsed() < START_LIMIT => {
-                    tracing::info!(tag, %error, "virtiofsd ended; waiting for the next one");
-                    thread::sleep(RETRY);
-                }
-                Err(error) => {
-                    let path = path.display();
-                    let reason = format!("socket={path}: no virtiofsd answers there: {error}");
-                    return Err(BuildError::Unusable { option: OPTION, reason });
-                }
+                Err(error) => error,
+            };
+            // That of the machine's last run, which was about to end: the next one is on its way.
+            let next = error.is_end() && begin.elapsed() < START_LIMIT;
+            retry.ended(Instant::now());
+            if next && is_due(&mut reported) {
+                tracing::info!(tag, %error, "virtiofsd ended; waiting for the next one");
+            }
+            if !next || !pause(retry.left(Instant::now()), told_to_end) {
+                let path = path.display();
+                let reason = format!("socket={path}: no virtiofsd answers there: {error}");
+                return Err(BuildError::Unusable { option: OPTION, reason });
             }
         };
         let features = connection.features();
@@ -103,6 +119,7 @@ impl Supervisor {
             features,
             connection: Some(connection),
             active: None,
+            fault: None,
             orphan: None,
             complained: false,
             retry: Retry::new(Instant::now()),
@@ -177,6 +194,8 @@ struct Thread {
     features: u64,
     connection: Option<Connection>,
     active: Option<Box<Active>>,
+    /// virtiofsd writes to it when it finds a ring broken; none once that has been told.
+    fault: Option<EventFd>,
     orphan: Option<Worker<Orphan>>,
     /// It was said that virtiofsd cannot be used any more.
     complained: bool,
@@ -241,7 +260,11 @@ impl Thread {
             if self.connection.is_none() && self.retry.left(Instant::now()).is_zero() {
                 self.reconnect();
             }
-            if self.wait() {
+            let (ended, broken) = self.wait();
+            if broken {
+                self.broken_ring();
+            }
+            if ended {
                 tracing::error!(
                     tag = self.tag,
                     socket = %self.path.display(),
@@ -254,9 +277,9 @@ impl Thread {
         }
     }
 
-    /// Waits for an order, for the end of the connection (`true`), or for the next attempt to
-    /// connect.
-    fn wait(&self) -> bool {
+    /// Waits for an order, for the end of the connection (first), for a broken ring (second), or for the
+    /// next attempt to connect.
+    fn wait(&self) -> (bool, bool) {
         let left = self.retry.left(Instant::now());
         let retry =
             Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
@@ -265,16 +288,36 @@ impl Thread {
             // What it says without being asked is read with its next answer.
             PollFd::from_borrowed_fd(connection.fd(), PollFlags::RDHUP)
         }));
+        fds.extend(
+            self.fault
+                .as_ref()
+                .map(|fault| PollFd::from_borrowed_fd(sys::borrow(fault), PollFlags::IN)),
+        );
         let timeout = self.connection.is_none().then_some(&retry);
         // Interrupted is as good as woken.
         let _ = rustix::event::poll(&mut fds, timeout);
-        let ended = fds.get(1).is_some_and(|fd| !fd.revents().is_empty());
+        let mut happened = fds.iter().skip(1).map(|fd| !fd.revents().is_empty());
+        let ended = self.connection.is_some() && happened.next() == Some(true);
+        let broken = self.fault.is_some() && happened.next() == Some(true);
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-        ended
+        (ended, broken)
+    }
+
+    fn broken_ring(&mut self) {
+        // Once is enough, however often it says so.
+        self.fault = None;
+        tracing::warn!(
+            tag = self.tag,
+            "the driver violated a queue's rules, says virtiofsd; the device needs a reset"
+        );
+        if let Some(active) = &self.active {
+            active.interrupt.set_needs_reset();
+        }
     }
 
     fn disconnect(&mut self) {
         self.connection = None;
+        self.fault = None;
         self.retry.ended(Instant::now());
         *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
@@ -289,7 +332,10 @@ impl Thread {
             };
             let Active { features, queues, memory, interrupt } = &**active;
             match connection.start(*features, memory, queues, &bases, interrupt) {
-                Ok(()) => return,
+                Ok(fault) => {
+                    self.fault = Some(fault);
+                    return;
+                }
                 Err(error) => {
                     tracing::error!(tag = self.tag, %error, "virtiofsd does not take the queues");
                     self.disconnect();
@@ -309,6 +355,7 @@ impl Thread {
 
     fn stop(&mut self) {
         let Some(active) = self.active.take() else { return };
+        self.fault = None;
         if let Some(orphan) = self.orphan.take() {
             orphan.stop();
         } else if let Some(connection) = &mut self.connection
@@ -351,8 +398,36 @@ impl Thread {
     }
 }
 
+/// Whether it is time for another report.
+fn is_due(reported: &mut Option<Instant>) -> bool {
+    let due = reported.is_none_or(|at| at.elapsed() >= REPORT);
+    if due {
+        *reported = Some(Instant::now());
+    }
+    due
+}
+
+/// Waits for `time`; `false` if there is no more point in it.
+fn pause(time: Duration, told_to_end: fn() -> bool) -> bool {
+    let end = Instant::now() + time;
+    loop {
+        if told_to_end() {
+            return false;
+        }
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return true;
+        }
+        thread::sleep(left.min(RETRY));
+    }
+}
+
 /// Connects as soon as somebody listens at `path`.
-pub(super) fn connect_patiently(path: &Path, limit: Duration) -> io::Result<UnixStream> {
+pub(super) fn connect_patiently(
+    path: &Path,
+    limit: Duration,
+    told_to_end: fn() -> bool,
+) -> io::Result<UnixStream> {
     let started = Instant::now();
     let mut reported = None;
     loop {
@@ -362,24 +437,33 @@ pub(super) fn connect_patiently(path: &Path, limit: Duration) -> io::Result<Unix
         };
         use io::ErrorKind::{ConnectionRefused, NotFound};
         let waiting = matches!(error.kind(), NotFound | ConnectionRefused);
-        if !waiting || started.elapsed() >= limit || sys::told_to_end() {
+        if !waiting || started.elapsed() >= limit || told_to_end() {
             return Err(error);
         }
-        if reported.is_none_or(|at: Instant| at.elapsed() >= REPORT) {
-            reported = Some(Instant::now());
+        if is_due(&mut reported) {
             tracing::info!(socket = %path.display(), %error, "waiting for virtiofsd");
         }
         thread::sleep(RETRY);
     }
 }
 
-/// Does `work`, which talks over `socket`; when that takes too long the connection is cut.
-fn within<T>(limit: Duration, socket: &UnixStream, work: impl FnOnce() -> T) -> T {
+/// Does `work`, which talks over `socket`; when that takes too long, or there is no more point in it, the
+/// connection is cut.
+fn within<T>(
+    limit: Duration,
+    socket: &UnixStream,
+    told_to_end: fn() -> bool,
+    work: impl FnOnce() -> T,
+) -> T {
     let (done, wait) = mpsc::channel::<()>();
     thread::scope(|scope| {
         scope.spawn(move || {
-            if wait.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
-                let _ = socket.shutdown(Shutdown::Both);
+            let end = Instant::now() + limit;
+            while wait.recv_timeout(RETRY) == Err(mpsc::RecvTimeoutError::Timeout) {
+                if Instant::now() >= end || told_to_end() {
+                    let _ = socket.shutdown(Shutdown::Both);
+                    return;
+                }
             }
         });
         let result = work();

@@ -3,6 +3,7 @@ use std::{
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicUsize, Ordering},
     thread,
     time::Duration,
 };
@@ -191,19 +192,88 @@ fn a_folder_of_a_real_virtiofsd_outlives_its_death() {
     device.reset();
 }
 
+/// Has everybody who waits for an eventfd that virtiofsd holds believe that virtiofsd wrote to it.
+fn write_to_eventfds(daemon: &Virtiofsd) {
+    use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+    let pidfd = pidfd_open(Pid::from_child(&daemon.child), PidfdFlags::empty()).unwrap();
+    let folder = format!("/proc/{}/fd", daemon.child.id());
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let target = std::fs::read_link(&path).unwrap_or_default();
+        if target.to_string_lossy() == "anon_inode:[eventfd]" {
+            let number = path.file_name().unwrap().to_string_lossy().parse().unwrap();
+            let fd = pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()).unwrap();
+            rustix::io::write(&fd, &1u64.to_ne_bytes()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_ring_that_virtiofsd_finds_broken_needs_a_reset() {
+    let Some(program) = Virtiofsd::program() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("socket");
+    let path = socket.clone();
+    let waiting = thread::spawn(move || Supervisor::start("t", &path).unwrap());
+    let daemon = Virtiofsd::start(program, &socket, folder.path());
+    let mut device = Fs::new("t", Some(waiting.join().unwrap()));
+    let mut driver = Driver::start(&mut device);
+    assert_eq!(answer(&ask(&mut driver, &init(1))).0, 0);
+    assert!(!driver.interrupt.needs_reset());
+    // Those that are known have other ways to fail than to say so.
+    write_to_eventfds(&daemon);
+    driver.interrupt.wait_config_change();
+    assert!(driver.interrupt.needs_reset());
+    device.reset();
+}
+
+#[test]
+fn nobody_waits_for_virtiofsd_once_the_machine_is_to_end() {
+    static VISITS: AtomicUsize = AtomicUsize::new(0);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            drop(stream);
+            VISITS.fetch_add(1, Ordering::SeqCst);
+        }
+    });
+    let told_to_end = || VISITS.load(Ordering::SeqCst) >= 3;
+    let error = Supervisor::start_unless("t", &path, told_to_end).err().unwrap().to_string();
+    assert!(error.starts_with("--fs: socket=") && error.contains("no virtiofsd"), "{error}");
+    assert!(VISITS.load(Ordering::SeqCst) <= 4, "{VISITS:?}");
+
+    // One that does not say a word.
+    static ACCEPTED: AtomicUsize = AtomicUsize::new(0);
+    let path = folder.path().join("silent");
+    let listener = UnixListener::bind(&path).unwrap();
+    let silent = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.read_exact(&mut [0; 12]).unwrap();
+        ACCEPTED.fetch_add(1, Ordering::SeqCst);
+        // Until the connection is cut.
+        while stream.read(&mut [0]).is_ok_and(|count| count > 0) {}
+    });
+    let told_to_end = || ACCEPTED.load(Ordering::SeqCst) > 0;
+    assert!(Supervisor::start_unless("t", &path, told_to_end).is_err());
+    silent.join().unwrap();
+}
+
 #[test]
 fn waiting_ends_when_somebody_listens_or_time_is_up() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("s");
     let limit = Duration::from_millis(200);
-    let error = super::supervisor::connect_patiently(&path, limit).unwrap_err();
+    let error = super::supervisor::connect_patiently(&path, limit, || false).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::NotFound);
     // A stale socket counts like none.
     drop(UnixListener::bind(&path).unwrap());
-    let error = super::supervisor::connect_patiently(&path, limit).unwrap_err();
+    let error = super::supervisor::connect_patiently(&path, limit, || false).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
     // Any other error is final.
-    let error = super::supervisor::connect_patiently(&PathBuf::from("x").join("\0"), limit);
+    let error =
+        super::supervisor::connect_patiently(&PathBuf::from("x").join("\0"), limit, || false);
     assert!(error.is_err());
     std::fs::remove_file(&path).unwrap();
     let (late, there) = (path.clone(), path.clone());
@@ -212,7 +282,7 @@ fn waiting_ends_when_somebody_listens_or_time_is_up() {
         UnixListener::bind(late).unwrap()
     });
     let _stream: UnixStream =
-        super::supervisor::connect_patiently(&there, Duration::from_secs(60)).unwrap();
+        super::supervisor::connect_patiently(&there, Duration::from_secs(60), || false).unwrap();
     listening.join().unwrap();
 }
 
