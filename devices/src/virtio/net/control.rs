@@ -4,7 +4,7 @@ use std::{
     io::{Read, Write},
     os::fd::OwnedFd,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Instant,
@@ -30,9 +30,10 @@ const ERR: u8 = 1;
 const SWITCHES: f64 = 256.0;
 const SWITCHES_PER_SECOND: f64 = 16.0;
 
-/// What a driver may still switch.
+/// What a driver may still switch. It is the device's, so that a driver which resets it has no more.
 #[derive(Debug)]
-struct Allowance {
+pub(super) struct Allowance {
+    most: f64,
     left: f64,
     since: Instant,
     /// It was said that there was nothing left.
@@ -40,14 +41,17 @@ struct Allowance {
 }
 
 impl Allowance {
-    fn new(now: Instant) -> Self {
-        Self { left: SWITCHES, since: now, complained: false }
+    /// For a card with so many pairs of queues.
+    pub(super) fn new(pairs: usize, now: Instant) -> Self {
+        // Enough for a few starts, each of which may switch every pair on and off.
+        let most = SWITCHES.max(8.0 * pairs as f64);
+        Self { most, left: most, since: now, complained: false }
     }
 
     /// Takes `count`, if there are that many.
-    fn take(&mut self, count: usize, now: Instant) -> bool {
+    pub(super) fn take(&mut self, count: usize, now: Instant) -> bool {
         let earned = now.saturating_duration_since(self.since).as_secs_f64() * SWITCHES_PER_SECOND;
-        self.left = (self.left + earned).min(SWITCHES);
+        self.left = (self.left + earned).min(self.most);
         self.since = now;
         let count = count as f64;
         if count > self.left {
@@ -55,6 +59,11 @@ impl Allowance {
         }
         self.left -= count;
         true
+    }
+
+    /// Whether it is worth a line in the log that there was nothing left: the first time.
+    pub(super) fn complains(&mut self) -> bool {
+        !std::mem::replace(&mut self.complained, true)
     }
 }
 
@@ -95,6 +104,12 @@ impl Switch {
     }
 }
 
+/// How many pairs change when the first `count` are used.
+pub(super) fn changes(switches: &[Arc<Switch>], count: usize) -> usize {
+    let changes = switches.iter().enumerate();
+    changes.filter(|(index, switch)| switch.is_on() != (*index < count)).count()
+}
+
 /// Uses the first `count` pairs.
 pub(super) fn use_pairs(switches: &[Arc<Switch>], count: usize) -> std::io::Result<()> {
     for (index, switch) in switches.iter().enumerate() {
@@ -107,12 +122,16 @@ pub(super) fn use_pairs(switches: &[Arc<Switch>], count: usize) -> std::io::Resu
 pub(super) struct Control {
     ring: Ring,
     switches: Vec<Arc<Switch>>,
-    allowance: Allowance,
+    allowance: Arc<Mutex<Allowance>>,
 }
 
 impl Control {
-    pub(super) fn new(ring: Ring, switches: Vec<Arc<Switch>>) -> Self {
-        Self { ring, switches, allowance: Allowance::new(Instant::now()) }
+    pub(super) fn new(
+        ring: Ring,
+        switches: Vec<Arc<Switch>>,
+        allowance: Arc<Mutex<Allowance>>,
+    ) -> Self {
+        Self { ring, switches, allowance }
     }
 
     fn serve(&mut self) {
@@ -139,13 +158,17 @@ impl Control {
         if [class, command] != MQ || !(1..=self.switches.len()).contains(&pairs) {
             return ERR;
         }
-        let changes = self.switches.iter().enumerate();
-        let changes = changes.filter(|(index, switch)| switch.is_on() != (*index < pairs)).count();
-        if !self.allowance.take(changes, Instant::now()) {
-            if !std::mem::replace(&mut self.allowance.complained, true) {
-                tracing::warn!(pairs, "the driver switches its queues too often; it is refused");
+        {
+            let mut allowance = self.allowance.lock().unwrap_or_else(PoisonError::into_inner);
+            if !allowance.take(changes(&self.switches, pairs), Instant::now()) {
+                if allowance.complains() {
+                    tracing::warn!(
+                        pairs,
+                        "the driver switches its queues too often; it is refused"
+                    );
+                }
+                return ERR;
             }
-            return ERR;
         }
         match use_pairs(&self.switches, pairs) {
             Ok(()) => OK,
@@ -178,7 +201,7 @@ mod tests {
     #[test]
     fn switching_is_limited() {
         let begin = Instant::now();
-        let mut allowance = Allowance::new(begin);
+        let mut allowance = Allowance::new(2, begin);
         assert!(allowance.take(255, begin));
         assert!(!allowance.take(2, begin));
         assert!(allowance.take(1, begin));

@@ -2,12 +2,13 @@
 
 use std::{
     io,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    time::Instant,
 };
 
 use super::{
     backend::{Backend, Link, Stream},
-    control::{self, Control, Switch},
+    control::{self, Allowance, Control, Switch},
     kernel::KernelPair,
     mac::MacAddress,
     passt::Passt,
@@ -61,6 +62,8 @@ pub(super) struct Net {
     backends: Vec<Option<Backend>>,
     workers: Vec<Worker<NetWorker>>,
     control: Option<Worker<Control>>,
+    /// What the driver may still change about the interface.
+    allowance: Arc<Mutex<Allowance>>,
     /// Serve the queues in place of workers, if there are any.
     kernel: Vec<KernelPair>,
     /// While the kernel serves them.
@@ -129,9 +132,11 @@ impl Net {
         let mtu_bit = if mtu.is_some() { 1 << MTU } else { 0 };
         let own = 1 << MAC | 1 << STATUS | 1 << MRG_RXBUF;
         let control = usize::from(features & (1 << CTRL_VQ) != 0);
+        let allowance = Allowance::new(backends.len(), Instant::now());
         Self {
             mac,
             mtu,
+            allowance: Arc::new(Mutex::new(allowance)),
             features: RING_FEATURES | own | mtu_bit | features,
             link,
             queue_sizes: vec![QUEUE_SIZE; 2 * backends.len() + control],
@@ -144,6 +149,24 @@ impl Net {
             counters: Arc::default(),
             passt: None,
         }
+    }
+
+    /// Whether the driver may start the card: that changes the interface, which keeps everybody waiting
+    /// who does anything about the host's network.
+    fn may_start(&self) -> Result<(), ActivateError> {
+        let taps = self.backends.iter().flatten();
+        let taps = taps.filter(|backend| matches!(backend, Backend::Tap(_))).count();
+        let switches = &self.switches;
+        let changes = if self.kernel.is_empty() {
+            control::changes(switches, 1)
+        } else {
+            control::changes(switches, switches.len()) + switches.len().saturating_sub(1)
+        };
+        let mut allowance = self.allowance.lock().unwrap_or_else(PoisonError::into_inner);
+        if allowance.take(taps + changes, Instant::now()) {
+            return Ok(());
+        }
+        Err(ActivateError::Driver("it is started too often".to_owned()))
     }
 
     /// Has the kernel serve the pairs.
@@ -224,6 +247,7 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Activation { memory, features, queues, interrupt } = activation;
+        self.may_start()?;
         for backend in self.backends.iter().flatten() {
             if let Backend::Tap(tap) = backend {
                 tap.set_features(features)
@@ -249,7 +273,8 @@ impl VirtioDevice for Net {
         if let Some(ring) = rings.pop().flatten()
             && features & (1 << CTRL_VQ) != 0
         {
-            let control = Control::new(ring, self.switches[..pairs].to_vec());
+            let switches = self.switches[..pairs].to_vec();
+            let control = Control::new(ring, switches, self.allowance.clone());
             let control = Worker::spawn("vio-net-ctrl", control)
                 .map_err(|error| ActivateError::Host("a network card's control thread", error))?;
             self.control = Some(control);

@@ -621,6 +621,32 @@ fn several_queues(name: &str, options: &str) {
 }
 
 #[test]
+fn a_card_is_not_started_again_and_again() {
+    if !in_namespace("virtio::net::tests::a_card_is_not_started_again_and_again") {
+        return;
+    }
+    ip("tuntap add dev dragotest1 mode tap vnet_hdr");
+    let option = Spec::parse("net", "tap=dragotest1").unwrap();
+    let mut built = NetConfig::parse(option).unwrap().build().unwrap();
+    let driver = Driver::start(&mut *built.device);
+    built.device.reset();
+    // Each start costs one; that nothing is left at some time means that a reset gives nothing back.
+    let refused = (0..5000).find_map(|_| {
+        let activation = crate::virtio::Activation {
+            memory: driver.memory.clone(),
+            features: built.device.features(),
+            queues: Vec::new(),
+            interrupt: driver.interrupt.clone(),
+        };
+        let result = built.device.activate(activation);
+        built.device.reset();
+        result.err()
+    });
+    let refused = refused.expect("an end").to_string();
+    assert!(refused.contains("too often"), "{refused}");
+}
+
+#[test]
 fn packets_spread_over_several_queues() {
     several_queues("virtio::net::tests::packets_spread_over_several_queues", "");
 }
