@@ -15,6 +15,11 @@ pub trait BusDevice: Send + Sync {
 
     /// Writes `data.len()` bytes (1, 2, 4 or 8) at `offset` from the start of the range.
     fn write(&self, offset: u64, data: &[u8]);
+
+    /// What is at `offset`, for the log. Must not wait for anybody: it is asked when an access hangs.
+    fn describe(&self, offset: u64) -> String {
+        format!("a device, offset {offset:#x}")
+    }
 }
 
 /// A range could not be added to a [`Bus`].
@@ -100,6 +105,11 @@ impl Bus {
             }
             None => false,
         }
+    }
+
+    /// Who answers at an address, for the log.
+    pub fn describe(&self, address: u64) -> Option<String> {
+        self.find(address, 1).map(|(offset, device)| device.describe(offset))
     }
 
     fn find(&self, address: u64, length: usize) -> Option<(u64, Arc<dyn BusDevice>)> {

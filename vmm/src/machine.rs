@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -35,9 +35,10 @@ use crate::{
     firmware,
     kvm::{
         self,
+        activity::Activities,
         cpuid::Template,
         services::KvmServices,
-        vcpu::{self, ExitCounts, Stop, VcpuThreads},
+        vcpu::{self, Stop, VcpuThreads},
     },
     layout::{self, MIB},
     memory,
@@ -51,6 +52,9 @@ const SERIAL_FLUSH: Duration = Duration::from_secs(2);
 
 /// How long a guest may take to fill or empty its balloon before its progress is told.
 const BALLOON_LIMIT: Duration = Duration::from_secs(10);
+
+/// How often the main loop looks whether a processor of the guest stands still, in milliseconds.
+const LOOK_MS: i32 = 5_000;
 
 /// A machine could not be built or run.
 #[derive(Debug, thiserror::Error)]
@@ -125,7 +129,7 @@ pub fn run(config: VmConfig) -> Result<Outcome, Error> {
             };
         }
     };
-    let result = wait(signals, &exit);
+    let result = wait(signals, &exit, &machine.activities);
     let outcome = machine.end(&exit);
     result.and(outcome)
 }
@@ -136,7 +140,7 @@ struct Machine {
     serial_writer: Option<serial::Writer>,
     control: Option<ControlServer>,
     display: Option<Arc<dyn DisplayControl>>,
-    counts: Arc<ExitCounts>,
+    activities: Arc<Activities>,
     panic_exit_code: Option<u8>,
     terminal: Option<sys::RawTerminal>,
     readiness: Readiness,
@@ -212,7 +216,9 @@ impl Machine {
         {
             return Err(ConfigError::Balloon { size, memory: config.memory_mib }.into());
         }
+        let activities = Activities::new(config.cpus, &ports, &mmio);
         let target = Target {
+            activities: activities.clone(),
             name: config.name,
             cpus: config.cpus,
             memory_mib: config.memory_mib,
@@ -228,7 +234,6 @@ impl Machine {
             None => None,
         };
         let processors = vcpu::create(&vm, &template, config.cpus, &registers)?;
-        let counts = Arc::new(ExitCounts::default());
         let terminal = match (&serial, &config.serial) {
             (Some(serial), SerialConfig::Stdio) => {
                 terminal::read_stdin(serial.clone(), exit.clone())
@@ -238,9 +243,15 @@ impl Machine {
         };
         // All files are open and all programs run: from here on less will do.
         let filter = seccomp::close(config.sandbox, folders);
-        let processors =
-            VcpuThreads::start(processors, &ports, &mmio, &counts, &processor_stops(exit), filter)
-                .map_err(host("a processor's thread cannot be started"))?;
+        let processors = VcpuThreads::start(
+            processors,
+            &ports,
+            &mmio,
+            &activities,
+            &processor_stops(exit),
+            filter,
+        )
+        .map_err(host("a processor's thread cannot be started"))?;
         tracing::debug!(elapsed = ?started.elapsed(), "the guest runs");
         readiness.running().map_err(host("the guest's state cannot be relayed"))?;
         Ok(Self {
@@ -249,7 +260,7 @@ impl Machine {
             serial_writer,
             control,
             display,
-            counts,
+            activities,
             panic_exit_code: config.panic_exit_code,
             terminal,
             readiness,
@@ -273,10 +284,11 @@ impl Machine {
             display.end();
         }
         drop(self.terminal);
+        let exits = self.activities.exits();
         tracing::debug!(
-            port = self.counts.port.load(Ordering::Relaxed),
-            mmio = self.counts.mmio.load(Ordering::Relaxed),
-            other = self.counts.other.load(Ordering::Relaxed),
+            port = exits.ports,
+            mmio = exits.mmio,
+            other = exits.others,
             elapsed = ?self.started.elapsed(),
             "exits of the guest to this program"
         );
@@ -377,19 +389,24 @@ fn add_serial(
     Ok((Some(writer), Some(serial)))
 }
 
-/// Waits for a reason to end.
-fn wait(signals: std::os::fd::OwnedFd, exit: &Arc<Exit>) -> Result<(), Error> {
+/// Waits for a reason to end, and has an eye on the processors.
+fn wait(
+    signals: std::os::fd::OwnedFd,
+    exit: &Arc<Exit>,
+    activities: &Activities,
+) -> Result<(), Error> {
     let failed = |error: event_manager::Error| {
         Error::Host("the main loop failed", io::Error::other(error.to_string()))
     };
     let mut manager = EventManager::<MainLoop>::new().map_err(failed)?;
     manager.add_subscriber(MainLoop { signals, exit: exit.clone() });
     while exit.reason().is_none() {
-        match manager.run() {
+        match manager.run_with_timeout(LOOK_MS) {
             Ok(_) => {}
             Err(event_manager::Error::Epoll(errno)) if errno.errno() == libc::EINTR => {}
             Err(error) => return Err(failed(error)),
         }
+        activities.look(Instant::now());
     }
     Ok(())
 }
@@ -420,6 +437,7 @@ impl MutEventSubscriber for MainLoop {
 
 /// What the control socket acts on.
 struct Target {
+    activities: Arc<Activities>,
     name: String,
     cpus: u32,
     memory_mib: u64,
@@ -448,6 +466,7 @@ impl ControlTarget for Target {
             pid: std::process::id(),
             uptime_seconds: self.started.elapsed().as_secs(),
             cpus: self.cpus,
+            processors: self.activities.ask().iter().map(ToString::to_string).collect(),
             memory_mib: self.memory_mib,
             spice: self.display.as_ref().and_then(|display| display.address()),
             spice_clients: self.display.as_ref().map_or_else(Vec::new, |d| d.clients()),

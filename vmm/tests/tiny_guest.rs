@@ -315,6 +315,7 @@ fn signals_and_quit_end_an_idle_guest() {
         let status = guest.ctl(&["status", "--json"]);
         let text = String::from_utf8_lossy(&status.stdout).into_owned();
         assert!(text.contains("\"idle\""), "{text}");
+        assert!(text.contains("\"processors\":[\"in the guest at 0x"), "{text}");
         let refused = guest.ctl(&["resize", "800x600"]);
         assert!(!refused.status.success());
         assert!(String::from_utf8_lossy(&refused.stderr).contains("no display"));

@@ -265,6 +265,11 @@ impl BusDevice for Ecam {
             self.slots.write(function.as_ref(), (offset & 0xfff) as u16, data);
         }
     }
+
+    fn describe(&self, offset: u64) -> String {
+        let (slot, register) = (offset >> 15 & 31, offset & 0xfff);
+        format!("PCI configuration of slot {slot}, offset {register:#x}")
+    }
 }
 
 /// Offset of the reset control register `RST_CNT` (Intel ICH9 datasheet §13.7.5).

@@ -172,6 +172,9 @@ pub struct Status {
     pub uptime_seconds: u64,
     /// Number of virtual CPUs.
     pub cpus: u32,
+    /// What each of them is doing, for people.
+    #[serde(default)]
+    pub processors: Vec<String>,
     /// Guest memory in MiB.
     pub memory_mib: u64,
     /// `host:port` of the SPICE server, if there is one.
@@ -274,6 +277,9 @@ impl fmt::Display for Status {
         writeln!(f, "pid      {}", self.pid)?;
         writeln!(f, "uptime   {} s", self.uptime_seconds)?;
         writeln!(f, "cpus     {}", self.cpus)?;
+        for (id, doing) in self.processors.iter().enumerate() {
+            writeln!(f, "cpu {id:<4} {doing}")?;
+        }
         write!(f, "memory   {} MiB", self.memory_mib)?;
         let servers =
             [("spice", &self.spice, &self.spice_clients), ("vnc", &self.vnc, &self.vnc_clients)];

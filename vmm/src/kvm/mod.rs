@@ -5,6 +5,7 @@ use std::io;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
+pub mod activity;
 pub mod cpuid;
 pub mod msr;
 pub mod services;

@@ -4,7 +4,7 @@ use std::{
     io,
     sync::{
         Arc, Condvar, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
     time::Duration,
@@ -15,7 +15,13 @@ use kvm_bindings::{kvm_fpu, kvm_lapic_state};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::signal::Killable;
 
-use super::{Error, call, cpuid::Template, msr};
+use super::{
+    Error,
+    activity::{Access, Activities, Activity, Place},
+    call,
+    cpuid::Template,
+    msr,
+};
 use crate::{boot::Registers, seccomp::VcpuFilter, sys};
 
 /// Why a processor stopped running for good.
@@ -89,17 +95,6 @@ fn set_delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {
     }
 }
 
-/// Counts exits, for `status` and the benchmarks.
-#[derive(Debug, Default)]
-pub struct ExitCounts {
-    /// Port accesses.
-    pub port: AtomicU64,
-    /// Memory mapped accesses.
-    pub mmio: AtomicU64,
-    /// Signals and everything else.
-    pub other: AtomicU64,
-}
-
 #[derive(Default)]
 struct Control {
     stop: AtomicBool,
@@ -109,7 +104,7 @@ struct Control {
 
 /// The running processors of a machine.
 pub struct VcpuThreads {
-    threads: Vec<JoinHandle<()>>,
+    threads: Arc<Vec<JoinHandle<()>>>,
     control: Arc<Control>,
 }
 
@@ -125,7 +120,7 @@ impl VcpuThreads {
         vcpus: Vec<VcpuFd>,
         ports: &Arc<Bus>,
         mmio: &Arc<Bus>,
-        counts: &Arc<ExitCounts>,
+        activities: &Arc<Activities>,
         sink: &StopSink,
         filter: VcpuFilter,
     ) -> io::Result<Self> {
@@ -139,7 +134,7 @@ impl VcpuThreads {
                 fd,
                 ports: ports.clone(),
                 mmio: mmio.clone(),
-                counts: counts.clone(),
+                activity: activities.of(id),
                 control: control.clone(),
             };
             let (sink, control) = (sink.clone(), control.clone());
@@ -155,6 +150,13 @@ impl VcpuThreads {
             })?;
             threads.push(thread);
         }
+        let threads = Arc::new(threads);
+        let shared = threads.clone();
+        activities.interrupted_by(Box::new(move |id| {
+            if let Some(thread) = shared.get(id).filter(|thread| !thread.is_finished()) {
+                interrupt(thread);
+            }
+        }));
         Ok(Self { threads, control })
     }
 
@@ -164,9 +166,7 @@ impl VcpuThreads {
         let mut running = self.control.running.lock().unwrap_or_else(PoisonError::into_inner);
         while *running > 0 {
             for thread in self.threads.iter().filter(|thread| !thread.is_finished()) {
-                if let Err(error) = thread.kill(sys::kick_signal()) {
-                    tracing::debug!(%error, "a processor's thread could not be interrupted");
-                }
+                interrupt(thread);
             }
             // A signal that arrives just before KVM_RUN is lost, so it is sent again until it hits.
             running = self
@@ -179,11 +179,38 @@ impl VcpuThreads {
     }
 }
 
+/// `0F A2`; nobody puts prefixes in front of it.
+const CPUID_LENGTH: u64 = 2;
+
+/// Whether KVM has done a CPUID instruction but could not read it to go on behind it.
+///
+/// AMD's processors tell KVM where the next instruction is (`NRIPS`). On one that does not, such as QEMU's
+/// emulated one, KVM has to look how long the instruction is, which fails when another processor of the
+/// guest is just taking the page out of the page table: this one may then still execute what its TLB
+/// holds. Programs start with some thirty CPUID instructions, and a file system without a cache of its own
+/// (virtiofs) unmaps the C library whenever somebody opens it.
+fn is_unskipped_cpuid(kind: u32, data: &[u64]) -> bool {
+    /// `KVM_INTERNAL_ERROR_EMULATION`.
+    const EMULATION: u32 = 1;
+    /// `SVM_EXIT_CPUID`.
+    const CPUID: u64 = 0x72;
+    // The first word is without flags: there are no instruction bytes. The second is the reason of the
+    // exit; without the flags it is there since Linux 5.14.
+    kind == EMULATION && matches!(data, [0, CPUID, ..])
+}
+
+/// Makes a processor leave the guest.
+fn interrupt(thread: &JoinHandle<()>) {
+    if let Err(error) = thread.kill(sys::kick_signal()) {
+        tracing::debug!(%error, "a processor's thread could not be interrupted");
+    }
+}
+
 struct Vcpu {
     fd: VcpuFd,
     ports: Arc<Bus>,
     mmio: Arc<Bus>,
-    counts: Arc<ExitCounts>,
+    activity: Arc<Activity>,
     control: Arc<Control>,
 }
 
@@ -195,30 +222,36 @@ impl Vcpu {
                 tracing::debug!("processor stopped{}", self.with_registers(String::new()));
                 return Stop::Asked;
             }
-            let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
+            let activity = &*self.activity;
             match self.fd.run() {
                 Ok(VcpuExit::IoOut(port, data)) => {
-                    count(&self.counts.port);
+                    let address = u64::from(port);
+                    activity.begin(Access { port: true, write: true, address });
                     // More than one access at once: a string instruction.
                     for access in data.chunks(width.get()) {
-                        if !self.ports.write(u64::from(port), access) {
+                        if !self.ports.write(address, access) {
                             tracing::trace!(port, ?access, "a write nobody answers");
                         }
                     }
+                    activity.end();
                 }
                 Ok(VcpuExit::IoIn(port, data)) => {
-                    count(&self.counts.port);
+                    let address = u64::from(port);
+                    activity.begin(Access { port: true, write: false, address });
                     for access in data.chunks_mut(width.get()) {
-                        self.ports.read(u64::from(port), access);
+                        self.ports.read(address, access);
                     }
+                    activity.end();
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => {
-                    count(&self.counts.mmio);
+                    activity.begin(Access { port: false, write: false, address });
                     self.mmio.read(address, data);
+                    activity.end();
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => {
-                    count(&self.counts.mmio);
+                    activity.begin(Access { port: false, write: true, address });
                     self.mmio.write(address, data);
+                    activity.end();
                 }
                 Ok(VcpuExit::Shutdown) => return Stop::TripleFault,
                 // KVM_SYSTEM_EVENT_*: an in-kernel way to power off or reset.
@@ -226,7 +259,8 @@ impl Vcpu {
                     return Stop::Failed(format!("KVM reported system event {kind}"));
                 }
                 Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => {
-                    count(&self.counts.other);
+                    activity.other();
+                    activity.answer(|| self.place());
                 }
                 Ok(VcpuExit::FailEntry(reason, cpu)) => {
                     let text = format!("entering the guest failed on host CPU {cpu}: {reason:#x}");
@@ -234,6 +268,10 @@ impl Vcpu {
                 }
                 Ok(VcpuExit::InternalError) => {
                     let (kind, data) = sys::internal_error(&mut self.fd);
+                    if is_unskipped_cpuid(kind, &data) && self.skip(CPUID_LENGTH) {
+                        activity.other();
+                        continue;
+                    }
                     let name = match kind {
                         1 => "an instruction could not be emulated",
                         2 => "two exceptions at once in the simulator",
@@ -249,13 +287,29 @@ impl Vcpu {
                     return Stop::Failed(self.with_registers(text));
                 }
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                    count(&self.counts.other);
+                    activity.other();
+                    activity.answer(|| self.place());
                 }
                 Err(error) => {
                     return Stop::Failed(self.with_registers(format!("KVM_RUN failed: {error}")));
                 }
             }
         }
+    }
+
+    /// Lets the guest go on `length` bytes further.
+    fn skip(&self, length: u64) -> bool {
+        let registers = self.fd.get_regs();
+        let skipped = registers.and_then(|mut registers| {
+            registers.rip = registers.rip.wrapping_add(length);
+            self.fd.set_regs(&registers)
+        });
+        skipped.is_ok()
+    }
+
+    fn place(&self) -> Option<Place> {
+        let (general, system) = (self.fd.get_regs().ok()?, self.fd.get_sregs().ok()?);
+        Some(Place { rip: general.rip, rflags: general.rflags, cr3: system.cr3 })
     }
 
     /// Appends the registers, as far as they can be had.
@@ -277,5 +331,19 @@ impl Vcpu {
             );
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_cpuid_that_could_not_be_read_is_skipped() {
+        assert!(is_unskipped_cpuid(1, &[0, 0x72, 0, 0, 0, 0]));
+        assert!(!is_unskipped_cpuid(3, &[0, 0x72, 0, 0, 0, 0]), "another error");
+        assert!(!is_unskipped_cpuid(1, &[0, 0x78, 0, 0, 0, 0]), "another instruction");
+        assert!(!is_unskipped_cpuid(1, &[1, 0x72, 2, 0xa20f, 0, 0]), "it could be read");
+        assert!(!is_unskipped_cpuid(1, &[]));
     }
 }

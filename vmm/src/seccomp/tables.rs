@@ -60,8 +60,9 @@ pub(super) static RUNTIME: &[Row] = &[
 pub(super) static VCPU: &[Row] = &[
     allow_if(libc::SYS_ioctl, 1, WORD, &[
         0xae80,      // KVM_RUN
-        0x8090_ae81, // KVM_GET_REGS, for the log
-        0x8138_ae83, // KVM_GET_SREGS, for the log
+        0x8090_ae81, // KVM_GET_REGS, for the log and `ctl status`
+        0x4090_ae82, // KVM_SET_REGS, behind an instruction that KVM could not read
+        0x8138_ae83, // KVM_GET_SREGS, the same
         0x4040_ae79, // KVM_IOEVENTFD: doorbells move with their BAR
         0x4020_ae76, // KVM_IRQFD: MSI-X vectors come and go
         0x4008_ae6a, // KVM_SET_GSI_ROUTING: MSI-X messages

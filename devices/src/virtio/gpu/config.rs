@@ -1,4 +1,5 @@
-//! `--gpu [auto|virgl|2d][,render-node=PATH][,socket=PATH][,scanouts=N][,size=WxH]`.
+//! `--gpu [auto|virgl|2d][,render-node=PATH][,vulkan=none|venus][,hostmem=SIZE][,socket=PATH]`
+//! `[,scanouts=N][,size=WxH]`.
 
 use std::path::PathBuf;
 
@@ -7,14 +8,19 @@ use gpu_protocol::{frames::MAX_SIZE, virtio::MAX_SCANOUTS};
 use super::{device, handle::DisplayMode, recovery::RestartPolicy};
 use crate::{
     spec::{Spec, SpecError},
-    virtio::registry::{BuildError, BuiltDevice, Count, DeviceConfig, DeviceModule},
+    virtio::{
+        registry::{BuildError, BuiltDevice, Count, DeviceConfig, DeviceModule},
+        shared_memory::SIZES,
+    },
 };
 
 /// The GPU in the registry.
 pub static MODULE: DeviceModule = DeviceModule {
     option: "gpu",
-    value_name: "[auto|virgl|2d][,render-node=PATH][,socket=PATH][,scanouts=N][,size=WxH]",
+    value_name: "[auto|virgl|2d][,render-node=PATH][,vulkan=none|venus][,hostmem=SIZE]\
+                 [,socket=PATH][,scanouts=N][,size=WxH]",
     help: "a display, with OpenGL where a GPU can draw it (auto), everywhere (virgl) or nowhere (2d); \
+           with vulkan=venus also Vulkan, whose memory the guest sees in a window of hostmem (256M); \
            served by drago-gpu, or by the vhost-user-gpu back end at socket=",
     count: Count::One,
     parse,
@@ -51,6 +57,10 @@ pub struct GpuConfig {
     pub renderer: Renderer,
     /// The GPU; `None`: the first one.
     pub render_node: Option<PathBuf>,
+    /// Whether the guest gets Vulkan.
+    pub vulkan: bool,
+    /// Bytes of the window in which the guest sees memory of the host; a power of two.
+    pub host_memory: Option<u64>,
     /// Socket of a back end that runs already; `None`: start `drago-gpu`.
     pub socket: Option<PathBuf>,
     /// Number of monitors the guest can have, 1 to 16.
@@ -70,6 +80,8 @@ impl Default for GpuConfig {
         Self {
             renderer: Renderer::Auto,
             render_node: None,
+            vulkan: false,
+            host_memory: None,
             socket: None,
             scanouts: 1,
             mode: DisplayMode::new(1280, 800),
@@ -105,6 +117,7 @@ pub(super) fn parse(mut spec: Spec) -> Result<Box<dyn DeviceConfig>, SpecError> 
         config.renderer = Renderer::Virgl;
         config.render_node = Some(node);
     }
+    parse_vulkan(&mut spec, &mut config)?;
     config.socket = spec.take_path("socket")?;
     if let Some(scanouts) = spec.take_parsed::<u32>("scanouts")? {
         if !(1..=MAX_SCANOUTS as u32).contains(&scanouts) {
@@ -127,6 +140,50 @@ pub(super) fn parse(mut spec: Spec) -> Result<Box<dyn DeviceConfig>, SpecError> 
     }
     spec.finish()?;
     Ok(Box::new(config))
+}
+
+/// As in QEMU's and microvm.nix' options.
+const DEFAULT_HOST_MEMORY: u64 = 256 << 20;
+
+fn parse_vulkan(spec: &mut Spec, config: &mut GpuConfig) -> Result<(), SpecError> {
+    if let Some(name) = spec.take("vulkan")? {
+        config.vulkan = match name.as_str() {
+            "none" => false,
+            "venus" if config.renderer == Renderer::TwoD => {
+                return Err(spec.invalid("vulkan", &name, "2d draws nothing but pictures"));
+            }
+            "venus" => true,
+            _ => return Err(spec.invalid("vulkan", &name, "expected none or venus")),
+        };
+    }
+    if config.vulkan {
+        // Whoever wants Vulkan wants to hear if it cannot be had.
+        config.renderer = Renderer::Virgl;
+        config.host_memory = Some(DEFAULT_HOST_MEMORY);
+    }
+    if let Some(text) = spec.take("hostmem")? {
+        if !config.vulkan {
+            return Err(spec.invalid("hostmem", &text, "only vulkan=venus needs such a window"));
+        }
+        let size = size(&text).filter(|size| size.is_power_of_two() && SIZES.contains(size));
+        if size.is_none() {
+            let reason = "expected a power of two from 1M to 64G, such as 256M";
+            return Err(spec.invalid("hostmem", &text, reason));
+        }
+        config.host_memory = size;
+    }
+    Ok(())
+}
+
+/// A number of bytes with K, M or G behind it, or of mebibytes.
+fn size(text: &str) -> Option<u64> {
+    let (number, shift) = match text.as_bytes().last()? {
+        b'K' | b'k' => (text.get(..text.len() - 1)?, 10),
+        b'M' | b'm' => (text.get(..text.len() - 1)?, 20),
+        b'G' | b'g' => (text.get(..text.len() - 1)?, 30),
+        _ => (text, 20),
+    };
+    number.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 impl DeviceConfig for GpuConfig {

@@ -4,7 +4,7 @@ use std::{io, sync::Arc};
 
 use gpu_protocol::{
     socket::ProtocolFeatures,
-    virtio::{Config, Features, QUEUES},
+    virtio::{Config, Features, QUEUES, SHM_HOST_VISIBLE},
 };
 use zerocopy::IntoBytes;
 
@@ -19,6 +19,7 @@ use super::{
 use crate::virtio::{
     device::{ActivateError, Activation, DeviceType, RING_FEATURES, VirtioDevice},
     registry::BuildError,
+    shared_memory::SharedMemory,
 };
 
 /// As in QEMU's device; the back ends accept up to 1024.
@@ -34,6 +35,7 @@ pub(super) struct VirtioGpu {
     display: Arc<Display>,
     features: u64,
     capsets: u32,
+    region: Option<Arc<SharedMemory>>,
 }
 
 /// Starts or finds the back end and makes the device.
@@ -56,7 +58,9 @@ pub(super) fn build(config: &GpuConfig) -> Result<(VirtioGpu, GpuHandle), BuildE
     };
     let mut offered = ProtocolFeatures::EDID;
     offered.set(ProtocolFeatures::SHM_FRAMES, config.shared_frames);
-    let display = Display::new(config.scanouts, config.mode, offered).map_err(host)?;
+    let region = config.host_memory.map(SharedMemory::new).transpose().map_err(host)?;
+    let display =
+        Display::new(config.scanouts, config.mode, offered, region.clone()).map_err(host)?;
     let watch = Watch::new().map_err(host)?;
     let back_end = BackEnd::new(display.clone(), watch.clone(), launcher, config.restart);
     let for_death = back_end.clone();
@@ -74,6 +78,7 @@ pub(super) fn build(config: &GpuConfig) -> Result<(VirtioGpu, GpuHandle), BuildE
         display: display.clone(),
         features: connected.features & known,
         capsets: connected.capsets,
+        region,
     };
     Ok((device, GpuHandle { display }))
 }
@@ -89,6 +94,10 @@ impl VirtioDevice for VirtioGpu {
 
     fn features(&self) -> u64 {
         self.features
+    }
+
+    fn shared_memory(&self) -> Option<(u8, Arc<SharedMemory>)> {
+        self.region.clone().map(|region| (SHM_HOST_VISIBLE, region))
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

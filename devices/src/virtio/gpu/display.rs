@@ -18,6 +18,7 @@ use gpu_protocol::{
     edid::{self, Monitor},
     format::BYTES_PER_PIXEL,
     frames::{self, MAX_SIZE, Release, ShmScanout, WANT_FULL, Want},
+    host_memory::Map,
     socket::{CursorPos, FromBackEnd, FromFrontEnd, ProtocolFeatures},
     virtio::{CURSOR_SIZE, CtrlHdr, Events, RespDisplayInfo, RespEdid, kind},
 };
@@ -32,7 +33,10 @@ use super::{
     frame::{Frame, Shadow, SlotMemory},
     handle::{CursorImage, DisplayMode, DisplaySink},
 };
-use crate::virtio::device::VirtioInterrupt;
+use crate::virtio::{
+    device::VirtioInterrupt,
+    shared_memory::{MapError, SharedMemory},
+};
 
 /// Slots per scanout: one that is drawn, one on its way, one that is read.
 const SLOTS: u32 = 3;
@@ -103,6 +107,8 @@ struct State {
     events: VecDeque<Event>,
     warned_dmabuf: bool,
     offered: u64,
+    /// The guest's shared memory region.
+    region: Option<Arc<SharedMemory>>,
 }
 
 /// The monitors of one GPU.
@@ -123,11 +129,13 @@ impl Display {
     pub(super) fn new(
         scanouts: u32,
         mode: DisplayMode,
-        offered: ProtocolFeatures,
+        mut offered: ProtocolFeatures,
+        region: Option<Arc<SharedMemory>>,
     ) -> io::Result<Arc<Self>> {
         let wake = rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        offered.set(ProtocolFeatures::HOST_MEMORY, region.is_some());
         let offered = offered.bits();
-        let mut state = State { offered, ..State::default() };
+        let mut state = State { offered, region, ..State::default() };
         state.scanouts.resize_with(scanouts as usize, Scanout::default);
         if let Some(first) = state.scanouts.first_mut() {
             first.mode = Some(mode);
@@ -231,6 +239,7 @@ impl Display {
             state.set_size(id, None);
             state.hide_cursor(id);
         }
+        state.forget_host_memory();
         drop(state);
         self.wake();
     }
@@ -262,6 +271,8 @@ impl Display {
         state.generation += 1;
         state.waiting.clear();
         state.features = None;
+        // What the last one mapped is of no use without it.
+        state.forget_host_memory();
         for scanout in &mut state.scanouts {
             scanout.stale = true;
             scanout.sequence_base = scanout.sequence;
@@ -368,6 +379,15 @@ impl Display {
                 state.set_size(scanout.scanout, size);
             }
             FromBackEnd::DmabufUpdate { .. } => state.send(&FromFrontEnd::DmabufUpdated, None),
+            FromBackEnd::Map(map) => {
+                let status = state.map(&map, fd).map_or_else(|error| error, |()| 0);
+                state.send(&FromFrontEnd::Mapped(status), None);
+            }
+            FromBackEnd::Unmap(unmap) => {
+                if let Some(region) = &state.region {
+                    region.unmap(unmap.offset);
+                }
+            }
         }
     }
 
@@ -400,6 +420,30 @@ impl Display {
         }
         scanout.held &= !(1 << release.slot);
         state.send(&FromFrontEnd::Release(*release), None);
+    }
+}
+
+/// The guest's shared memory region.
+impl State {
+    fn forget_host_memory(&self) {
+        if let Some(region) = &self.region {
+            region.unmap_all();
+        }
+    }
+
+    /// Shows memory of the back end to the guest; the error is a number of Linux.
+    fn map(&self, map: &Map, fd: Option<OwnedFd>) -> Result<(), u32> {
+        let region = self.region.as_ref().ok_or(libc::EOPNOTSUPP as u32)?;
+        let fd = fd.ok_or(libc::EBADF as u32)?;
+        region.map(map.offset, map.length, fd.as_fd(), map.file_offset).map_err(|error| {
+            tracing::warn!(%error, offset = map.offset, length = map.length, "the GPU's memory stays unseen");
+            match error {
+                MapError::Place { .. } | MapError::Short { .. } => libc::EINVAL as u32,
+                MapError::InUse(_) => libc::EBUSY as u32,
+                MapError::TooMany => libc::ENOMEM as u32,
+                MapError::System(source) => source.raw_os_error().unwrap_or(libc::EIO) as u32,
+            }
+        })
     }
 }
 

@@ -51,6 +51,9 @@ impl Launcher {
         if let Some(node) = &config.render_node {
             arguments.extend([OsString::from("--render-node"), node.into()]);
         }
+        if config.vulkan {
+            arguments.extend(["--vulkan", "venus"].map(OsString::from));
+        }
         arguments.extend(["--sandbox", config.sandbox].map(OsString::from));
         Ok(Self { program, arguments })
     }

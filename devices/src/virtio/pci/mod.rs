@@ -455,6 +455,20 @@ impl BusDevice for Registers {
     fn write(&self, offset: u64, data: &[u8]) {
         self.0.write_registers(offset, data);
     }
+
+    fn describe(&self, offset: u64) -> String {
+        let (page, offset) = Layout::find(offset);
+        let structure = match page {
+            Layout::COMMON => "common configuration",
+            Layout::ISR => "interrupt status",
+            Layout::DEVICE => "device configuration",
+            Layout::NOTIFY => "notifications",
+            Layout::MSIX_TABLE => "MSI-X table",
+            Layout::MSIX_PENDING => "MSI-X pending bits",
+            _ => "nothing",
+        };
+        format!("{}: {structure}, offset {offset:#x}", self.0.device_type)
+    }
 }
 
 /// PCI class, sub class and programming interface. Drivers bind by device id; these are for people

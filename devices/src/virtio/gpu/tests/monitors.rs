@@ -51,12 +51,26 @@ fn options_are_understood_and_mistakes_named() {
     assert!(shown("2d,scanouts=2,size=1920x1080").contains("scanouts: 2"));
     assert!(shown("render-node=/dev/dri/renderD129").contains("renderer: Virgl"));
     assert!(shown("socket=/x").contains("/x"));
+    assert!(shown("vulkan=venus").contains("vulkan: true, host_memory: Some(268435456)"));
+    assert!(shown("vulkan=venus").contains("renderer: Virgl"));
+    assert!(shown("vulkan=venus,hostmem=1G").contains("Some(1073741824)"));
+    assert!(shown("vulkan=none").contains("vulkan: false, host_memory: None"));
     for (text, message) in [
         ("3d", "--gpu: '3d' is not understood; expected auto, virgl or 2d"),
         ("scanouts=0", "--gpu: scanouts=0: expected 1 to 16"),
         ("size=1920", "--gpu: size=1920: expected WIDTHxHEIGHT, each 1 to 16384"),
         ("size=0x5", "--gpu: size=0x5: expected WIDTHxHEIGHT, each 1 to 16384"),
-        ("sockt=x", "--gpu: unknown key 'sockt' (known: render-node, socket, scanouts, size)"),
+        ("vulkan=drm", "--gpu: vulkan=drm: expected none or venus"),
+        ("2d,vulkan=venus", "--gpu: vulkan=venus: 2d draws nothing but pictures"),
+        ("hostmem=1G", "--gpu: hostmem=1G: only vulkan=venus needs such a window"),
+        (
+            "vulkan=venus,hostmem=300M",
+            "--gpu: hostmem=300M: expected a power of two from 1M to 64G, such as 256M",
+        ),
+        (
+            "sockt=x",
+            "--gpu: unknown key 'sockt' (known: render-node, vulkan, hostmem, socket, scanouts, size)",
+        ),
     ] {
         assert_eq!(parse(text).unwrap_err().to_string(), message);
     }
