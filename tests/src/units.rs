@@ -5,6 +5,7 @@
 //! what they are outside.
 
 use std::{
+    cell::RefCell,
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -23,6 +24,42 @@ use crate::{
 /// Where the store is inside, for a virtiofsd to share.
 pub const STORE: &str = "/run/units";
 
+/// What tells where a machine stands, for `$name`: what drago-vmm says of itself, where its threads are
+/// in the test host's kernel, the guest's serial port.
+const EVIDENCE: &str = r#"
+pid=$(systemctl show --value -p MainPID microvm@$name)
+socket=/var/lib/microvms/$name/$name.sock
+if [ -e $socket ]; then
+    echo "--- drago-vmm ctl status:"
+    for _ in 1 2 3; do
+        timeout 10 /nix/store/drago-vmm/bin/drago-vmm ctl --control $socket status 2>&1 | grep ^cpu
+    done
+fi
+if [ "$pid" -gt 0 ]; then
+    echo "--- threads of drago-vmm ($pid):"
+    for task in /proc/$pid/task/*; do
+        echo "$(<$task/comm) $(grep -E '^(State|.*ctxt)' $task/status | tr '\n\t' '  ')" \
+            "system call $(<$task/syscall) in $(<$task/wchan)"
+        sed 's/^/    /' $task/stack
+    done
+fi
+echo "--- the test host's kernel:"
+dmesg | tail -n 30
+echo "--- the serial port of $name, and its unit:"
+journalctl --no-pager -o cat -u "microvm@$name" | tail -n 250
+"#;
+
+/// So that a guest which is stuck says where, on the serial port.
+const BACKTRACES: [&str; 3] = [
+    // Of a command line's options of one name the last one counts.
+    "loglevel=7",
+    "sysctl.kernel.softlockup_all_cpu_backtrace=1",
+    "sysctl.kernel.hung_task_all_cpu_backtrace=1",
+];
+
+/// What a guest's kernel says when it cannot go on.
+const STUCK: &str = "soft lockup|detected stalls|rcu_preempt kthread starved|blocked for more than";
+
 /// The system of units.
 #[derive(Debug)]
 pub struct Units {
@@ -30,6 +67,8 @@ pub struct Units {
     pub testbed: Testbed,
     first: String,
     results: PathBuf,
+    /// Machines that were installed.
+    machines: RefCell<Vec<String>>,
 }
 
 impl Units {
@@ -68,7 +107,7 @@ impl Units {
         ensure!(output.code == 0, "{}: {said}\n{errors}", script.display());
         let first = said.lines().last().unwrap_or_default().to_owned();
         ensure!(first.parse::<u32>().is_ok(), "no process: {said}\n{errors}");
-        Ok(Self { testbed, first, results })
+        Ok(Self { testbed, first, results, machines: RefCell::default() })
     }
 
     /// Runs a shell script inside, to its end.
@@ -93,14 +132,36 @@ impl Units {
         let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
         if output.code != 0 {
             let errors = String::from_utf8_lossy(&output.stderr);
-            let journal = self.output("journalctl --no-pager -o cat -n 80")?;
-            bail!(
-                "{script}: ended with {}: {said}\n{errors}\n--- journal:\n{}",
-                output.code,
-                String::from_utf8_lossy(&journal.stdout)
-            );
+            bail!("{script}: ended with {}: {said}\n{errors}", output.code);
         }
         Ok(said)
+    }
+
+    /// Starts a machine and returns when its guest has reported that it is ready.
+    ///
+    /// # Errors
+    /// If it does not start. One whose kernel says that it is stuck is not waited for.
+    pub fn start_machine(&self, name: &str) -> Result<()> {
+        self.run(&format!(
+            "systemctl start microvm@{name} & job=$!
+            while kill -0 $job 2>/dev/null; do
+                if journalctl -q -u microvm@{name} -n 400 -o cat | grep -E '{STUCK}'; then
+                    echo 'the guest is stuck'
+                    exit 1
+                fi
+                sleep 2
+            done
+            wait $job"
+        ))
+        .map(|_| ())
+    }
+
+    /// Where a machine stands, for people.
+    fn evidence(&self, name: &str) -> String {
+        match self.output(&format!("name={name}; {EVIDENCE}")) {
+            Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
+            Err(error) => format!("{error:#}"),
+        }
     }
 
     /// Installs a machine as `install-microvm-NAME` does. What is not in `own` has microvm.nix's defaults.
@@ -115,6 +176,7 @@ impl Units {
         shape: &Shape,
         own: Value,
     ) -> Result<()> {
+        self.machines.borrow_mut().push(name.to_owned());
         let folder = self.results.join(name);
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(folder.join("kernel"))?;
@@ -129,7 +191,7 @@ impl Units {
             "hostName": name,
             "kernel": { "out": folder.join("kernel").display().to_string() },
             "initrdPath": initrd.display().to_string(),
-            "kernelParams": parameters.split(' ').collect::<Vec<_>>(),
+            "kernelParams": parameters.split(' ').chain(BACKTRACES).collect::<Vec<_>>(),
             "storeDisk": nixos.store().display().to_string(),
             "socket": format!("{name}.sock"),
         });
@@ -158,6 +220,19 @@ impl Units {
             current.display()
         ))?;
         Ok(())
+    }
+}
+
+impl Drop for Units {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        for name in self.machines.borrow().iter() {
+            eprintln!("=== the machine {name} after the failure:\n{}", self.evidence(name));
+        }
+        let log = fs::read_to_string(self.testbed.log()).unwrap_or_default();
+        eprintln!("=== the test host's serial port:\n{log}");
     }
 }
 
