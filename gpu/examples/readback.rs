@@ -23,7 +23,7 @@ const ROUNDS: usize = 101;
 fn main() {
     let choice: Choice = std::env::args().nth(1).as_deref().unwrap_or("virgl").parse().unwrap();
     let (choice, node) = settle(choice, None);
-    let mut renderer = start(choice, node, Arc::new(Deaf)).unwrap();
+    let mut renderer = start(choice, node, None, Arc::new(Deaf)).unwrap();
     let mut lines = vec![format!("\"renderer\": {:?}", renderer.describe())];
     for (id, (width, height)) in (1..).zip([(1280, 800), (1920, 1080), (2560, 1440), (3840, 2160)])
     {

@@ -31,6 +31,7 @@ pub mod device;
 pub mod journal;
 pub mod link;
 pub mod relay;
+pub mod render_server;
 pub mod renderer;
 pub mod ring;
 pub mod sandbox;

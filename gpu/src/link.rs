@@ -9,7 +9,10 @@
 use std::{
     collections::VecDeque,
     io,
-    os::{fd::OwnedFd, unix::net::UnixStream},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     thread,
 };
@@ -53,7 +56,18 @@ struct Inner {
     generation: u64,
     out: Vec<u8>,
     sent: usize,
+    /// Descriptors, and with which byte of `out` each goes.
+    fds: VecDeque<(usize, OwnedFd)>,
     cursors: [Cursor; MAX_SCANOUTS],
+}
+
+impl Inner {
+    /// Drops what was not sent.
+    fn forget(&mut self) {
+        self.out.clear();
+        self.fds.clear();
+        self.sent = 0;
+    }
 }
 
 /// The sending half and the cursors, shared by all threads.
@@ -89,8 +103,7 @@ impl Link {
             if let Some(old) = inner.socket.replace(socket.clone()) {
                 let _ = old.shutdown(std::net::Shutdown::Both);
             }
-            inner.out.clear();
-            inner.sent = 0;
+            inner.forget();
             inner.generation += 1;
             for cursor in &mut inner.cursors {
                 cursor.image_dirty = cursor.image.is_some();
@@ -124,6 +137,17 @@ impl Link {
     pub fn send(&self, message: &FromBackEnd<'_>) {
         let mut inner = self.lock();
         if inner.socket.is_some() {
+            message.encode(&mut inner.out);
+            self.flush(&mut inner);
+        }
+    }
+
+    /// The same with a descriptor.
+    pub fn send_with(&self, message: &FromBackEnd<'_>, fd: OwnedFd) {
+        let mut inner = self.lock();
+        if inner.socket.is_some() {
+            let at = inner.out.len();
+            inner.fds.push_back((at, fd));
             message.encode(&mut inner.out);
             self.flush(&mut inner);
         }
@@ -193,17 +217,28 @@ impl Link {
                 return;
             }
             let Some(socket) = &inner.socket else { return };
-            let rest = &inner.out[inner.sent..];
-            match socket_io::send(socket, rest, &[], SendFlags::DONTWAIT) {
-                Ok(count) => inner.sent += count,
+            // A descriptor goes with the first byte of its message, so bytes before it go alone.
+            let mut fds = inner.fds.iter();
+            let (own, end) = match fds.next() {
+                Some((at, fd)) if *at == inner.sent => (Some(fd.as_fd()), fds.next()),
+                next => (None, next),
+            };
+            let end = end.map_or(inner.out.len(), |(at, _)| *at);
+            let rest = &inner.out[inner.sent..end];
+            match socket_io::send(socket, rest, own.as_slice(), SendFlags::DONTWAIT) {
+                Ok(count) => {
+                    if own.is_some() && count > 0 {
+                        inner.fds.pop_front();
+                    }
+                    inner.sent += count;
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.wake();
                     return;
                 }
                 Err(_) => {
                     // The reading side sees the same end and reports it.
-                    inner.out.clear();
-                    inner.sent = 0;
+                    inner.forget();
                     inner.socket = None;
                     return;
                 }
@@ -257,8 +292,7 @@ impl Reader {
             let mut inner = self.link.lock();
             if inner.generation == self.generation {
                 inner.socket = None;
-                inner.out.clear();
-                inner.sent = 0;
+                inner.forget();
             }
         }
         if let Some(listener) = self.listener.upgrade() {

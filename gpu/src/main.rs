@@ -13,6 +13,7 @@ use drago_gpu::{
     control::Limits,
     daemon,
     device::GpuDevice,
+    render_server,
     renderer::{
         FenceSink, Timeline,
         choice::{self, Choice},
@@ -52,6 +53,14 @@ struct Arguments {
     #[arg(long, value_name = "PATH")]
     render_node: Option<PathBuf>,
 
+    /// What draws Vulkan: none, or venus (virglrenderer's render server with the host's Vulkan driver).
+    #[arg(long, value_name = "NAME", default_value = "none")]
+    vulkan: Vulkan,
+
+    /// virglrenderer's render server; given several times: its first arguments.
+    #[arg(long, value_name = "PATH")]
+    render_server: Vec<PathBuf>,
+
     /// Most memory the guest's resources may take here, in MiB (default: 512, with OpenGL 2048).
     #[arg(long, value_name = "MIB")]
     max_memory: Option<u64>,
@@ -82,17 +91,26 @@ fn main() -> Result<()> {
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
         .init();
-    if arguments.probe {
-        let (choice, node) = choice::settle(arguments.renderer, arguments.render_node);
-        println!("{}", choice::start(choice, node, Arc::new(Deaf))?.describe());
-        return Ok(());
-    }
     let (renderer, node) = choice::settle(arguments.renderer, arguments.render_node);
     let memory = arguments.max_memory.unwrap_or(match renderer {
         Choice::TwoD => 512,
         Choice::Auto | Choice::Virgl => 2048,
     });
     let bytes = memory.checked_mul(1 << 20).context("--max-memory: too big")?;
+    // Before the sandbox, which it would not get out of, and before any thread.
+    let server = match arguments.vulkan {
+        Vulkan::None => None,
+        Vulkan::Venus => {
+            anyhow::ensure!(renderer == Choice::Virgl, "--vulkan venus needs --renderer virgl");
+            let words = render_server::find(arguments.render_server)?;
+            let node = node.as_deref().ok();
+            Some(render_server::start(&words, arguments.sandbox, node, bytes)?)
+        }
+    };
+    if arguments.probe {
+        println!("{}", choice::start(renderer, node, server, Arc::new(Deaf))?.describe());
+        return Ok(());
+    }
     let needs = match renderer {
         Choice::TwoD => Needs::Nothing,
         Choice::Auto | Choice::Virgl => Needs::Driver {
@@ -112,7 +130,7 @@ fn main() -> Result<()> {
     let door = daemon::Door::open()?;
     // The threads that are started from now on inherit it.
     let sandbox = Sandbox::enter(arguments.sandbox, needs, bytes);
-    let device = GpuDevice::new(move |sink| choice::start(renderer, node, sink), limits)
+    let device = GpuDevice::new(move |sink| choice::start(renderer, node, server, sink), limits)
         .context("the device cannot be made")?;
     let Some(front) = front else {
         let walls = sandbox.close();
@@ -122,6 +140,13 @@ fn main() -> Result<()> {
     daemon::serve(&front, door, &device, || drop(sandbox.close()))?;
     tracing::info!("the front end hung up");
     Ok(())
+}
+
+/// `--vulkan`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Vulkan {
+    None,
+    Venus,
 }
 
 /// Makes no fences, so hears of none.

@@ -1,5 +1,5 @@
-//! The one thing here that the safe crates cannot do.
-#![allow(unsafe_code)] // taking over a descriptor that another process left open for us
+//! The two things here that the safe crates cannot do.
+#![allow(unsafe_code)] // taking over a descriptor that another process left open for us; fork
 
 use std::{
     io,
@@ -25,4 +25,30 @@ pub fn inherited_socket(fd: RawFd) -> io::Result<UnixStream> {
     }
     rustix::io::fcntl_setfd(&owned, rustix::io::FdFlags::CLOEXEC)?;
     Ok(UnixStream::from(owned))
+}
+
+/// Where [`fork`] returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fork {
+    /// In the process that there was.
+    Parent,
+    /// In the new one.
+    Child,
+}
+
+/// Makes a copy of this process. To be called while there is one thread: the copy may then do
+/// everything that this one may.
+pub fn fork() -> io::Result<Fork> {
+    // Names of the threads are those of this process; more than one would leave locks behind.
+    let threads = std::fs::read_dir("/proc/self/task")?.count();
+    if threads != 1 {
+        return Err(io::Error::other(format!("{threads} threads cannot be copied")));
+    }
+    // SAFETY: there is no other thread (checked just above) whose locks or half-made state the copy
+    // could have.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(Fork::Child),
+        _ => Ok(Fork::Parent),
+    }
 }

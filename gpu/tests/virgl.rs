@@ -102,6 +102,38 @@ fn a_clear_is_exact_in_every_format() {
 }
 
 /// Shaders, vertices, rasterisation: every pixel is on the right side of the edge.
+/// What other programs do at the same time must not get in a program's way: a desktop goes on drawing
+/// while programs start and end. (The library leaves a new context current and does not know it.)
+#[test]
+fn contexts_that_come_and_go_leave_the_others_alone() {
+    let mut front = device();
+    let mut screen = Screen::new(&mut front, 1000);
+    assert_eq!(front.create_context(1, VIRGL2), kind::OK_NODATA);
+    let size = (64, 32);
+    for id in [1, 2] {
+        front.create_texture(id, BGRX, size, RESOURCE_Y_0_TOP);
+        front.use_in(1, id);
+    }
+    let words = [prologue(), target(1, 1, BGRX), target(2, 2, BGRX)].concat();
+    assert_eq!(front.draw(1, &words), kind::OK_NODATA);
+    front.show(0, 2, whole(size));
+    for round in 0..20_u32 {
+        let colour = [round as f32 / 255.0, 0.2, 0.4, 1.0];
+        assert_eq!(front.draw(1, &clear(colour)), kind::OK_NODATA, "round {round}");
+        let other = 2 + round % 3;
+        match front.create_context(other, VIRGL2) {
+            kind::OK_NODATA => {}
+            _ => assert_eq!(front.destroy_context(other), kind::OK_NODATA),
+        }
+        let colour = [round as f32 / 255.0, 0.6, 0.8, 1.0];
+        assert_eq!(front.draw(1, &clear(colour)), kind::OK_NODATA, "round {round}");
+        front.flush(2, whole(size));
+        let (_, pixels) = screen.frame(&mut front, 0);
+        let wanted = [204, 153, round as u8, 0];
+        assert!(pixels.chunks(4).all(|pixel| pixel == wanted), "round {round}: {:?}", &pixels[..4]);
+    }
+}
+
 #[test]
 fn a_triangle_is_exact() {
     let mut front = device();

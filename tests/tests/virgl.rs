@@ -92,7 +92,7 @@ fn gnome_draws_with_opengl() {
     assert_eq!(host.run("mount -t tmpfs none /dev/dri").unwrap().code, 0);
     let command = host
         .command(host.program("drago-vmm"))
-        .env("DRAGO_LOG", "info,drago_gpu::control::three_d=debug")
+        .env("DRAGO_LOG", "info,drago_gpu::control=debug")
         .args(["--kernel", &guest.kernel.display().to_string()])
         .args(["--initrd", &guest.initrd.display().to_string()])
         .args(["--cmdline", &guest.cmdline, "--memory", &guest.memory_mib.to_string()])

@@ -18,6 +18,7 @@ pub mod chain;
 pub mod edid;
 pub mod format;
 pub mod frames;
+pub mod host_memory;
 pub mod inflight;
 pub mod rect;
 pub mod socket;

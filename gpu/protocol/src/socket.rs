@@ -12,6 +12,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
     frames::{self, Frame, Release, ShmScanout, Want},
+    host_memory::{self, Map, Unmap},
     rect::Rect,
     virtio::{CURSOR_BYTES, RespDisplayInfo, RespEdid},
 };
@@ -30,6 +31,9 @@ bitflags! {
         const EDID = 1 << 0;
         /// The front end understands DMABUF_SCANOUT2.
         const DMABUF2 = 1 << 1;
+        /// Memory of the host in the guest's shared memory region, see [`crate::host_memory`]. Not
+        /// part of the standard.
+        const HOST_MEMORY = 1 << 61;
         /// Frames in shared memory, see [`crate::frames`]. Not part of the standard.
         const SHM_FRAMES = 1 << 62;
     }
@@ -220,6 +224,10 @@ pub enum FromBackEnd<'a> {
     },
     /// A frame is in shared memory.
     Frame(Frame),
+    /// Memory for the guest's shared memory region; has an answer.
+    Map(Map),
+    /// The end of it.
+    Unmap(Unmap),
 }
 
 /// A message from the front end to the back end.
@@ -233,6 +241,8 @@ pub enum FromFrontEnd {
     Edid(alloc::boxed::Box<RespEdid>),
     /// Answer to DMABUF_UPDATE.
     DmabufUpdated,
+    /// Answer to MAP: 0, or an error number of Linux.
+    Mapped(u32),
     /// Memory for frames.
     ShmScanout(ShmScanout),
     /// A slot is free again.
@@ -297,6 +307,8 @@ impl<'a> FromBackEnd<'a> {
                 frame.encode_payload(out);
                 finish(out, at);
             }
+            Self::Map(map) => put(out, host_memory::id::MAP, &[map.as_bytes()]),
+            Self::Unmap(unmap) => put(out, host_memory::id::UNMAP, &[unmap.as_bytes()]),
         }
     }
 
@@ -346,13 +358,19 @@ impl<'a> FromBackEnd<'a> {
                 Self::DmabufUpdate { scanout, rect }
             }
             frames::id::FRAME => Self::Frame(Frame::decode_payload(payload)?),
+            host_memory::id::MAP => Self::Map(exact(request, payload)?),
+            host_memory::id::UNMAP => Self::Unmap(exact(request, payload)?),
             _ => return Err(ProtocolError::Unknown { request, flags: message.header.flags }),
         })
     }
 
     /// Whether a descriptor belongs to this message.
     pub fn wants_fd(&self) -> bool {
-        matches!(self, Self::DmabufScanout { scanout, .. } if scanout.rect.width != 0)
+        match self {
+            Self::DmabufScanout { scanout, .. } => scanout.rect.width != 0,
+            Self::Map(_) => true,
+            _ => false,
+        }
     }
 }
 
@@ -379,6 +397,7 @@ impl FromFrontEnd {
             Self::DisplayInfo(info) => reply(out, id::GET_DISPLAY_INFO, info.as_bytes()),
             Self::Edid(edid) => reply(out, id::GET_EDID, edid.as_bytes()),
             Self::DmabufUpdated => reply(out, id::DMABUF_UPDATE, &[]),
+            Self::Mapped(status) => reply(out, host_memory::id::MAP, status.as_bytes()),
             Self::ShmScanout(scanout) => put(out, frames::id::SHM_SCANOUT, &[scanout.as_bytes()]),
             Self::Release(release) => put(out, frames::id::RELEASE, &[release.as_bytes()]),
             Self::Want(want) => put(out, frames::id::WANT, &[want.as_bytes()]),
@@ -396,6 +415,7 @@ impl FromFrontEnd {
             }
             (id::GET_EDID, true) => Self::Edid(alloc::boxed::Box::new(exact(request, payload)?)),
             (id::DMABUF_UPDATE, true) => Self::DmabufUpdated,
+            (host_memory::id::MAP, true) => Self::Mapped(exact(request, payload)?),
             (frames::id::SHM_SCANOUT, false) => Self::ShmScanout(exact(request, payload)?),
             (frames::id::RELEASE, false) => Self::Release(exact(request, payload)?),
             (frames::id::WANT, false) => Self::Want(exact(request, payload)?),
@@ -442,6 +462,9 @@ impl Side {
             (Self::FrontEnd, frames::id::FRAME, false) => {
                 size_of::<frames::FrameHeader>() + frames::MAX_RECTS * size_of::<Rect>()
             }
+            (Self::FrontEnd, host_memory::id::MAP, false) => size_of::<Map>(),
+            (Self::FrontEnd, host_memory::id::UNMAP, false) => size_of::<Unmap>(),
+            (Self::BackEnd, host_memory::id::MAP, true) => size_of::<u32>(),
             (Self::BackEnd, id::GET_PROTOCOL_FEATURES, true) => size_of::<u64>(),
             (Self::BackEnd, id::GET_DISPLAY_INFO, true) => size_of::<RespDisplayInfo>(),
             (Self::BackEnd, id::GET_EDID, true) => size_of::<RespEdid>(),
@@ -536,6 +559,8 @@ mod tests {
             FromBackEnd::DmabufScanout { scanout: dmabuf, modifier: None },
             FromBackEnd::DmabufScanout { scanout: dmabuf, modifier: Some(77) },
             FromBackEnd::DmabufUpdate { scanout: 0, rect: Rect::of_size(5, 5) },
+            FromBackEnd::Map(Map { offset: 0x1000, length: 0x2000, file_offset: 0x3000 }),
+            FromBackEnd::Unmap(Unmap { offset: 0x1000 }),
             FromBackEnd::Frame(Frame {
                 scanout: 1,
                 generation: 2,
@@ -556,6 +581,7 @@ mod tests {
             FromFrontEnd::DmabufUpdated,
             FromFrontEnd::ShmScanout(ShmScanout::layout(0, 1, 640, 480, 3).unwrap()),
             FromFrontEnd::Release(Release { scanout: 0, generation: 1, slot: 2, reserved: 0 }),
+            FromFrontEnd::Mapped(22),
             FromFrontEnd::Want(Want { scanout: 0, max_fps: 60, flags: 1, reserved: 0 }),
         ]
     }

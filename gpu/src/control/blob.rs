@@ -1,13 +1,21 @@
-//! Blobs: resources that are a piece of guest memory. A picture in one is read from there when it is
-//! wanted, without a copy of ours in between.
+//! Blobs: resources that are a piece of memory.
+//!
+//! A picture in guest memory is read from there when it is wanted, without a copy of ours in between.
+//! Memory of the host, made by a 3D context, is shown to the guest in its shared memory region, which
+//! the front end has ([`gpu_protocol::host_memory`]).
 
 use gpu_protocol::{
     Rect,
     format::{BYTES_PER_PIXEL, PixelFormat},
     frames::MAX_SIZE,
-    virtio::{BackingEntry, BlobPicture, Refusal, blob_mem},
+    host_memory::{Map, Unmap},
+    socket::{FromBackEnd, ProtocolFeatures},
+    virtio::{
+        BackingEntry, Blob, BlobPicture, CtrlHdr, Refusal, RespMapInfo, blob_flag, blob_mem, kind,
+    },
 };
 use vm_memory::{Bytes, VolatileSlice};
+use zerocopy::IntoBytes;
 
 use super::{
     Control,
@@ -18,6 +26,8 @@ use crate::{
     backing::Backing,
     scanout::{BlobLayout, Source},
 };
+
+const PAGE: u64 = 4096;
 
 /// Bytes from the start of the blob to the end of the last pixel of `rect`.
 fn end_of(layout: &BlobLayout, rect: Rect) -> u64 {
@@ -66,14 +76,17 @@ impl Control {
     pub(super) fn create_blob(
         &mut self,
         id: u32,
-        kind: u32,
-        size: u64,
+        context: u32,
+        blob: &Blob,
         entries: Vec<BackingEntry>,
         memory: &GuestMemory,
     ) -> Result<(), Refusal> {
         self.check_new(id)?;
-        // Memory of the host would need a window to show it in.
-        if kind != blob_mem::GUEST || size == 0 {
+        let size = blob.size;
+        if blob.memory == blob_mem::HOST3D {
+            return self.create_host_blob(id, context, blob, &entries);
+        }
+        if blob.memory != blob_mem::GUEST || size == 0 {
             return Err(Refusal::InvalidParameter);
         }
         let backing = Backing::new(entries, memory)?;
@@ -89,6 +102,106 @@ impl Control {
         let kind = Kind::Blob { size, memory: memory.clone() };
         self.resources.insert(id, Resource { kind, cost: 0, backing: Some(backing) });
         Ok(())
+    }
+
+    fn create_host_blob(
+        &mut self,
+        id: u32,
+        context: u32,
+        blob: &Blob,
+        entries: &[BackingEntry],
+    ) -> Result<(), Refusal> {
+        let flags = blob_flag::MAPPABLE | blob_flag::SHAREABLE | blob_flag::CROSS_DEVICE;
+        if blob.size == 0
+            || !blob.size.is_multiple_of(PAGE)
+            || blob.flags & !flags != 0
+            || !entries.is_empty()
+        {
+            return Err(Refusal::InvalidParameter);
+        }
+        if !self.contexts.contains(&context) {
+            return Err(Refusal::InvalidContext);
+        }
+        self.charge(blob.size)?;
+        if let Err(refusal) = self.renderer.create_host_blob(id, context, blob) {
+            self.bytes -= blob.size;
+            return Err(refusal);
+        }
+        let kind = Kind::Host { size: blob.size, mapped: None };
+        self.resources.insert(id, Resource { kind, cost: blob.size, backing: None });
+        Ok(())
+    }
+
+    /// Whether the guest may see this resource there.
+    pub(super) fn check_map(&self, id: u32, offset: u64) -> Result<(), Refusal> {
+        let resource = self.resources.get(&id).ok_or(Refusal::InvalidResource)?;
+        let Kind::Host { size, mapped } = resource.kind else {
+            return Err(Refusal::InvalidResource);
+        };
+        let has_region =
+            self.features.is_some_and(|features| features.contains(ProtocolFeatures::HOST_MEMORY));
+        if mapped.is_some() || !has_region {
+            return Err(Refusal::Unspecified);
+        }
+        match offset.is_multiple_of(PAGE) && offset.checked_add(size).is_some() {
+            true => Ok(()),
+            false => Err(Refusal::InvalidParameter),
+        }
+    }
+
+    /// Asks the front end to show the resource there; on success its answer is to come.
+    pub fn send_map(&mut self, id: u32, offset: u64) -> Result<(), Refusal> {
+        let resource = self.resources.get(&id).ok_or(Refusal::InvalidResource)?;
+        let Kind::Host { size, .. } = resource.kind else {
+            return Err(Refusal::InvalidResource);
+        };
+        let (fd, map_info) = self.renderer.export_blob(id)?;
+        self.map_info = map_info;
+        let map = Map { offset, length: size, file_offset: 0 };
+        self.link.send_with(&FromBackEnd::Map(map), fd);
+        Ok(())
+    }
+
+    /// The answer to the guest, after the front end's.
+    pub fn mapped(&mut self, hdr: &CtrlHdr, id: u32, offset: u64, status: u32) -> Vec<u8> {
+        if status != 0 {
+            tracing::warn!(
+                resource = id,
+                error = %std::io::Error::from_raw_os_error(status as i32),
+                "the guest cannot see a piece of the host's memory"
+            );
+            return hdr.answer(kind::ERR_UNSPEC).as_bytes().to_vec();
+        }
+        if let Some(Resource { kind: Kind::Host { mapped, .. }, .. }) = self.resources.get_mut(&id)
+        {
+            *mapped = Some(offset);
+        }
+        let map_info = self.map_info.into();
+        let answer =
+            RespMapInfo { hdr: hdr.answer(kind::OK_MAP_INFO), map_info, padding: 0.into() };
+        answer.as_bytes().to_vec()
+    }
+
+    /// Nobody waits any more for what was shown there.
+    pub fn map_is_late(&self, offset: u64) {
+        self.link.send(&FromBackEnd::Unmap(Unmap { offset }));
+    }
+
+    pub(super) fn unmap(&mut self, id: u32) -> Result<(), Refusal> {
+        let resource = self.resources.get_mut(&id).ok_or(Refusal::InvalidResource)?;
+        let Kind::Host { mapped, .. } = &mut resource.kind else {
+            return Err(Refusal::InvalidResource);
+        };
+        let offset = mapped.take().ok_or(Refusal::Unspecified)?;
+        self.link.send(&FromBackEnd::Unmap(Unmap { offset }));
+        Ok(())
+    }
+
+    /// A resource is about to go: the guest must not see its memory.
+    pub(super) fn hide(&self, kind: &Kind) {
+        if let Kind::Host { mapped: Some(offset), .. } = *kind {
+            self.link.send(&FromBackEnd::Unmap(Unmap { offset }));
+        }
     }
 
     pub(super) fn set_scanout_blob(

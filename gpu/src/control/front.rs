@@ -53,7 +53,8 @@ impl Control {
 
     /// The front end offers these protocol features.
     pub fn negotiate(&mut self, offered: u64) {
-        let known = ProtocolFeatures::EDID | ProtocolFeatures::SHM_FRAMES;
+        let known =
+            ProtocolFeatures::EDID | ProtocolFeatures::SHM_FRAMES | ProtocolFeatures::HOST_MEMORY;
         let features = ProtocolFeatures::from_bits_truncate(offered) & known;
         let path = match features.contains(ProtocolFeatures::SHM_FRAMES) {
             true => "in shared memory",

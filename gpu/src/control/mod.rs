@@ -56,6 +56,8 @@ pub enum Question {
     Edid(u32),
     /// GET_EDID that is answered here, from the display info the front end gives.
     EdidFromInfo(u32),
+    /// RESOURCE_MAP_BLOB: which resource, and where.
+    Map(u32, u64),
 }
 
 /// What became of a command.
@@ -80,6 +82,8 @@ pub struct Control {
     link: Arc<Link>,
     /// Of the GPU socket; `None` until negotiated.
     features: Option<ProtocolFeatures>,
+    /// How the memory is cached that is being mapped.
+    map_info: u32,
     display: RespDisplayInfo,
     edids: HashMap<u32, Box<RespEdid>>,
 }
@@ -110,6 +114,7 @@ impl Control {
             scanouts: Default::default(),
             link,
             features: None,
+            map_info: 0,
             display: default_display(),
             edids: HashMap::new(),
         }
@@ -138,7 +143,8 @@ impl Control {
         for context in self.contexts.drain() {
             self.renderer.destroy_context(context);
         }
-        for (id, _) in self.resources.drain() {
+        for (id, resource) in std::mem::take(&mut self.resources) {
+            self.hide(&resource.kind);
             self.renderer.destroy(id);
         }
         self.bytes = 0;
@@ -191,9 +197,14 @@ impl Control {
                 Ok(answer) => return Outcome::Answer(answer.as_bytes().to_vec()),
                 Err(refusal) => Err(refusal),
             },
-            Ok(Command::CreateBlob { resource, memory: kind, size, entries }) => {
-                self.create_blob(resource, kind, size, entries, memory)
+            Ok(Command::CreateBlob { resource, blob, entries }) => {
+                self.create_blob(resource, hdr.ctx_id.get(), &blob, entries, memory)
             }
+            Ok(Command::MapBlob { resource, offset }) => match self.check_map(resource, offset) {
+                Ok(()) => return Outcome::Ask(Question::Map(resource, offset)),
+                Err(refusal) => Err(refusal),
+            },
+            Ok(Command::UnmapBlob { resource }) => self.unmap(resource),
             Ok(Command::SetScanoutBlob { scanout, resource, rect, picture }) => {
                 self.set_scanout_blob(scanout, resource, rect, &picture)
             }
@@ -237,6 +248,8 @@ impl Control {
                 let hdr = hdr.answer(kind::OK_DISPLAY_INFO);
                 RespDisplayInfo { hdr, ..self.display }.as_bytes().to_vec()
             }
+            // Only the front end can do that.
+            Question::Map(..) => hdr.answer(kind::ERR_UNSPEC).as_bytes().to_vec(),
             Question::Edid(scanout) if self.edids.contains_key(&scanout) => {
                 let edid = &self.edids[&scanout];
                 let answer = RespEdid { hdr: hdr.answer(kind::OK_EDID), ..**edid };

@@ -31,6 +31,8 @@ pub(super) enum Kind {
     ThreeD(Option<Layout>),
     /// Guest memory, mapped as it was when the blob was made.
     Blob { size: u64, memory: GuestMemory },
+    /// Memory of the host, and where the guest sees it.
+    Host { size: u64, mapped: Option<u64> },
 }
 
 /// A resource.
@@ -48,7 +50,7 @@ impl Resource {
         match self.kind {
             Kind::TwoD(layout) => Some(layout),
             Kind::ThreeD(layout) => layout,
-            Kind::Blob { .. } => None,
+            Kind::Blob { .. } | Kind::Host { .. } => None,
         }
     }
 }
@@ -91,6 +93,7 @@ impl Control {
 
     pub(super) fn unref(&mut self, id: u32) -> Result<(), Refusal> {
         let resource = self.resources.remove(&id).ok_or(Refusal::InvalidResource)?;
+        self.hide(&resource.kind);
         self.bytes -= resource.cost;
         self.bytes -= resource.backing.map_or(0, |backing| backing.cost());
         for scanout in &mut self.scanouts {
@@ -110,7 +113,7 @@ impl Control {
         memory: &GuestMemory,
     ) -> Result<(), Refusal> {
         let resource = self.resources.get(&id).ok_or(Refusal::InvalidResource)?;
-        if resource.backing.is_some() {
+        if resource.backing.is_some() || matches!(resource.kind, Kind::Host { .. }) {
             return Err(Refusal::Unspecified);
         }
         let backing = Backing::new(entries, memory)?;
@@ -150,7 +153,7 @@ impl Control {
             Kind::TwoD(layout) => layout,
             // It is where it belongs already.
             Kind::Blob { .. } => return Ok(()),
-            Kind::ThreeD(_) => return Err(Refusal::Unspecified),
+            Kind::ThreeD(_) | Kind::Host { .. } => return Err(Refusal::Unspecified),
         };
         if !rect.fits(layout.width, layout.height) {
             return Err(Refusal::InvalidParameter);

@@ -160,7 +160,7 @@ impl Control {
             return Err(Refusal::InvalidContext);
         }
         let resource = self.resources.get(&id).ok_or(Refusal::InvalidResource)?;
-        if matches!(resource.kind, Kind::Blob { .. }) {
+        if matches!(resource.kind, Kind::Blob { .. } | Kind::Host { .. }) {
             return Err(Refusal::InvalidResource);
         }
         let backing = resource.backing.as_ref().ok_or(Refusal::Unspecified)?;

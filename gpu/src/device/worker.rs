@@ -27,7 +27,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
 use vm_memory::GuestAddressSpace;
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::fences::Fences;
 use crate::{
@@ -278,7 +278,7 @@ impl Worker {
         // The front end may be waiting for this ring to stop before it answers anything, so the
         // paused command is answered with what was known before.
         if let Some(question) = self.paused.as_ref().map(|paused| paused.question) {
-            self.resume(question);
+            self.resume(question, None);
         }
         self.common.fences.stop();
         self.ring = None;
@@ -316,7 +316,10 @@ impl Worker {
             Outcome::Answer(bytes) => self.answer(request, &hdr, bytes, guest),
             Outcome::Ask(question) if self.common.link.is_connected() => {
                 self.paused = Some(Paused { request, hdr, question });
-                self.ask(question);
+                if let Err(refusal) = self.ask(question) {
+                    tracing::debug!(%refusal, ?question, "a command was refused");
+                    self.resume(question, Some(hdr.answer(refusal as u32).as_bytes().to_vec()));
+                }
             }
             Outcome::Ask(question) => {
                 let bytes = self.control.answer_to(&hdr, question);
@@ -358,29 +361,34 @@ impl Worker {
     }
 
     /// Sends a question unless the same one is already on its way.
-    fn ask(&mut self, question: Question) {
-        if self.asked.contains(&question) {
-            return;
+    fn ask(&mut self, question: Question) -> Result<(), Refusal> {
+        if let Question::Map(resource, offset) = question {
+            self.control.send_map(resource, offset)?;
+            self.asked.push(question);
+            return Ok(());
         }
-        self.asked.push(question);
-        self.common.link.send(&match question {
-            Question::DisplayInfo | Question::EdidFromInfo(_) => FromBackEnd::GetDisplayInfo,
-            Question::Edid(scanout) => FromBackEnd::GetEdid { scanout },
-        });
+        if !self.asked.contains(&question) {
+            self.asked.push(question);
+            self.common.link.send(&match question {
+                Question::Edid(scanout) => FromBackEnd::GetEdid { scanout },
+                _ => FromBackEnd::GetDisplayInfo,
+            });
+        }
+        Ok(())
     }
 
-    /// The oldest question of one of two kinds was answered.
-    fn answered(&mut self, edid: bool) -> Option<Question> {
-        let is_kind = |question: &Question| matches!(question, Question::Edid(_)) == edid;
+    /// The oldest question of a kind was answered.
+    fn answered(&mut self, is_kind: impl Fn(&Question) -> bool) -> Option<Question> {
         let index = self.asked.iter().position(is_kind)?;
         Some(self.asked.remove(index))
     }
 
-    /// Answers the paused command, if it waits for this.
-    fn resume(&mut self, question: Question) {
+    /// Answers the paused command, if it waits for this: with these bytes, or with what is known.
+    fn resume(&mut self, question: Question, answer: Option<Vec<u8>>) {
         match self.paused.take() {
             Some(paused) if paused.question == question => {
-                let bytes = self.control.answer_to(&paused.hdr, question);
+                let known = || self.control.answer_to(&paused.hdr, question);
+                let bytes = answer.unwrap_or_else(known);
                 let common = self.common.clone();
                 if let Some(memory) = common.memory.get() {
                     self.answer(paused.request, &paused.hdr, bytes, &memory.memory());
@@ -397,7 +405,13 @@ impl Worker {
         self.control.connected();
         // A command that was paused on the old front end asks the new one.
         if let Some(question) = self.paused.as_ref().map(|paused| paused.question) {
-            self.ask(question);
+            match question {
+                // The memory's way to the old one is the last that is known of it.
+                Question::Map(..) => self.resume(question, None),
+                _ => {
+                    let _ = self.ask(question);
+                }
+            }
         }
         Ok(())
     }
@@ -407,19 +421,22 @@ impl Worker {
             FromFrontEnd::ProtocolFeatures(bits) => self.control.negotiate(bits),
             FromFrontEnd::DisplayInfo(info) => {
                 self.control.set_display(&info);
-                if let Some(question) = self.answered(false) {
-                    self.resume(question);
+                let is_info =
+                    |q: &Question| matches!(q, Question::DisplayInfo | Question::EdidFromInfo(_));
+                if let Some(question) = self.answered(is_info) {
+                    self.resume(question, None);
                 }
             }
             FromFrontEnd::Edid(edid) => {
-                let question = self.answered(true);
+                let question = self.answered(|question| matches!(question, Question::Edid(_)));
                 if let Some(Question::Edid(scanout)) = question {
                     self.control.set_edid(scanout, edid);
                 }
                 if let Some(question) = question {
-                    self.resume(question);
+                    self.resume(question, None);
                 }
             }
+            FromFrontEnd::Mapped(status) => self.mapped(status),
             // Never asked for.
             FromFrontEnd::DmabufUpdated => {}
             FromFrontEnd::ShmScanout(layout) => self.control.set_slots(layout, fd),
@@ -435,7 +452,23 @@ impl Worker {
         // Nobody will answer: go on with what was known before.
         self.asked.clear();
         if let Some(question) = self.paused.as_ref().map(|paused| paused.question) {
-            self.resume(question);
+            self.resume(question, None);
+        }
+    }
+
+    /// The front end shows what it was asked to, or cannot.
+    fn mapped(&mut self, status: u32) {
+        let Some(question) = self.answered(|question| matches!(question, Question::Map(..))) else {
+            return;
+        };
+        let Question::Map(resource, offset) = question else { return };
+        match self.paused.as_ref().filter(|paused| paused.question == question) {
+            Some(paused) => {
+                let answer = self.control.mapped(&paused.hdr, resource, offset, status);
+                self.resume(question, Some(answer));
+            }
+            None if status == 0 => self.control.map_is_late(offset),
+            None => {}
         }
     }
 }

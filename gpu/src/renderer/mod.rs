@@ -9,12 +9,12 @@ pub mod choice;
 mod soft2d;
 pub mod virgl;
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use gpu_protocol::{
     Rect,
     format::{BYTES_PER_PIXEL, PixelFormat},
-    virtio::{Create3d, Features, Refusal, Transfer3d},
+    virtio::{Blob, Create3d, Features, Refusal, Transfer3d},
 };
 use vm_memory::VolatileSlice;
 
@@ -111,6 +111,17 @@ pub trait Renderer {
         _memory: &GuestMemory,
     ) -> Result<(), Refusal> {
         Ok(())
+    }
+
+    /// A resource that is memory of the host, of a context that exists.
+    fn create_host_blob(&mut self, _id: u32, _context: u32, _blob: &Blob) -> Result<(), Refusal> {
+        Err(Refusal::InvalidParameter)
+    }
+
+    /// The memory of such a resource as a file whose beginning it is, and how it is cached (the
+    /// specification's `map_info`).
+    fn export_blob(&mut self, _id: u32) -> Result<(OwnedFd, u32), Refusal> {
+        Err(Refusal::InvalidParameter)
     }
 
     /// Forgets a resource, its backing included.

@@ -92,7 +92,11 @@ impl Rules {
     /// Opens what `needs` is made of.
     pub(super) fn new(needs: &Needs) -> Self {
         let mut rules = Self::default();
-        let Needs::Driver { render_node, shader_cache } = needs else { return rules };
+        let (render_node, shader_cache, programs) = match needs {
+            Needs::Nothing => return rules,
+            Needs::Driver { render_node, shader_cache } => (render_node, shader_cache, &[][..]),
+            Needs::RenderServer { render_node, programs } => (render_node, &None, &programs[..]),
+        };
         let read = AccessFs::ReadFile | AccessFs::ReadDir;
         let load = read | AccessFs::Execute;
         let device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
@@ -105,6 +109,9 @@ impl Rules {
                     rules.add(&path, load);
                 }
             }
+        }
+        for path in programs {
+            rules.add(path, load);
         }
         for path in FACTS {
             rules.add(Path::new(path), read);

@@ -17,6 +17,9 @@ const HEAP: u64 = 256 << 20;
 const DRIVER_HEAP: u64 = 4 << 30;
 /// Guest memory, queues, frames.
 const DESCRIPTORS: u64 = 512;
+/// Processes and threads of the render server. Linux counts them per user and user namespace, and it
+/// gets one of its own where that is permitted.
+const DRIVER_THREADS: u64 = 2048;
 /// Also a buffer for each of the guest's.
 const DRIVER_DESCRIPTORS: u64 = 8192;
 
@@ -24,7 +27,7 @@ const DRIVER_DESCRIPTORS: u64 = 8192;
 pub(super) fn apply(sandbox: &mut Sandbox, max_memory: u64) {
     let (heap, descriptors) = match sandbox.needs {
         Needs::Nothing => (HEAP, DESCRIPTORS),
-        Needs::Driver { .. } => (DRIVER_HEAP, DRIVER_DESCRIPTORS),
+        Needs::Driver { .. } | Needs::RenderServer { .. } => (DRIVER_HEAP, DRIVER_DESCRIPTORS),
     };
     let all = [
         // A dump would hold the guest's memory.
@@ -32,6 +35,9 @@ pub(super) fn apply(sandbox: &mut Sandbox, max_memory: u64) {
         (Resource::Data, heap.saturating_add(max_memory)),
         (Resource::Nofile, descriptors),
     ];
+    let processes = matches!(sandbox.needs, Needs::RenderServer { .. })
+        .then_some((Resource::Nproc, DRIVER_THREADS));
+    let all = all.into_iter().chain(processes);
     let result = all.into_iter().try_for_each(|(resource, limit)| lower(resource, limit));
     sandbox.note("limits", result.map_err(io::Error::from));
 }

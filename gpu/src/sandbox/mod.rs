@@ -62,6 +62,14 @@ pub enum Needs {
         /// Where compiled shaders may be kept between runs; none: nowhere.
         shader_cache: Option<PathBuf>,
     },
+    /// virglrenderer's server for Vulkan: a driver in another program, which makes a process for each
+    /// context.
+    RenderServer {
+        /// The GPU; none: the host's CPUs draw.
+        render_node: Option<PathBuf>,
+        /// What is executed.
+        programs: Vec<PathBuf>,
+    },
 }
 
 /// A sandbox of which the last wall is missing.
@@ -97,8 +105,10 @@ impl Sandbox {
         };
         let dropped = rustix::thread::set_capabilities(None, none).map_err(io::Error::from);
         sandbox.note("no capabilities", dropped);
-        if let Needs::Driver { shader_cache, .. } = &sandbox.needs {
-            sys::tell_driver(shader_cache.as_deref());
+        match &sandbox.needs {
+            Needs::Nothing => {}
+            Needs::Driver { shader_cache, .. } => sys::tell_driver(shader_cache.as_deref()),
+            Needs::RenderServer { .. } => sys::tell_driver(None),
         }
         sandbox
     }

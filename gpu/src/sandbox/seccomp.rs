@@ -21,6 +21,7 @@ fn tables(needs: &Needs, violation: Violation) -> Result<Filter, Error> {
     match needs {
         Needs::Nothing => Filter::new(&[BOTH, SOFT_2D], violation),
         Needs::Driver { .. } => Filter::new(&[BOTH, DRIVER], violation),
+        Needs::RenderServer { .. } => Filter::new(&[BOTH, DRIVER, SERVER], violation),
     }
 }
 
@@ -204,6 +205,29 @@ static DRIVER: &[Row] = &[
     refuse(libc::SYS_setxattr, libc::EPERM, "the same"),
 ];
 
+/// Flags of clone(2) that make namespaces.
+const NAMESPACES: u64 = (libc::CLONE_NEWNS
+    | libc::CLONE_NEWCGROUP
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUSER
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET) as u64;
+
+/// The render server, beside what a driver needs: it is a program of its own and makes processes.
+#[rustfmt::skip]
+static SERVER: &[Row] = &[
+    allow(libc::SYS_execve, "the server itself; Landlock leaves nothing else to execute"),
+    allow(libc::SYS_arch_prctl, "start of a program"),
+    allow(libc::SYS_set_tid_address, "start of a program"),
+    allow_if(libc::SYS_clone, 0, NAMESPACES, &[0], "a process for each context; no namespaces"),
+    allow(libc::SYS_wait4, "ends of those"),
+    allow(libc::SYS_waitid, "ends of those"),
+    allow(libc::SYS_kill, "the same; Landlock (Linux 6.12) keeps it to those"),
+    allow(libc::SYS_signalfd4, "ends of those"),
+    allow(libc::SYS_socketpair, "connections to them"),
+];
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -211,7 +235,8 @@ mod tests {
     #[test]
     fn the_tables_are_filters() {
         let driver = Needs::Driver { render_node: None, shader_cache: None };
-        for needs in [Needs::Nothing, driver] {
+        let server = Needs::RenderServer { render_node: None, programs: Vec::new() };
+        for needs in [Needs::Nothing, driver, server] {
             for violation in [Violation::Kill, Violation::Log] {
                 tables(&needs, violation).unwrap();
             }

@@ -132,7 +132,8 @@ pub fn command(program: &Path) -> Command {
         .env("LD_LIBRARY_PATH", &libraries)
         .env("__EGL_VENDOR_LIBRARY_DIRS", root.join("usr/share/glvnd/egl_vendor.d"))
         .env("LIBGL_DRIVERS_PATH", libraries.join("dri"))
-        .env("GBM_BACKENDS_PATH", libraries.join("gbm"));
+        .env("GBM_BACKENDS_PATH", libraries.join("gbm"))
+        .env("VK_DRIVER_FILES", root.join("usr/share/vulkan/icd.d/lvp_icd.json"));
     command
 }
 

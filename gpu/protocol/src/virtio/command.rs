@@ -32,6 +32,16 @@ pub struct Create3d {
     pub flags: u32,
 }
 
+/// What RESOURCE_CREATE_BLOB asks for; the fields are those of [`CreateBlob`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[allow(missing_docs)]
+pub struct Blob {
+    pub memory: u32,
+    pub flags: u32,
+    pub id: u64,
+    pub size: u64,
+}
+
 /// What a 3D transfer moves; the fields are those of [`TransferHost3d`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[allow(missing_docs)]
@@ -122,9 +132,15 @@ pub enum Command<'a> {
     },
     CreateBlob {
         resource: u32,
-        memory: u32,
-        size: u64,
+        blob: Blob,
         entries: Vec<BackingEntry>,
+    },
+    MapBlob {
+        resource: u32,
+        offset: u64,
+    },
+    UnmapBlob {
+        resource: u32,
     },
     SetScanoutBlob {
         scanout: u32,
@@ -239,8 +255,12 @@ fn decode_body(kind: u32, bytes: &[u8]) -> Result<Command<'_>, Refusal> {
                 CreateBlob::read_from_prefix(bytes).map_err(|_| Refusal::InvalidParameter)?;
             Command::CreateBlob {
                 resource: c.resource_id.get(),
-                memory: c.blob_mem.get(),
-                size: c.size.get(),
+                blob: Blob {
+                    memory: c.blob_mem.get(),
+                    flags: c.blob_flags.get(),
+                    id: c.blob_id.get(),
+                    size: c.size.get(),
+                },
                 entries: decode_entries(c.entries.get(), rest)?,
             }
         }
@@ -258,6 +278,14 @@ fn decode_body(kind: u32, bytes: &[u8]) -> Result<Command<'_>, Refusal> {
                     offset: c.offsets[0].get(),
                 },
             }
+        }
+        kind::RESOURCE_MAP_BLOB => {
+            let c: MapBlob = fixed(bytes)?;
+            Command::MapBlob { resource: c.resource_id.get(), offset: c.offset.get() }
+        }
+        kind::RESOURCE_UNMAP_BLOB => {
+            let c: ResourceCommand = fixed(bytes)?;
+            Command::UnmapBlob { resource: c.resource_id.get() }
         }
         kind::CTX_CREATE..=kind::SUBMIT_3D => decode_3d(kind, bytes)?,
         kind::UPDATE_CURSOR => {
@@ -402,6 +430,8 @@ mod tests {
         assert_eq!(size_of::<RespResourceUuid>(), 40);
         assert_eq!(size_of::<CreateBlob>(), 56);
         assert_eq!(size_of::<SetScanoutBlob>(), 96);
+        assert_eq!(size_of::<MapBlob>(), 40);
+        assert_eq!(size_of::<RespMapInfo>(), 32);
     }
 
     #[test]

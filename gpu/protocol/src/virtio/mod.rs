@@ -58,6 +58,25 @@ pub mod blob_mem {
     pub const HOST3D_GUEST: u32 = 3;
 }
 
+/// `blob_flags` of RESOURCE_CREATE_BLOB.
+pub mod blob_flag {
+    /// It will be mapped.
+    pub const MAPPABLE: u32 = 1 << 0;
+    /// It will be used by several contexts.
+    pub const SHAREABLE: u32 = 1 << 1;
+    /// It will be used by several devices.
+    pub const CROSS_DEVICE: u32 = 1 << 2;
+}
+
+/// `map_info` of the answer to RESOURCE_MAP_BLOB: its lowest bits.
+pub mod map_info {
+    /// The bits.
+    pub const CACHE_MASK: u32 = 0xf;
+}
+
+/// Id of the shared memory region in which memory of the host is visible (§5.7.6.9).
+pub const SHM_HOST_VISIBLE: u8 = 1;
+
 /// `flags` of RESOURCE_CREATE_3D: row 0 is at the top.
 pub const RESOURCE_Y_0_TOP: u32 = 1 << 0;
 

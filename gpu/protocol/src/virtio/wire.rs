@@ -215,6 +215,28 @@ wire! {
         pub size: U64,
     }
 
+    /// RESOURCE_MAP_BLOB.
+    pub struct MapBlob {
+        /// Header.
+        pub hdr: CtrlHdr,
+        /// Which blob.
+        pub resource_id: U32,
+        /// Not used.
+        pub padding: U32,
+        /// Where in the shared memory region.
+        pub offset: U64,
+    }
+
+    /// Answer to RESOURCE_MAP_BLOB.
+    pub struct RespMapInfo {
+        /// Header.
+        pub hdr: CtrlHdr,
+        /// How the memory is cached: [`map_info`](super::map_info).
+        pub map_info: U32,
+        /// Not used.
+        pub padding: U32,
+    }
+
     /// SET_SCANOUT_BLOB.
     pub struct SetScanoutBlob {
         /// Header.

@@ -8,7 +8,7 @@
 use std::{
     ffi::{CStr, CString, c_char, c_int, c_uint, c_void},
     marker::PhantomData,
-    os::fd::{BorrowedFd, IntoRawFd, OwnedFd, RawFd},
+    os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
     path::Path,
     ptr,
     sync::{
@@ -17,6 +17,7 @@ use std::{
     },
 };
 
+use gpu_protocol::virtio::Blob;
 use libc::iovec;
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
@@ -29,12 +30,20 @@ use crate::{
 const USE_EGL: c_int = 1 << 0;
 const THREAD_SYNC: c_int = 1 << 1;
 const USE_SURFACELESS: c_int = 1 << 3;
+/// Memory of the host must be a file: the guest's address space belongs to another process.
+const USE_EXTERNAL_BLOB: c_int = 1 << 5;
+const VENUS: c_int = 1 << 6;
 const ASYNC_FENCE_CB: c_int = 1 << 8;
+const RENDER_SERVER: c_int = 1 << 9;
+
+/// Kinds of descriptors of blobs.
+const FD_DMABUF: u32 = 1;
+const FD_SHM: u32 = 3;
 
 /// Merges a fence with the one before it on the same ring where the library can.
 const FENCE_FLAG_MERGEABLE: u32 = 1 << 0;
 
-/// The version that knows `write_context_fence`.
+/// The version that knows `write_context_fence` and `get_server_fd`.
 const CALLBACKS_VERSION: c_int = 3;
 
 /// `libvirglrenderer`'s name for the dynamic linker.
@@ -71,6 +80,12 @@ pub enum VirglError {
         #[source]
         source: std::io::Error,
     },
+    /// The render server does not answer.
+    #[error(
+        "the render server does not work (Debian packages virgl-server and mesa-vulkan-drivers), or \
+         libvirglrenderer was built without Vulkan"
+    )]
+    Vulkan,
     /// It is in use already.
     #[error("libvirglrenderer can be used once in a process")]
     InUse,
@@ -144,7 +159,7 @@ struct Callbacks {
     make_current: Option<extern "C" fn()>,
     get_drm_fd: extern "C" fn(*mut c_void) -> c_int,
     write_context_fence: extern "C" fn(*mut c_void, u32, u32, u64),
-    get_server_fd: Option<extern "C" fn()>,
+    get_server_fd: Option<extern "C" fn(*mut c_void, u32) -> c_int>,
     get_egl_display: Option<extern "C" fn()>,
 }
 
@@ -220,6 +235,7 @@ required {
     context_create = "virgl_renderer_context_create_with_flags":
         fn(u32, u32, u32, *const c_char) -> c_int;
     context_destroy = "virgl_renderer_context_destroy": fn(u32);
+    force_ctx_0 = "virgl_renderer_force_ctx_0": fn();
     attach_resource = "virgl_renderer_ctx_attach_resource": fn(c_int, c_int);
     detach_resource = "virgl_renderer_ctx_detach_resource": fn(c_int, c_int);
     submit = "virgl_renderer_submit_cmd": fn(*mut c_void, c_int, c_int) -> c_int;
@@ -229,6 +245,8 @@ required {
 optional {
     // "Unstable" in the header of 0.10.
     context_fence = "virgl_renderer_context_create_fence": fn(u32, u32, u32, u64) -> c_int;
+    export_blob = "virgl_renderer_resource_export_blob": fn(u32, *mut u32, *mut c_int) -> c_int;
+    get_map_info = "virgl_renderer_resource_get_map_info": fn(u32, *mut u32) -> c_int;
     // Absent from builds without messages.
     set_debug_callback = "virgl_set_debug_callback": fn(DebugCallback) -> *mut c_void;
 }
@@ -269,6 +287,7 @@ pub(super) fn probe() -> Result<(), VirglError> {
 struct Cookie {
     sink: Arc<dyn FenceSink>,
     render_node: Mutex<Option<OwnedFd>>,
+    render_server: Mutex<Option<OwnedFd>>,
 }
 
 extern "C" fn write_fence(cookie: *mut c_void, fence: u32) {
@@ -291,6 +310,14 @@ extern "C" fn get_drm_fd(cookie: *mut c_void) -> RawFd {
     let node = cookie.render_node.lock().unwrap_or_else(PoisonError::into_inner).take();
     // The library closes it.
     node.map_or(-1, IntoRawFd::into_raw_fd)
+}
+
+extern "C" fn get_server_fd(cookie: *mut c_void, _version: u32) -> RawFd {
+    // SAFETY: as above.
+    let cookie = unsafe { &*cookie.cast::<Cookie>() };
+    let server = cookie.render_server.lock().unwrap_or_else(PoisonError::into_inner).take();
+    // The library closes it.
+    server.map_or(-1, IntoRawFd::into_raw_fd)
 }
 
 /// What the library said last.
@@ -370,6 +397,7 @@ impl Instance {
     pub(super) fn start(
         sink: Arc<dyn FenceSink>,
         render_node: Option<OwnedFd>,
+        render_server: Option<OwnedFd>,
     ) -> Result<Self, VirglError> {
         static IN_USE: AtomicBool = AtomicBool::new(false);
         let functions = Functions::load(&Library::open()?)?;
@@ -380,7 +408,16 @@ impl Instance {
             // SAFETY: the callback lives as long as the program.
             unsafe { set(message) };
         }
-        let cookie = Box::into_raw(Box::new(Cookie { sink, render_node: Mutex::new(render_node) }));
+        let mut flags =
+            USE_EGL | USE_SURFACELESS | THREAD_SYNC | ASYNC_FENCE_CB | USE_EXTERNAL_BLOB;
+        if render_server.is_some() {
+            flags |= VENUS | RENDER_SERVER;
+        }
+        let cookie = Box::into_raw(Box::new(Cookie {
+            sink,
+            render_node: Mutex::new(render_node),
+            render_server: Mutex::new(render_server),
+        }));
         let callbacks = Box::into_raw(Box::new(Callbacks {
             version: CALLBACKS_VERSION,
             write_fence,
@@ -389,10 +426,9 @@ impl Instance {
             make_current: None,
             get_drm_fd,
             write_context_fence,
-            get_server_fd: None,
+            get_server_fd: Some(get_server_fd),
             get_egl_display: None,
         }));
-        let flags = USE_EGL | USE_SURFACELESS | THREAD_SYNC | ASYNC_FENCE_CB;
         // SAFETY: the library keeps both pointers; they are never freed.
         let code = unsafe { (functions.init)(cookie.cast(), flags, callbacks) };
         if code != 0 {
@@ -432,6 +468,7 @@ impl Instance {
     }
 
     pub(super) fn create(&mut self, mut args: CreateArgs) -> Result<(), c_int> {
+        self.settle_context();
         // SAFETY: initialised; there is no backing yet.
         status(unsafe { (self.functions.resource_create)(&raw mut args, ptr::null_mut(), 0) })
     }
@@ -450,6 +487,52 @@ impl Instance {
         };
         // SAFETY: initialised; the vectors name memory that stays mapped while `memory` is kept.
         status(unsafe { (self.functions.create_blob)(&raw const args) })
+    }
+
+    /// A resource that is memory of the host.
+    pub(super) fn create_host_blob(
+        &mut self,
+        id: u32,
+        context: u32,
+        blob: &Blob,
+    ) -> Result<(), c_int> {
+        let args = BlobArgs {
+            res_handle: id,
+            ctx_id: context,
+            blob_mem: blob.memory,
+            blob_flags: blob.flags,
+            blob_id: blob.id,
+            size: blob.size,
+            iovecs: ptr::null(),
+            num_iovs: 0,
+        };
+        // SAFETY: initialised; unknown contexts and objects are refused.
+        status(unsafe { (self.functions.create_blob)(&raw const args) })
+    }
+
+    /// The memory of a blob as a file that can be mapped, and how it is cached.
+    pub(super) fn export_blob(&mut self, id: u32) -> Result<(OwnedFd, u32), c_int> {
+        let (Some(export), Some(get_map_info)) =
+            (self.functions.export_blob, self.functions.get_map_info)
+        else {
+            return Err(libc::ENOSYS);
+        };
+        let mut info = 0;
+        // SAFETY: initialised; a number to write to; unknown resources are refused.
+        status(unsafe { get_map_info(id, &raw mut info) })?;
+        let (mut kind, mut fd) = (0, -1);
+        // SAFETY: initialised; two numbers to write to; unknown resources are refused.
+        status(unsafe { export(id, &raw mut kind, &raw mut fd) })?;
+        if fd < 0 {
+            return Err(libc::EINVAL);
+        }
+        // SAFETY: the library gives a descriptor of its own away.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // What a Vulkan driver calls opaque has its contents somewhere inside.
+        match kind {
+            FD_DMABUF | FD_SHM => Ok((fd, info)),
+            _ => Err(libc::EOPNOTSUPP),
+        }
     }
 
     pub(super) fn unref(&mut self, id: u32) {
@@ -573,14 +656,25 @@ impl Instance {
         buffer[..length].copy_from_slice(&name[..length]);
         let name = buffer.as_ptr().cast();
         // SAFETY: initialised; the name ends with a zero.
-        status(unsafe {
-            (self.functions.context_create)(context, capset & 0xff, length as u32, name)
-        })
+        let code =
+            unsafe { (self.functions.context_create)(context, capset & 0xff, length as u32, name) };
+        self.settle_context();
+        status(code)
     }
 
     pub(super) fn destroy_context(&mut self, context: u32) {
         // SAFETY: initialised; unknown ids are ignored.
         unsafe { (self.functions.context_destroy)(context) }
+        self.settle_context();
+    }
+
+    /// Makes the library's own OpenGL context the current one. While it makes or destroys a context
+    /// another one is current than it believes, and it would execute the next commands of a third one
+    /// there; that ends in an error from which no context recovers. What goes wrong in between, such as
+    /// a resource too big for the driver, would be taken for an error of whoever drew last.
+    fn settle_context(&mut self) {
+        // SAFETY: initialised, on its thread.
+        unsafe { (self.functions.force_ctx_0)() }
     }
 
     pub(super) fn attach_resource(&mut self, context: u32, id: u32) {

@@ -6,12 +6,20 @@
 
 mod ffi;
 
-use std::{collections::HashMap, os::fd::BorrowedFd, path::Path, sync::Arc};
+use std::{
+    collections::HashMap,
+    os::fd::{BorrowedFd, OwnedFd},
+    path::Path,
+    sync::Arc,
+};
 
 use gpu_protocol::{
     Rect,
     format::{BYTES_PER_PIXEL, PixelFormat},
-    virtio::{Create3d, Features, MAX_CAPSET, RESOURCE_Y_0_TOP, Refusal, Transfer3d, capset},
+    virtio::{
+        Blob, Create3d, Features, MAX_CAPSET, RESOURCE_Y_0_TOP, Refusal, Transfer3d, capset,
+        map_info,
+    },
 };
 use vm_memory::{Bytes, VolatileSlice};
 
@@ -68,14 +76,20 @@ fn refusal(code: i32) -> Refusal {
 }
 
 impl Virgl {
-    /// Starts the library on this thread, on a render node or, with `None`, in software.
-    pub fn start(sink: Arc<dyn FenceSink>, node: Option<&Path>) -> Result<Self, VirglError> {
+    /// Starts the library on this thread, on a render node or, with `None`, in software. With a
+    /// connection to its render server, guests get Vulkan too.
+    pub fn start(
+        sink: Arc<dyn FenceSink>,
+        node: Option<&Path>,
+        server: Option<OwnedFd>,
+    ) -> Result<Self, VirglError> {
         let opened = match node {
             Some(path) => Some(ffi::open_node(path)?),
             None => None,
         };
-        let instance = Instance::start(sink, opened)?;
-        let capsets = [capset::VIRGL, capset::VIRGL2]
+        let vulkan = server.is_some();
+        let mut instance = Instance::start(sink, opened, server)?;
+        let mut capsets: Vec<Capset> = [capset::VIRGL, capset::VIRGL2]
             .into_iter()
             .map(|id| {
                 let (version, size) = instance.capset(id);
@@ -83,6 +97,9 @@ impl Virgl {
             })
             .filter(|set| (1..=MAX_CAPSET).contains(&(set.size as usize)))
             .collect();
+        if vulkan {
+            capsets.push(venus(&mut instance).ok_or(VirglError::Vulkan)?);
+        }
         let node = node.map_or_else(|| "no render node".to_owned(), |p| p.display().to_string());
         Ok(Self {
             instance,
@@ -98,6 +115,10 @@ impl Virgl {
     pub fn is_software(&self) -> bool {
         let driver = self.driver().to_lowercase();
         ["llvmpipe", "softpipe", "swrast"].iter().any(|name| driver.contains(name))
+    }
+
+    fn has_vulkan(&self) -> bool {
+        self.capsets.iter().any(|set| set.id == capset::VENUS)
     }
 
     fn driver(&self) -> String {
@@ -120,6 +141,24 @@ impl Virgl {
     }
 }
 
+/// Vulkan's capability set. The library has one whether the server works or not, so a context is
+/// made for a moment.
+fn venus(instance: &mut Instance) -> Option<Capset> {
+    let id = capset::VENUS;
+    let (version, size) = instance.capset(id);
+    if !(1..=MAX_CAPSET).contains(&(size as usize)) {
+        return None;
+    }
+    let mut bytes = vec![0; size as usize];
+    instance.fill_caps(id, version, &mut bytes);
+    if bytes.iter().all(|byte| *byte == 0) {
+        return None;
+    }
+    instance.create_context(1, id, b"test").ok()?;
+    instance.destroy_context(1);
+    Some(Capset { id, version, size })
+}
+
 fn place(transfer: &Transfer3d) -> (Part, Place) {
     let Transfer3d { x, y, z, width, height, depth, offset, level, stride, layer_stride } =
         *transfer;
@@ -128,7 +167,11 @@ fn place(transfer: &Transfer3d) -> (Part, Place) {
 
 impl Renderer for Virgl {
     fn describe(&self) -> String {
-        format!("virgl on {}, {}", self.driver(), self.node)
+        let vulkan = match self.has_vulkan() {
+            true => ", Vulkan by venus",
+            false => "",
+        };
+        format!("virgl on {}, {}{vulkan}", self.driver(), self.node)
     }
 
     fn features(&self) -> Features {
@@ -189,6 +232,21 @@ impl Renderer for Virgl {
         self.instance.create_blob(id, size, &vectors).map_err(refusal)?;
         self.resources.insert(id, Resource { format: None, backing: Some(vectors) });
         Ok(())
+    }
+
+    fn create_host_blob(&mut self, id: u32, context: u32, blob: &Blob) -> Result<(), Refusal> {
+        // Buffers of OpenGL cannot be files.
+        if !self.has_vulkan() {
+            return Err(Refusal::InvalidParameter);
+        }
+        self.instance.create_host_blob(id, context, blob).map_err(refusal)?;
+        self.resources.insert(id, Resource { format: None, backing: None });
+        Ok(())
+    }
+
+    fn export_blob(&mut self, id: u32) -> Result<(OwnedFd, u32), Refusal> {
+        let (fd, info) = self.instance.export_blob(id).map_err(refusal)?;
+        Ok((fd, info & map_info::CACHE_MASK))
     }
 
     fn destroy(&mut self, id: u32) {
