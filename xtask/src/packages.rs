@@ -57,6 +57,7 @@ const TESTS: &[Need] = &[
     ("libvirglrenderer1", "OpenGL for guests, in drago-gpu's tests"),
     ("libegl1", "OpenGL without a screen for it"),
     ("libgl1-mesa-dri", "draws it in software"),
+    ("virgl-server", "virglrenderer's render server: Vulkan for guests, in drago-gpu's tests"),
     ("glmark2-es2-x11", "draws through the vtest bridge: Mesa as the guest's driver"),
     ("socat", "the service manager's end of a machine's readiness"),
     ("util-linux", "unshare: network namespaces for the tap tests"),

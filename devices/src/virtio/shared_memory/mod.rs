@@ -130,6 +130,12 @@ impl SharedMemory {
         true
     }
 
+    /// What the guest sees there.
+    #[cfg(test)]
+    pub(crate) fn read(&self, offset: u64) -> u8 {
+        self.area.read(offset as usize)
+    }
+
     /// Takes out everything.
     pub fn unmap_all(&self) {
         for (offset, length) in std::mem::take(&mut *self.mapped()) {
@@ -162,9 +168,8 @@ mod tests {
         file
     }
 
-    /// What a guest sees, by way of this process' memory.
     fn seen(window: &SharedMemory, offset: u64) -> u8 {
-        window.area.read(offset as usize)
+        window.read(offset)
     }
 
     #[test]

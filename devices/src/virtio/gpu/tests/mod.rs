@@ -8,10 +8,12 @@
 //! | [`rig`] | driver, device, back end and viewer together |
 //! | [`pictures`] | frames and cursors |
 //! | [`monitors`] | what the driver is told about them; options |
+//! | [`host_memory`] | what Vulkan shows the guest |
 //! | [`recovery`] | back ends that die, drivers that come and go or break rules |
 //! | [`peers`] | what only one foreign back end does |
 
 mod commands;
+mod host_memory;
 mod monitors;
 mod peers;
 mod pictures;

@@ -76,14 +76,14 @@ fn a_dead_back_end_leaves_the_picture_and_hangs_nobody() {
 }
 
 /// Restarts without a pause, however often.
-const AT_ONCE: RestartPolicy = RestartPolicy {
+pub(super) const AT_ONCE: RestartPolicy = RestartPolicy {
     quick: usize::MAX,
     window: Duration::from_secs(60),
     pause: Duration::from_secs(1),
     longest_pause: Duration::from_secs(1),
 };
 
-fn kill(rig: &Rig) {
+pub(super) fn kill(rig: &Rig) {
     let pid = rig.device.process_id().expect("a process of ours");
     let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
