@@ -126,10 +126,6 @@ END",
     units.run("systemctl stop microvm@agent").unwrap();
     assert_eq!(state(&units, "agent", "Result"), "success");
     assert_eq!(state(&units, "agent", "ExecMainStatus"), "0");
-    // What the host's systemd says, not what the guest's says on its serial port.
-    let stopped =
-        units.run("journalctl --no-pager -o cat UNIT=microvm@agent.service _PID=1").unwrap();
-    assert!(stopped.contains("Deactivated successfully"), "{stopped}");
     assert!(!stopped.contains("SIGKILL") && !stopped.contains("timed out"), "{stopped}");
     let images = "/var/lib/microvms/agent";
     let text = result(&units, &format!("{images}/output.img"));
@@ -147,6 +143,13 @@ END",
     // Nothing of the machine is left.
     let left = units.run(&format!("ls {images}; ip -br link; cat /proc/[0-9]*/comm")).unwrap();
     assert!(!left.contains("agent.sock") && !left.contains("drago"), "{left}");
+    // To look for what happens seldom.
+    let again = std::env::var("DRAGO_ROUNDS").ok().and_then(|rounds| rounds.parse().ok());
+    for round in 1..again.unwrap_or(1) {
+        units.start_machine("agent").unwrap();
+        units.run("systemctl stop microvm@agent").unwrap();
+        eprintln!("round {round} is over");
+    }
 }
 
 /// Upstream's `startup-shutdown` and what of `machined` the test above leaves: the runner alone, in an
