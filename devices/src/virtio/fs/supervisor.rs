@@ -136,15 +136,17 @@ impl Supervisor {
         self.features
     }
 
-    /// Serves the queues, by virtiofsd or by refusing every request.
+    /// Has the queues served, by virtiofsd or by refusing every request. Nobody waits until they are: this
+    /// is called on a vCPU thread, and a driver that notifies a queue sooner is heard later.
     pub(super) fn activate(&self, activation: Activation) -> Result<(), ActivateError> {
         let Activation { memory, features, queues, interrupt } = activation;
         let memory = Arc::new(memory);
         let active = Active { features, queues, memory, interrupt };
-        if self.order(Order::Start(Box::new(active))) {
-            Ok(())
-        } else {
-            Err(ActivateError::Backend("the thread that talks to virtiofsd hangs".to_owned()))
+        match self.send(Order::Start(Box::new(active))) {
+            Some(_) => Ok(()),
+            None => {
+                Err(ActivateError::Backend("the thread that talks to virtiofsd ended".to_owned()))
+            }
         }
     }
 
@@ -153,13 +155,16 @@ impl Supervisor {
         self.order(Order::Stop);
     }
 
-    fn order(&self, order: Order) -> bool {
+    fn send(&self, order: Order) -> Option<mpsc::Receiver<()>> {
         let (done, wait) = mpsc::sync_channel(1);
-        if self.orders.send((order, done)).is_err()
-            || rustix::io::write(&self.wake, &1u64.to_ne_bytes()).is_err()
-        {
-            return false;
-        }
+        self.orders.send((order, done)).ok()?;
+        rustix::io::write(&self.wake, &1u64.to_ne_bytes()).ok()?;
+        Some(wait)
+    }
+
+    /// Sends an order and waits until it is carried out.
+    fn order(&self, order: Order) -> bool {
+        let Some(wait) = self.send(order) else { return false };
         match wait.recv_timeout(PATIENCE) {
             Err(mpsc::RecvTimeoutError::Timeout) => {}
             result => return result.is_ok(),
