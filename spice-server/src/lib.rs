@@ -20,6 +20,7 @@
 
 mod agent;
 mod audio;
+mod capture;
 mod display;
 mod error;
 mod events;
@@ -35,6 +36,7 @@ mod web;
 
 pub use agent::{AgentPolicy, AgentPort, Clipboard};
 pub use audio::{PlaybackHandle, RecordHandle};
+pub use capture::{Capture, CaptureError, CaptureEvent, CaptureRecord, read_capture};
 pub use display::{
     Codec, CodecStats, CursorImage, DisplayEvents, DisplayHandle, DisplayStats, Frame, MemoryFrame,
     MonitorConfig, PixelFormat, Rect, Snapshot, SurfaceInfo,

@@ -14,7 +14,7 @@ use std::{
 };
 
 use crate::{
-    AgentPolicy, AgentPort, DisplayEvents, DisplayHandle, DisplayStats, Error, EventSink,
+    AgentPolicy, AgentPort, Capture, DisplayEvents, DisplayHandle, DisplayStats, Error, EventSink,
     InputSink, Leds, MouseMode, Peer, PlaybackHandle, RecordHandle, Refusal, Secret,
     SecureChannels, ServerEvent, TlsConfig, WebPage,
     agent::hub::AgentHub,
@@ -102,6 +102,7 @@ pub struct ServerBuilder {
     observer: Option<Arc<dyn EventSink>>,
     max_size: (u32, u32),
     sound: bool,
+    capture: Option<Capture>,
 }
 
 impl Default for ServerBuilder {
@@ -126,6 +127,7 @@ impl Default for ServerBuilder {
             observer: None,
             max_size: (8192, 8192),
             sound: false,
+            capture: None,
         }
     }
 }
@@ -227,6 +229,12 @@ impl ServerBuilder {
         self
     }
 
+    /// Keeps what clients send.
+    pub fn capture(mut self, capture: Option<Capture>) -> Self {
+        self.capture = capture;
+        self
+    }
+
     /// Who hears keyboard and mouse.
     pub fn input(mut self, input: Arc<dyn InputSink>) -> Self {
         self.input = Some(input);
@@ -311,6 +319,7 @@ impl ServerBuilder {
             observer: self.observer,
             max_size: self.max_size,
             sound: self.sound.then(|| Sound::new(&io)),
+            capture: self.capture.map(Arc::new),
         };
         let password = Password::new(self.password, self.password_required);
         let rotate = password.is_required();

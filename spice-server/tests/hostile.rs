@@ -1,5 +1,12 @@
 //! Peers that keep to the protocols' letters and mean no good. What they do is that of `bench/soak.py`.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    missing_docs,
+    unreachable_pub,
+    dead_code
+)]
 
 #[path = "../examples/soak-peer/peer.rs"]
 mod peer;

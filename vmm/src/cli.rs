@@ -69,7 +69,7 @@ const SPICE: &str = "Serve the screen to SPICE clients; more, after commas:
 password-file=FILE, password-required=on
 clients=exclusive|refuse|shared|view-only
 tls-cert-file=FILE, tls-key-file=FILE, tls-port=PORT, tls-channels=all|none|NAME+NAME…
-unix=PATH, unix-mode=OCTAL, web-origin=ORIGIN
+unix=PATH, unix-mode=OCTAL, web-origin=ORIGIN, capture=FILE
 copy-paste=on|off|to-guest|to-client, copy-paste-limit=MIB, file-transfer=on|off";
 
 #[derive(Debug, Parser)]

@@ -105,13 +105,32 @@ impl Peer {
 
     /// The link of a channel up to its key.
     pub fn begin_link(&mut self, session: u32, kind: u8) -> io::Result<Vec<u8>> {
+        // One word of capabilities for all channels: selection of the mechanism, ticket, mini header.
+        self.begin_link_with(session, (kind, 0), &[0xb], &[])
+    }
+
+    /// The same of one channel of several, by a client that says it can do this and that.
+    pub fn begin_link_with(
+        &mut self,
+        session: u32,
+        channel: (u8, u8),
+        common: &[u32],
+        more: &[u32],
+    ) -> io::Result<Vec<u8>> {
+        let mut common = common.to_vec();
+        if common.is_empty() {
+            common.push(0);
+        }
+        // This client always selects the ticket.
+        common[0] |= 3;
         let mut hello = b"REDQ".to_vec();
-        for word in [2u32, 2, 22, session] {
+        let size = 18 + 4 * (common.len() + more.len()) as u32;
+        for word in [2, 2, size, session] {
             hello.extend_from_slice(&word.to_le_bytes());
         }
-        hello.extend_from_slice(&[kind, 0]);
-        // One word of capabilities for all channels: selection of the mechanism, ticket, mini header.
-        for word in [1u32, 0, 18, 0xb] {
+        hello.extend_from_slice(&[channel.0, channel.1]);
+        let words = [common.len() as u32, more.len() as u32, 18];
+        for word in words.iter().chain(&common).chain(more) {
             hello.extend_from_slice(&word.to_le_bytes());
         }
         self.send(&hello)?;
@@ -122,7 +141,21 @@ impl Peer {
         }
     }
 
-    /// Sends the ticket; whether it was right.
+    /// The session's number, out of a main channel's first message with a mini header or a full one.
+    pub fn session(&mut self, mini: bool) -> io::Result<u32> {
+        self.take(if mini { 6 } else { 18 })?;
+        Ok(word(&self.take(32)?))
+    }
+
+    /// The socket of a client without layers.
+    pub fn into_socket(self) -> io::Result<TcpStream> {
+        match self.connection {
+            Connection::Plain(socket) => Ok(socket),
+            _ => Err(io::Error::other("there are layers")),
+        }
+    }
+
+    /// Sends the ticket.
     pub fn send_ticket(&mut self, key: &[u8], password: &str) -> io::Result<()> {
         let key = RsaPublicKey::from_public_key_der(key).map_err(io::Error::other)?;
         let text = [password.as_bytes(), b"\0"].concat();
@@ -162,9 +195,9 @@ impl Peer {
         let end = Instant::now() + time;
         match self.connection {
             Connection::Plain(mut line) => {
-                // There is no nothing without layers: magic, and then the shortest of all messages.
+                // There is no nothing without layers: it says little, and wrong.
                 while Instant::now() < end {
-                    line.write_all(&[b'R'; 1])?;
+                    line.write_all(b"R")?;
                 }
             }
             Connection::Tls(line) => {

@@ -368,7 +368,7 @@ impl Reactor {
                 self.run_link(token);
             }
             Stage::Channel(session, traffic, channel) => {
-                session.count_received(traffic, bytes.len());
+                session.note_received(traffic, bytes);
                 let mut context =
                     Context { shared: &self.shared, session: session.id, out: &mut connection.out };
                 let result = channel.receive(bytes, &mut context);

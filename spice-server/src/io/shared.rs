@@ -20,6 +20,7 @@ use crate::{
     MouseMode, Refusal, SecureChannels, ServerEvent, Severity, WebPage,
     agent::hub::AgentHub,
     audio::Sound,
+    capture::{Capture, Tap},
     display::{
         state::DisplayShared,
         stats::{Counters, count},
@@ -47,6 +48,8 @@ pub(crate) struct Config {
     pub(crate) events: Option<Arc<dyn DisplayEvents>>,
     pub(crate) observer: Option<Arc<dyn EventSink>>,
     pub(crate) sound: Option<Sound>,
+    /// Where what clients send is kept.
+    pub(crate) capture: Option<Arc<Capture>>,
     /// Largest width and height a client may ask for.
     pub(crate) max_size: (u32, u32),
 }
@@ -147,6 +150,8 @@ pub(crate) struct Traffic {
     pub(crate) waiting: AtomicU64,
     /// Messages of the client that were too many and not looked at.
     pub(crate) dropped: AtomicU64,
+    /// Where what the client sends is kept, if it is.
+    tap: Option<Tap>,
 }
 
 impl Traffic {
@@ -175,7 +180,13 @@ impl Session {
     }
 
     /// A channel begins; `transport` describes its connection.
-    pub(crate) fn open(&self, kind: ChannelType, id: u8, transport: String) -> Arc<Traffic> {
+    pub(crate) fn open(
+        &self,
+        kind: ChannelType,
+        id: u8,
+        transport: String,
+        tap: Option<Tap>,
+    ) -> Arc<Traffic> {
         let traffic = Arc::new(Traffic {
             kind,
             id,
@@ -184,6 +195,7 @@ impl Session {
             received: AtomicU64::new(0),
             waiting: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
+            tap,
         });
         lock(&self.channels).push(traffic.clone());
         traffic
@@ -203,9 +215,13 @@ impl Session {
         self.sent.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    pub(crate) fn count_received(&self, traffic: &Traffic, bytes: usize) {
-        traffic.received.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.received.fetch_add(bytes as u64, Ordering::Relaxed);
+    /// Counts what a client sent, and keeps it where that is wanted.
+    pub(crate) fn note_received(&self, traffic: &Traffic, bytes: &[u8]) {
+        traffic.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        if let Some(tap) = &traffic.tap {
+            tap.bytes(bytes);
+        }
     }
 
     /// That it is gone.

@@ -135,6 +135,7 @@ fn run(new: NewViewer, handle: ViewerHandle) {
         stats,
         handle,
     };
+    viewer.session.note_received(&viewer.traffic, &new.received);
     viewer.deframer.receive(&new.received);
     let result = viewer.serve();
     viewer.stream.close();
@@ -423,8 +424,9 @@ impl Viewer {
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => {
-                    self.session.count_received(&self.traffic, count);
-                    self.deframer.receive(buffer.get(..count).unwrap_or_default());
+                    let bytes = buffer.get(..count).unwrap_or_default();
+                    self.session.note_received(&self.traffic, bytes);
+                    self.deframer.receive(bytes);
                     self.read_messages()?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),

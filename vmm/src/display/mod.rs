@@ -140,6 +140,15 @@ pub enum DisplayError {
         #[source]
         source: spice_server::Error,
     },
+    /// What viewers send cannot be kept.
+    #[error("--spice capture={}: the file cannot be written", path.display())]
+    Capture {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The password cannot be used.
     #[error("--vnc password-file={}: no password can be had from there", path.display())]
     VncPassword {

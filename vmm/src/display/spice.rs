@@ -4,7 +4,8 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use devices::spec::{Spec, SpecError};
 use spice_server::{
-    AgentPolicy, ClientPolicy, Clipboard, Secret, SecureChannels, ServerBuilder, TlsConfig, WebPage,
+    AgentPolicy, Capture, ClientPolicy, Clipboard, Secret, SecureChannels, ServerBuilder,
+    TlsConfig, WebPage,
 };
 
 use super::{DisplayError, options::resolve};
@@ -31,6 +32,8 @@ pub struct SpiceConfig {
     pub tls: Option<TlsFiles>,
     /// What viewers and the guest may exchange.
     pub agent: AgentPolicy,
+    /// File that keeps what viewers send.
+    pub capture: Option<PathBuf>,
 }
 
 /// What TLS needs.
@@ -81,12 +84,23 @@ impl SpiceConfig {
         let tls = TlsFiles::take(&mut spec, listen.is_some())?;
         let agent = take_agent(&mut spec)?;
         let origins = spec.take_all("web-origin")?;
+        let capture = spec.take_path("capture")?;
         spec.finish()?;
         if listen.is_none() && unix.is_none() {
             return Err(missing);
         }
         let unix = unix.map(|path| (path, unix_mode));
-        Ok(Self { listen, unix, password_file, password_required, clients, tls, agent, origins })
+        Ok(Self {
+            listen,
+            unix,
+            password_file,
+            password_required,
+            clients,
+            tls,
+            agent,
+            origins,
+            capture,
+        })
     }
 
     /// The address to listen on.
@@ -122,6 +136,12 @@ impl SpiceConfig {
                 address.set_port(port);
                 builder = builder.listen_tls(address);
             }
+        }
+        if let Some(path) = &self.capture {
+            let capture = Capture::create(path)
+                .map_err(|source| DisplayError::Capture { path: path.clone(), source })?;
+            tracing::warn!(path = %path.display(), "everything SPICE viewers type is written down");
+            builder = builder.capture(Some(capture));
         }
         let builder = builder.password_required(self.password_required);
         Ok(builder.password(self.password()?).client_policy(self.clients).agent_policy(self.agent))
@@ -314,6 +334,13 @@ mod tests {
         assert!(error(&format!("unix:/x,{files},tls-port=1")).contains("there is no address"));
         assert!(error(&format!("0.0.0.0:1,{files},tls-channels=mian")).contains("main+display"));
         assert!(error(&format!("0.0.0.0:1,{files},tls-port=70000")).contains("tls-port=70000"));
+    }
+
+    #[test]
+    fn a_capture_that_cannot_be_is_named() {
+        let config = parse("127.0.0.1:0,capture=/nonexistent/capture").unwrap();
+        let error = config.apply(SpiceServer::builder()).err().unwrap().to_string();
+        assert!(error.contains("capture=/nonexistent/capture"), "{error}");
     }
 
     #[test]

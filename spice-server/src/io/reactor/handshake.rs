@@ -315,7 +315,8 @@ impl Reactor {
     ) {
         let Some(connection) = self.connections.get_mut(&token) else { return };
         let (kind, id) = channel.key();
-        let traffic = session.open(kind, id, connection.stream.describe());
+        let tap = self.shared.config.capture.as_ref().map(|to| to.open(session.id, request));
+        let traffic = session.open(kind, id, connection.stream.describe(), tap);
         let stage = Stage::Channel(session.clone(), traffic, Box::new(channel));
         let Stage::Link(mut pending) = std::mem::replace(&mut connection.stage, stage) else {
             return;
@@ -324,7 +325,8 @@ impl Reactor {
         let unsent = connection.out.len() - connection.sent;
         connection.stream.begin_messages(request.header_kind(), unsent);
         let rest = pending.link.into_rest();
-        let Stage::Channel(_, _, channel) = &mut connection.stage else { return };
+        let Stage::Channel(_, traffic, channel) = &mut connection.stage else { return };
+        session.note_received(traffic, &rest);
         let mut context =
             Context { shared: &self.shared, session: session.id, out: &mut connection.out };
         channel.opened(&mut context);
@@ -345,6 +347,7 @@ impl Reactor {
         unsent.drain(..connection.sent);
         pending.link.finish(LinkCode::Ok, &mut unsent);
         connection.stream.begin_messages(request.header_kind(), unsent.len());
+        let capture = self.shared.config.capture.as_ref();
         let viewer = NewViewer {
             shared: self.shared.clone(),
             session: entry.session.clone(),
@@ -353,6 +356,7 @@ impl Reactor {
                 ChannelType::Display,
                 request.channel_id,
                 connection.stream.describe(),
+                capture.map(|to| to.open(entry.session.id, request)),
             ),
             stream: connection.stream,
             header: request.header_kind(),
