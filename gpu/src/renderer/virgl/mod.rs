@@ -372,7 +372,7 @@ impl Renderer for Virgl {
             // The library executes nothing more of such a context: a desktop stands still.
             if self.errors < MAX_ERRORS {
                 self.errors += 1;
-                let said = ffi::last_message();
+                let said = ffi::last_messages();
                 tracing::warn!(context, code, said, "a program's 3D commands were refused");
             }
             refusal(code)

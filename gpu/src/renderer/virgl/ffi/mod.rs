@@ -1,19 +1,21 @@
 //! `libvirglrenderer` as it is at run time: loaded with `dlopen`, every call behind a safe method.
 //!
-//! Signatures are those of `virglrenderer.h` 0.10.4, which later versions have kept. The library is
-//! one instance per process that must stay on one thread; [`Instance`] is neither `Send` nor made
-//! twice. Only the fence callbacks come from a thread of the library's own.
+//! The library is one instance per process that must stay on one thread; [`Instance`] is neither `Send`
+//! nor made twice.
 #![allow(unsafe_code)] // a C library
 
+mod callbacks;
+mod library;
+
 use std::{
-    ffi::{CStr, CString, c_char, c_int, c_uint, c_void},
+    ffi::c_int,
     marker::PhantomData,
-    os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
+    os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd},
     path::Path,
     ptr,
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
     },
 };
 
@@ -21,11 +23,16 @@ use gpu_protocol::virtio::Blob;
 use libc::iovec;
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
-use crate::{
-    GuestMemory,
-    backing::Backing,
-    renderer::{FenceSink, Timeline},
+pub use self::library::VirglError;
+pub(super) use self::{
+    callbacks::last_messages,
+    library::{CreateArgs, Part, probe},
 };
+use self::{
+    callbacks::{Cookie, get_drm_fd, get_server_fd, message, write_context_fence, write_fence},
+    library::{BlobArgs, Callbacks, Functions, Library},
+};
+use crate::{GuestMemory, backing::Backing, renderer::FenceSink};
 
 const USE_EGL: c_int = 1 << 0;
 const THREAD_SYNC: c_int = 1 << 1;
@@ -46,101 +53,6 @@ const FENCE_FLAG_MERGEABLE: u32 = 1 << 0;
 /// The version that knows `write_context_fence` and `get_server_fd`.
 const CALLBACKS_VERSION: c_int = 3;
 
-/// `libvirglrenderer`'s name for the dynamic linker.
-pub(super) const SONAME: &CStr = c"libvirglrenderer.so.1";
-
-/// Messages of the library that are logged; a guest can cause any number.
-const MAX_MESSAGES: u32 = 100;
-
-/// Why the library cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum VirglError {
-    /// The dynamic linker does not find it.
-    #[error("{} is not there (Debian package libvirglrenderer1): {reason}", SONAME.to_string_lossy())]
-    Missing {
-        /// What the dynamic linker says.
-        reason: String,
-    },
-    /// A function is missing.
-    #[error(
-        "{} has no {symbol}: version 0.10.4 or newer is needed (Debian 12 or newer, package \
-         libvirglrenderer1)",
-        SONAME.to_string_lossy()
-    )]
-    TooOld {
-        /// Which function.
-        symbol: &'static str,
-    },
-    /// The render node cannot be opened.
-    #[error("{}: cannot be opened (is the user in the group `render`?)", path.display())]
-    Node {
-        /// Which.
-        path: std::path::PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The render server does not answer.
-    #[error(
-        "the render server does not work (Debian packages virgl-server and mesa-vulkan-drivers), or \
-         libvirglrenderer was built without Vulkan"
-    )]
-    Vulkan,
-    /// It is in use already.
-    #[error("libvirglrenderer can be used once in a process")]
-    InUse,
-    /// The library's own initialisation failed.
-    #[error(
-        "virgl_renderer_init failed with {code}: no OpenGL driver works here (Debian packages \
-         libegl1 and libgl1-mesa-dri)"
-    )]
-    Init {
-        /// What it returned.
-        code: i32,
-    },
-}
-
-/// What `virgl_renderer_resource_create` takes.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct CreateArgs {
-    pub(super) handle: u32,
-    pub(super) target: u32,
-    pub(super) format: u32,
-    pub(super) bind: u32,
-    pub(super) width: u32,
-    pub(super) height: u32,
-    pub(super) depth: u32,
-    pub(super) array_size: u32,
-    pub(super) last_level: u32,
-    pub(super) nr_samples: u32,
-    pub(super) flags: u32,
-}
-
-#[repr(C)]
-struct BlobArgs {
-    res_handle: u32,
-    ctx_id: u32,
-    blob_mem: u32,
-    blob_flags: u32,
-    blob_id: u64,
-    size: u64,
-    iovecs: *const iovec,
-    num_iovs: u32,
-}
-
-/// A part of a resource.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Part {
-    pub(super) x: u32,
-    pub(super) y: u32,
-    pub(super) z: u32,
-    pub(super) width: u32,
-    pub(super) height: u32,
-    pub(super) depth: u32,
-}
-
 /// Where a transfer starts and how its rows follow each other.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Place {
@@ -148,204 +60,6 @@ pub(super) struct Place {
     pub(super) stride: u32,
     pub(super) layer_stride: u32,
     pub(super) offset: u64,
-}
-
-#[repr(C)]
-struct Callbacks {
-    version: c_int,
-    write_fence: extern "C" fn(*mut c_void, u32),
-    create_gl_context: Option<extern "C" fn()>,
-    destroy_gl_context: Option<extern "C" fn()>,
-    make_current: Option<extern "C" fn()>,
-    get_drm_fd: extern "C" fn(*mut c_void) -> c_int,
-    write_context_fence: extern "C" fn(*mut c_void, u32, u32, u64),
-    get_server_fd: Option<extern "C" fn(*mut c_void, u32) -> c_int>,
-    get_egl_display: Option<extern "C" fn()>,
-}
-
-type DebugCallback = extern "C" fn(*const c_char, *mut c_void);
-
-unsafe extern "C" {
-    // A `va_list` argument is a pointer on x86-64 and AArch64.
-    fn vsnprintf(
-        target: *mut c_char,
-        size: usize,
-        format: *const c_char,
-        list: *mut c_void,
-    ) -> c_int;
-}
-
-macro_rules! functions {
-    (required { $($field:ident = $symbol:literal: fn($($argument:ty),*) $(-> $result:ty)?;)* }
-     optional { $($optional:ident = $optional_symbol:literal:
-        fn($($optional_argument:ty),*) $(-> $optional_result:ty)?;)* }) => {
-        struct Functions {
-            $($field: unsafe extern "C" fn($($argument),*) $(-> $result)?,)*
-            $($optional:
-                Option<unsafe extern "C" fn($($optional_argument),*) $(-> $optional_result)?>,)*
-        }
-
-        impl Functions {
-            fn load(library: &Library) -> Result<Self, VirglError> {
-                Ok(Self {
-                    $($field: {
-                        let found = library.symbol($symbol);
-                        let found = found.ok_or(VirglError::TooOld { symbol: $symbol })?;
-                        // SAFETY: the symbol has this type, see the head of this file.
-                        unsafe {
-                            std::mem::transmute::<
-                                ptr::NonNull<c_void>,
-                                unsafe extern "C" fn($($argument),*) $(-> $result)?,
-                            >(found)
-                        }
-                    },)*
-                    $($optional: library.symbol($optional_symbol).map(|found| {
-                        // SAFETY: as above.
-                        unsafe {
-                            std::mem::transmute::<
-                                ptr::NonNull<c_void>,
-                                unsafe extern "C" fn($($optional_argument),*)
-                                    $(-> $optional_result)?,
-                            >(found)
-                        }
-                    }),)*
-                })
-            }
-        }
-    };
-}
-
-functions! {
-required {
-    init = "virgl_renderer_init": fn(*mut c_void, c_int, *mut Callbacks) -> c_int;
-    cleanup = "virgl_renderer_cleanup": fn(*mut c_void);
-    poll = "virgl_renderer_poll": fn();
-    get_poll_fd = "virgl_renderer_get_poll_fd": fn() -> c_int;
-    get_cap_set = "virgl_renderer_get_cap_set": fn(u32, *mut u32, *mut u32);
-    fill_caps = "virgl_renderer_fill_caps": fn(u32, u32, *mut c_void);
-    resource_create = "virgl_renderer_resource_create":
-        fn(*mut CreateArgs, *mut iovec, u32) -> c_int;
-    resource_unref = "virgl_renderer_resource_unref": fn(u32);
-    attach_iov = "virgl_renderer_resource_attach_iov": fn(c_int, *mut iovec, c_int) -> c_int;
-    detach_iov = "virgl_renderer_resource_detach_iov": fn(c_int, *mut *mut iovec, *mut c_int);
-    transfer_read = "virgl_renderer_transfer_read_iov":
-        fn(u32, u32, u32, u32, u32, *mut Part, u64, *mut iovec, c_int) -> c_int;
-    transfer_write = "virgl_renderer_transfer_write_iov":
-        fn(u32, u32, c_int, u32, u32, *mut Part, u64, *mut iovec, c_uint) -> c_int;
-    context_create = "virgl_renderer_context_create_with_flags":
-        fn(u32, u32, u32, *const c_char) -> c_int;
-    context_destroy = "virgl_renderer_context_destroy": fn(u32);
-    force_ctx_0 = "virgl_renderer_force_ctx_0": fn();
-    attach_resource = "virgl_renderer_ctx_attach_resource": fn(c_int, c_int);
-    detach_resource = "virgl_renderer_ctx_detach_resource": fn(c_int, c_int);
-    submit = "virgl_renderer_submit_cmd": fn(*mut c_void, c_int, c_int) -> c_int;
-    create_fence = "virgl_renderer_create_fence": fn(c_int, u32) -> c_int;
-    create_blob = "virgl_renderer_resource_create_blob": fn(*const BlobArgs) -> c_int;
-}
-optional {
-    // "Unstable" in the header of 0.10.
-    context_fence = "virgl_renderer_context_create_fence": fn(u32, u32, u32, u64) -> c_int;
-    export_blob = "virgl_renderer_resource_export_blob": fn(u32, *mut u32, *mut c_int) -> c_int;
-    get_map_info = "virgl_renderer_resource_get_map_info": fn(u32, *mut u32) -> c_int;
-    // Absent from builds without messages.
-    set_debug_callback = "virgl_set_debug_callback": fn(DebugCallback) -> *mut c_void;
-}
-}
-
-/// The loaded library; never unloaded, because OpenGL drivers do not bear it.
-struct Library(ptr::NonNull<c_void>);
-
-impl Library {
-    fn open() -> Result<Self, VirglError> {
-        // SAFETY: a valid string. The library's initialisers are trusted like the library.
-        let handle = unsafe { libc::dlopen(SONAME.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
-        ptr::NonNull::new(handle).map(Self).ok_or_else(|| {
-            // SAFETY: no preconditions.
-            let error = unsafe { libc::dlerror() };
-            let reason = match error.is_null() {
-                true => "unknown reason".to_owned(),
-                // SAFETY: not null: a string that stays until the next call of `dlerror`.
-                false => unsafe { CStr::from_ptr(error) }.to_string_lossy().into_owned(),
-            };
-            VirglError::Missing { reason }
-        })
-    }
-
-    fn symbol(&self, name: &str) -> Option<ptr::NonNull<c_void>> {
-        let name = CString::new(name).ok()?;
-        // SAFETY: the library is open and the name is a string.
-        ptr::NonNull::new(unsafe { libc::dlsym(self.0.as_ptr(), name.as_ptr()) })
-    }
-}
-
-/// Whether the library is there and new enough, without starting it.
-pub(super) fn probe() -> Result<(), VirglError> {
-    Functions::load(&Library::open()?).map(drop)
-}
-
-/// What the callbacks get.
-struct Cookie {
-    sink: Arc<dyn FenceSink>,
-    render_node: Mutex<Option<OwnedFd>>,
-    render_server: Mutex<Option<OwnedFd>>,
-}
-
-extern "C" fn write_fence(cookie: *mut c_void, fence: u32) {
-    // SAFETY: the library passes what `init` gave it, which is never freed.
-    let cookie = unsafe { &*cookie.cast::<Cookie>() };
-    cookie.sink.retired(Timeline::Global, fence.into());
-}
-
-extern "C" fn write_context_fence(cookie: *mut c_void, context: u32, ring: u32, fence: u64) {
-    // SAFETY: as above.
-    let cookie = unsafe { &*cookie.cast::<Cookie>() };
-    // Fences are made with rings of one byte only.
-    let ring = u8::try_from(ring).unwrap_or(u8::MAX);
-    cookie.sink.retired(Timeline::Ring { context, ring }, fence);
-}
-
-extern "C" fn get_drm_fd(cookie: *mut c_void) -> RawFd {
-    // SAFETY: as above.
-    let cookie = unsafe { &*cookie.cast::<Cookie>() };
-    let node = cookie.render_node.lock().unwrap_or_else(PoisonError::into_inner).take();
-    // The library closes it.
-    node.map_or(-1, IntoRawFd::into_raw_fd)
-}
-
-extern "C" fn get_server_fd(cookie: *mut c_void, _version: u32) -> RawFd {
-    // SAFETY: as above.
-    let cookie = unsafe { &*cookie.cast::<Cookie>() };
-    let server = cookie.render_server.lock().unwrap_or_else(PoisonError::into_inner).take();
-    // The library closes it.
-    server.map_or(-1, IntoRawFd::into_raw_fd)
-}
-
-/// What the library said last.
-static LAST_MESSAGE: Mutex<String> = Mutex::new(String::new());
-
-/// What the library said last, as far as it is listened to.
-pub(super) fn last_message() -> String {
-    LAST_MESSAGE.lock().unwrap_or_else(PoisonError::into_inner).clone()
-}
-
-extern "C" fn message(format: *const c_char, list: *mut c_void) {
-    static MESSAGES: AtomicU32 = AtomicU32::new(0);
-    let number = MESSAGES.fetch_add(1, Ordering::Relaxed);
-    if number >= MAX_MESSAGES {
-        // Stay away from the overflow.
-        MESSAGES.store(MAX_MESSAGES, Ordering::Relaxed);
-        return;
-    }
-    let mut buffer = [0_u8; 400];
-    // SAFETY: format and list fit each other, as the library promises; the buffer has this size.
-    let length = unsafe { vsnprintf(buffer.as_mut_ptr().cast(), buffer.len(), format, list) };
-    let length = usize::try_from(length).unwrap_or(0).min(buffer.len() - 1);
-    let text = String::from_utf8_lossy(&buffer[..length]);
-    tracing::debug!("virglrenderer: {}", text.trim_end());
-    text.trim_end().clone_into(&mut LAST_MESSAGE.lock().unwrap_or_else(PoisonError::into_inner));
-    if number + 1 == MAX_MESSAGES {
-        tracing::debug!("virglrenderer: no more messages are logged");
-    }
 }
 
 /// Guest memory as the library takes it. It stays mapped as long as this exists.
