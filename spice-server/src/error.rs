@@ -2,6 +2,8 @@
 
 use std::{io, net::SocketAddr, path::PathBuf};
 
+use crate::{VideoCodec, VideoError};
+
 /// Why a server could not be set up.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -26,6 +28,17 @@ pub enum Error {
         /// What the system says.
         #[source]
         source: io::Error,
+    },
+    /// The video codec that was asked for is not there.
+    #[error(
+        "there is no {codec} encoder: install its library (libvpx7 or libvpx9 in Debian, libvpx elsewhere), or ask for auto"
+    )]
+    Video {
+        /// The codec.
+        codec: VideoCodec,
+        /// What is wrong with its library.
+        #[source]
+        source: VideoError,
     },
     /// A thread or a descriptor could not be made.
     #[error("cannot start the server's {what}")]

@@ -32,6 +32,7 @@ mod proto;
 mod secret;
 mod server;
 mod tls;
+mod video;
 mod web;
 
 pub use agent::{AgentPolicy, AgentPort, Clipboard};
@@ -53,4 +54,5 @@ pub use server::{
     Severity, SpiceServer,
 };
 pub use tls::{SecureChannels, TlsConfig};
+pub use video::{UnknownVideoCodec, VideoCodec, VideoCodecs, VideoError};
 pub use web::WebPage;

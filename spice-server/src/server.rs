@@ -16,7 +16,7 @@ use std::{
 use crate::{
     AgentPolicy, AgentPort, Capture, DisplayEvents, DisplayHandle, DisplayStats, Error, EventSink,
     InputSink, Leds, MouseMode, Peer, PlaybackHandle, RecordHandle, Refusal, Secret,
-    SecureChannels, ServerEvent, TlsConfig, WebPage,
+    SecureChannels, ServerEvent, TlsConfig, VideoCodecs, WebPage,
     agent::hub::AgentHub,
     audio::Sound,
     display::state::DisplayShared,
@@ -28,6 +28,7 @@ use crate::{
         shared::{Command, Config, Session, Shared, lock},
         wake::Wake,
     },
+    video::Video,
 };
 
 /// Most displays of a server.
@@ -103,6 +104,7 @@ pub struct ServerBuilder {
     max_size: (u32, u32),
     sound: bool,
     capture: Option<Capture>,
+    video: VideoCodecs,
 }
 
 impl Default for ServerBuilder {
@@ -128,6 +130,7 @@ impl Default for ServerBuilder {
             max_size: (8192, 8192),
             sound: false,
             capture: None,
+            video: VideoCodecs::default(),
         }
     }
 }
@@ -235,6 +238,12 @@ impl ServerBuilder {
         self
     }
 
+    /// Which codecs films may be sent with. Libraries are loaded by [`start`](Self::start).
+    pub fn video_codecs(mut self, codecs: VideoCodecs) -> Self {
+        self.video = codecs;
+        self
+    }
+
     /// Who hears keyboard and mouse.
     pub fn input(mut self, input: Arc<dyn InputSink>) -> Self {
         self.input = Some(input);
@@ -320,6 +329,7 @@ impl ServerBuilder {
             max_size: self.max_size,
             sound: self.sound.then(|| Sound::new(&io)),
             capture: self.capture.map(Arc::new),
+            video: Arc::new(Video::load(self.video)?),
         };
         let password = Password::new(self.password, self.password_required);
         let rotate = password.is_required();

@@ -161,6 +161,11 @@ def command(line):
             raw = bytearray(ctypes.string_at(data, stride * height))
             raw[3::4] = bytes(len(raw) // 4)
             say("pixels", hash=hashlib.sha1(raw).hexdigest())
+    elif name == "save":
+        width, height, stride, data = primary
+        with open(words[1], "wb") as file:
+            file.write(ctypes.string_at(data, stride * height))
+        say("saved")
     elif name == "bytes":
         say("bytes", total={n: int(c.get_property("total-read-bytes")) for n, c in channels.items()})
     elif name == "quit":

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use spice_server::{ClientPolicy, Codec, MemoryFrame, Rect, SurfaceInfo};
+use spice_server::{ClientPolicy, Codec, MemoryFrame, Rect, SurfaceInfo, VideoCodec, VideoCodecs};
 use support::{
     Client, CountedFrame, SlowLine, eventually, hash, have, have_client,
     picture::{self, Event, Mode, Picture, Scene, content::Canvas},
@@ -441,7 +441,8 @@ fn a_film_on_a_thin_line_is_a_stream_and_exact_when_it_stops() {
         return;
     }
     let size = (640, 480);
-    let setup = setup(|builder| builder);
+    let mjpeg = VideoCodecs::Prefer(VideoCodec::Mjpeg);
+    let setup = setup(|builder| builder.video_codecs(mjpeg));
     let mut scene = Scene::new(Mode::Film, size);
     setup.show(size, scene.pixels().to_vec());
     let line = SlowLine::to(setup.address(), 1_500_000);

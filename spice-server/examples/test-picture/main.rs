@@ -12,12 +12,14 @@ use std::{
 };
 
 use picture::{Event, Mode, Picture, Reporter, Scene};
-use spice_server::{ClientPolicy, DisplayStats, Secret, SpiceServer, TlsConfig, WebPage};
+use spice_server::{
+    ClientPolicy, DisplayStats, Secret, SpiceServer, TlsConfig, VideoCodecs, WebPage,
+};
 
 const USAGE: &str = "\
 test-picture [--listen ADDRESS:PORT] [--password-file FILE] [--mode MODE] [--size WxH]
              [--fps N] [--policy exclusive|refuse|shared|view-only] [--whole] [--quiet] [--stats]
-             [--sound HZ] [--into FILE --offset BYTES]
+             [--sound HZ] [--into FILE --offset BYTES] [--video-codec auto|mjpeg|vp8|off]
              [--tls-cert-file FILE --tls-key-file FILE] [--web FOLDER]
   MODE: moving (default), noise, texture, key, static, window, scroll, typing, film, pan
   --whole: every frame says that everything changed
@@ -35,6 +37,7 @@ struct Options {
     certificate: Option<PathBuf>,
     key: Option<PathBuf>,
     web: Option<PathBuf>,
+    video: VideoCodecs,
     quiet: bool,
     stats: bool,
     whole: bool,
@@ -54,6 +57,7 @@ fn options() -> Result<Options, String> {
         certificate: None,
         key: None,
         web: None,
+        video: VideoCodecs::Auto,
         quiet: false,
         stats: false,
         whole: false,
@@ -95,6 +99,7 @@ fn options() -> Result<Options, String> {
             }
             "--tls-cert-file" => options.certificate = Some(value.into()),
             "--tls-key-file" => options.key = Some(value.into()),
+            "--video-codec" => options.video = value.parse().map_err(|e| wrong(&e))?,
             "--web" => options.web = Some(value.into()),
             "--policy" => {
                 options.policy = match value.as_str() {
@@ -198,6 +203,7 @@ fn main() -> ExitCode {
     let (events, inbox) = mpsc::channel();
     let reporter = Arc::new(Reporter(events));
     let mut builder = SpiceServer::builder()
+        .video_codecs(options.video)
         .name("test picture")
         .client_policy(options.policy)
         .sound(options.sound.is_some())

@@ -1,29 +1,31 @@
 //! From frames to messages for one viewer: what changed, and the cheapest way to say it.
 //!
 //! Knows no sockets: whoever owns it asks for a [`step`](Encoder::step) whenever the connection can
-//! take more, and every step encodes one part from the newest pixels.
+//! take more, and every step encodes one part from the newest pixels. [`streams`] has the films.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+mod streams;
+
+use std::{sync::Arc, time::Instant};
 
 use super::{
     Frame, Rect,
     cache::ImageCache,
     heat::HeatMap,
     stats::{Codec, Counters, count, set},
-    stream::{REPORT_WINDOW, SourceRate, Stream},
+    stream::{SourceRate, Stream},
     tiles::{REFINE_AFTER, Tiles},
 };
-use crate::proto::{
-    display::{
-        StreamReport, Surface, put_copy, put_copy_bits, put_fill, put_forget_images, put_mark,
-        put_monitors_config, put_stream_create, put_stream_data, put_stream_destroy,
-        put_stream_report_wanted, put_surface_create, put_surface_destroy,
+use crate::{
+    VideoCodec,
+    proto::{
+        display::{
+            Surface, put_copy, put_copy_bits, put_fill, put_forget_images, put_mark,
+            put_monitors_config, put_surface_create, put_surface_destroy,
+        },
+        framing::Framer,
+        image::{Coding, Keep, put_image, put_kept_image, put_surface_image},
     },
-    framing::Framer,
-    image::{Coding, Keep, put_image, put_jpeg, put_kept_image, put_surface_image},
+    video::Video,
 };
 
 /// Quality of lossy parts, 1 to 100.
@@ -36,23 +38,14 @@ const LOSSY_AFTER: f64 = 0.05;
 const SLOW_RATE: f64 = 1_250_000.0;
 /// Smallest image, in encoded bytes, that clients are asked to keep.
 const MIN_KEPT: usize = 600;
-/// Most streams at a time.
-const MAX_STREAMS: usize = 4;
-/// How often it is looked for films.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// Share of the line that exact pictures of a film may take before it becomes a stream.
-const FILM_SHARE: f64 = 0.5;
-/// Bytes per second of exact pictures of a film that a network may be asked to carry.
-const FILM_RATE: f64 = 12_500_000.0;
-/// Bytes per second above which a connection from this machine is what it looks like, and no tunnel.
-const LOCAL_RATE: f64 = 50_000_000.0;
 
 /// What the client can do.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Abilities {
     /// It knows LZ4, and with that a second surface: spice-gtk and its relatives.
     pub(crate) modern: bool,
-    pub(crate) mjpeg: bool,
+    /// It tells which codecs it shows.
+    pub(crate) streams: bool,
     pub(crate) reports: bool,
     /// It scales stream frames.
     pub(crate) sized: bool,
@@ -90,6 +83,9 @@ pub(crate) struct Encoder {
     tiles: Tiles,
     heat: HeatMap,
     cache: ImageCache,
+    /// How films can be encoded, and the codecs the client shows, the best one first.
+    video: Arc<Video>,
+    video_codecs: Vec<VideoCodec>,
     streams: Vec<Stream>,
     next_stream: u32,
     look_at: Option<Instant>,
@@ -112,6 +108,8 @@ impl Encoder {
             tiles: Tiles::new((0, 0)),
             heat: HeatMap::new((0, 0)),
             cache: ImageCache::new(),
+            video: Arc::default(),
+            video_codecs: if abilities.streams { vec![VideoCodec::Mjpeg] } else { Vec::new() },
             streams: Vec::new(),
             next_stream: 0,
             look_at: None,
@@ -135,22 +133,6 @@ impl Encoder {
     /// The client wants LZ4 (`true`), none (`false`), or leaves it to the server.
     pub(crate) fn prefer_lz4(&mut self, lz4: Option<bool>) {
         self.lz4 = lz4.unwrap_or(self.abilities.modern);
-    }
-
-    /// The client reports on a stream.
-    pub(crate) fn report(&mut self, report: StreamReport, now: Instant) {
-        let known = |stream: &&mut Stream| {
-            stream.id == report.stream && (stream.unique == report.unique || report.frames == 0)
-        };
-        let Some(stream) = self.streams.iter_mut().find(known) else { return };
-        let id = stream.id;
-        if stream.report(report) {
-            count(&self.stats.late, report.drops.into());
-        } else {
-            tracing::info!("the client cannot show MJPEG streams: pictures only");
-            self.abilities.mjpeg = false;
-            self.end_streams(|stream| stream.id == id, now);
-        }
     }
 
     // ---- surfaces ----
@@ -446,117 +428,6 @@ impl Encoder {
             put_image(out, size, pixels, coding, keep);
         });
     }
-
-    // ---- streams ----
-
-    /// Turns films into streams, when exact pictures of them are more than the line should carry.
-    fn look_for_films(&mut self, line: &Line, now: Instant) {
-        if !self.abilities.mjpeg
-            || self.staging.is_some()
-            || self.streams.len() >= MAX_STREAMS
-            || self.look_at.is_some_and(|at| now < at)
-        {
-            return;
-        }
-        self.look_at = Some(now + LOOK_EVERY);
-        let share = line.rate.map_or(f64::INFINITY, |rate| rate * FILM_SHARE);
-        // Without a network, exact pixels are less work for both sides than coding them.
-        let limit = match line.rate {
-            Some(rate) if self.abilities.local && rate > LOCAL_RATE => return,
-            _ if self.abilities.local => share,
-            _ => share.min(FILM_RATE),
-        };
-        for film in self.heat.films(now) {
-            let rect = film.rect;
-            let exact = f64::from(rect.width)
-                * f64::from(rect.height)
-                * 3.0
-                * film.rate.max(self.source.rate());
-            if exact < limit || self.streams.len() >= MAX_STREAMS || !self.tiles.hold(rect, now) {
-                continue;
-            }
-            self.next_stream = self.next_stream.wrapping_add(1);
-            let unique = self.next_stream;
-            let used = |id: &u32| self.streams.iter().any(|stream| stream.id == *id);
-            let Some(id) = (0..MAX_STREAMS as u32).find(|id| !used(id)) else { return };
-            let (framer, out) = (&mut self.framer, &mut self.out);
-            put_stream_create(framer, out, id, (rect.width, rect.height), rect);
-            if self.abilities.reports {
-                put_stream_report_wanted(framer, out, id, unique, REPORT_WINDOW);
-            }
-            self.streams.push(Stream::new(id, unique, rect, now));
-            count(&self.stats.streams, 1);
-        }
-    }
-
-    fn send_frame(
-        &mut self,
-        at: usize,
-        line: &Line,
-        transfer: impl Fn(usize) -> f64,
-        now: Instant,
-    ) {
-        let fps = self.source.rate();
-        let Some(stream) = self.streams.get_mut(at) else { return };
-        let start = Instant::now();
-        let before = self.out.len();
-        let size = (stream.rect.width, stream.rect.height);
-        self.tiles.pixels(stream.rect, &mut self.pixels);
-        let sent_size = stream.frame_size();
-        if sent_size != size {
-            halve(&mut self.pixels, size);
-        }
-        let mut jpeg = Vec::new();
-        put_jpeg(&mut jpeg, sent_size, &self.pixels, stream.quality());
-        let spent = start.elapsed();
-        let clock = line.clock.wrapping_add(spent.as_millis() as u32);
-        let time = stream.time(clock, transfer(jpeg.len()));
-        let sized = (sent_size != size).then_some((sent_size, stream.rect));
-        put_stream_data(&mut self.framer, &mut self.out, stream.id, time, sized, |out| {
-            out.extend_from_slice(&jpeg);
-        });
-        stream.encoded(jpeg.len(), line.rate.map(|rate| rate / fps), self.abilities.sized);
-        let rect = stream.rect;
-        self.tiles.streamed(rect, now);
-        self.lossy = true;
-        self.stats.encoded(Codec::Stream, self.out.len() - before, start);
-    }
-
-    /// Ends streams. Frames the client has not shown yet are dropped by it, so that what is drawn
-    /// from now on stays.
-    fn end_streams(&mut self, which: impl Fn(&Stream) -> bool, now: Instant) {
-        let mut at = 0;
-        while let Some(stream) = self.streams.get(at) {
-            if !which(stream) {
-                at += 1;
-                continue;
-            }
-            put_stream_destroy(&mut self.framer, &mut self.out, stream.id);
-            let rect = stream.rect;
-            self.streams.remove(at);
-            self.tiles.release(rect, now);
-        }
-    }
-}
-
-/// Halves a picture in both directions, in place; odd ends are left out.
-fn halve(pixels: &mut Vec<u8>, (width, height): (u32, u32)) {
-    let stride = width as usize * 4;
-    let (columns, rows) = (width as usize / 2, height as usize / 2);
-    let mut half = Vec::with_capacity(columns * rows * 4);
-    for pair in pixels.chunks_exact(stride * 2).take(rows) {
-        let (top, bottom) = pair.split_at(stride);
-        let (top, bottom) = (top.as_chunks::<8>().0, bottom.as_chunks::<8>().0);
-        for (a, b) in top.iter().zip(bottom) {
-            let sum = |at: usize| {
-                let of =
-                    |eight: &[u8; 8], at: usize| u16::from(eight.get(at).copied().unwrap_or(0));
-                ((of(a, at) + of(a, at + 4) + of(b, at) + of(b, at + 4)) / 4) as u8
-            };
-            half.extend_from_slice(&[sum(0), sum(1), sum(2), 0]);
-        }
-    }
-    *pixels = half;
 }
 
 fn touch(a: Rect, b: Rect) -> bool {

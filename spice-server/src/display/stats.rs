@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::VideoCodec;
+
 /// A way to bring a part of a picture to a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -21,14 +23,24 @@ pub enum Codec {
     Raw,
     /// JPEG, followed by the exact pixels when it rests.
     Jpeg,
-    /// A frame of a video stream (MJPEG).
+    /// A frame of an MJPEG stream.
     Stream,
+    /// A frame of a VP8 stream.
+    Vp8,
 }
 
 impl Codec {
     /// All of them, in the order of [`DisplayStats::codecs`].
-    pub const ALL: [Self; 7] =
-        [Self::Fill, Self::Move, Self::Cached, Self::Lz4, Self::Raw, Self::Jpeg, Self::Stream];
+    pub const ALL: [Self; 8] = [
+        Self::Fill,
+        Self::Move,
+        Self::Cached,
+        Self::Lz4,
+        Self::Raw,
+        Self::Jpeg,
+        Self::Stream,
+        Self::Vp8,
+    ];
 
     /// Its name in counters.
     pub fn name(self) -> &'static str {
@@ -40,6 +52,16 @@ impl Codec {
             Self::Raw => "raw",
             Self::Jpeg => "jpeg",
             Self::Stream => "stream",
+            Self::Vp8 => "vp8",
+        }
+    }
+}
+
+impl From<VideoCodec> for Codec {
+    fn from(codec: VideoCodec) -> Self {
+        match codec {
+            VideoCodec::Mjpeg => Self::Stream,
+            VideoCodec::Vp8 => Self::Vp8,
         }
     }
 }

@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use super::Rect;
-use crate::proto::display::StreamReport;
+use crate::{VideoCodec, proto::display::StreamReport, video::VideoEncoder};
 
 /// A film that stands still for so long is over.
 const STILL: Duration = Duration::from_millis(400);
@@ -19,16 +19,22 @@ const QUALITY: (u8, u8) = (20, 85);
 const MIN_HALVED: u32 = 256;
 /// Share of the line a stream may fill.
 const SHARE: f64 = 0.85;
+/// Bits per second for every pixel of a 1920 by 1080 video; smaller ones have more detail per pixel.
+const PIXEL_RATE: f64 = 3.4;
+/// Bits per second that a video has, however thin the line is.
+const MIN_RATE: f64 = 100_000.0;
 /// Frames and milliseconds between two reports.
 pub(crate) const REPORT_WINDOW: (u32, u32) = (10, 1000);
 
 /// A stream.
-#[derive(Debug)]
 pub(crate) struct Stream {
     pub(crate) id: u32,
     /// The number reports come under.
     pub(crate) unique: u32,
     pub(crate) rect: Rect,
+    pub(crate) codec: VideoCodec,
+    /// Unless it is MJPEG.
+    pub(crate) encoder: Option<Box<dyn VideoEncoder>>,
     /// There is something newer than the last frame.
     pub(crate) dirty: bool,
     last_change: Instant,
@@ -40,11 +46,14 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
+    /// An MJPEG stream.
     pub(crate) fn new(id: u32, unique: u32, rect: Rect, now: Instant) -> Self {
         Self {
             id,
             unique,
             rect,
+            codec: VideoCodec::Mjpeg,
+            encoder: None,
             dirty: true,
             last_change: now,
             last_time: 0,
@@ -67,6 +76,15 @@ impl Stream {
 
     pub(crate) fn quality(&self) -> u8 {
         self.quality
+    }
+
+    /// Bits per second for an encoder that can keep to them, of a line of which this stream has so
+    /// many bytes per second, if that is known.
+    pub(crate) fn bit_rate(&self, line: Option<f64>) -> f64 {
+        let pixels = f64::from(self.rect.width) * f64::from(self.rect.height);
+        let enough = pixels * PIXEL_RATE * (1920.0 * 1080.0 / pixels.max(1.0)).powf(0.25);
+        let room = line.map_or(f64::INFINITY, |line| line * 8.0 * SHARE);
+        enough.min(room).max(MIN_RATE)
     }
 
     /// Size of the frames sent.
@@ -186,6 +204,15 @@ mod tests {
         let before = stream.quality();
         stream.encoded(27_000, Some(3.3e4), false);
         assert_eq!(stream.quality(), before, "fits");
+    }
+
+    #[test]
+    fn the_bit_rate_is_enough_and_fits_the_line() {
+        let large = Stream::new(1, 7, Rect::new(0, 0, 1920, 1080), Instant::now());
+        assert!((6.5e6..7.5e6).contains(&large.bit_rate(None)));
+        assert!((4.0e6..4.5e6).contains(&large.bit_rate(Some(6.25e5))), "of 5 Mbit/s");
+        assert!(stream().bit_rate(None) > large.bit_rate(None) / 6.0);
+        assert_eq!(large.bit_rate(Some(0.0)), MIN_RATE);
     }
 
     #[test]

@@ -26,6 +26,7 @@ use crate::{
         stats::{Counters, count},
     },
     proto::channel::ChannelType,
+    video::Video,
 };
 
 /// Locks a mutex; a thread that panicked inside does not take the others with it.
@@ -50,6 +51,8 @@ pub(crate) struct Config {
     pub(crate) sound: Option<Sound>,
     /// Where what clients send is kept.
     pub(crate) capture: Option<Arc<Capture>>,
+    /// How films can be encoded.
+    pub(crate) video: Arc<Video>,
     /// Largest width and height a client may ask for.
     pub(crate) max_size: (u32, u32),
 }

@@ -23,6 +23,7 @@ use super::{
     wake::Wake,
 };
 use crate::{
+    VideoCodec,
     display::{
         encoder::{Abilities, Encoder, Line},
         state::{DisplayShared, HasWork, Work},
@@ -31,8 +32,8 @@ use crate::{
     proto::{
         channel::{BaseMessage, Caps, put_ping},
         display::{
-            CAP_CODEC_MJPEG, CAP_LZ4, CAP_MULTI_CODEC, CAP_SIZED_STREAM, CAP_STREAM_REPORT,
-            ClientMessage, Compression, decode, limit,
+            CAP_CODEC_MJPEG, CAP_CODEC_VP8, CAP_LZ4, CAP_MULTI_CODEC, CAP_SIZED_STREAM,
+            CAP_STREAM_REPORT, ClientMessage, Compression, decode, limit,
         },
         framing::{Deframer, Framer, HeaderKind},
     },
@@ -107,12 +108,17 @@ fn run(new: NewViewer, handle: ViewerHandle) {
     let abilities = Abilities {
         // Whoever knows LZ4 is spice-gtk or a relative; browsers' clients know neither.
         modern: has(CAP_LZ4),
-        mjpeg: has(CAP_MULTI_CODEC) && has(CAP_CODEC_MJPEG),
+        streams: has(CAP_MULTI_CODEC),
         reports: has(CAP_STREAM_REPORT),
         sized: has(CAP_SIZED_STREAM),
         local: new.session.peer.is_local(),
     };
     let mut encoder = Encoder::new(Framer::new(new.header), abilities, stats.clone());
+    encoder.set_video(shared.config.video.clone(), |codec| match codec {
+        VideoCodec::Mjpeg => has(CAP_CODEC_MJPEG),
+        // Browsers' clients put it together for their media players, which have delays of their own.
+        VideoCodec::Vp8 => has(CAP_CODEC_VP8) && abilities.modern,
+    });
     encoder.out = new.unsent;
     let now = Instant::now();
     let mut viewer = Viewer {
@@ -455,6 +461,7 @@ impl Viewer {
                 ClientMessage::PreferredCompression(Compression::Automatic) => {
                     self.encoder.prefer_lz4(None);
                 }
+                ClientMessage::PreferredCodecs(codecs) => self.encoder.prefer_codecs(codecs),
                 ClientMessage::Init { cache_pixels } => self.encoder.set_cache(cache_pixels),
                 ClientMessage::StreamReport(report) => {
                     self.encoder.report(report, now);

@@ -6,7 +6,7 @@ use super::{
     framing::Framer,
     wire::{Put, Reader},
 };
-use crate::Rect;
+use crate::{Rect, VideoCodec};
 
 /// Client capability: stream frames of another size than the stream.
 pub(crate) const CAP_SIZED_STREAM: u32 = 0;
@@ -19,10 +19,33 @@ pub(crate) const CAP_LZ4: u32 = 5;
 /// Server capability: the client may prefer a compression.
 pub(crate) const CAP_PREF_COMPRESSION: u32 = 6;
 
+/// Server capability: the client may prefer a video codec.
+pub(crate) const CAP_PREF_VIDEO_CODEC: u32 = 12;
 /// Client capability: the codecs it knows are told by bits of their own.
 pub(crate) const CAP_MULTI_CODEC: u32 = 8;
 /// Client capability: MJPEG streams.
 pub(crate) const CAP_CODEC_MJPEG: u32 = 9;
+/// Client capability: VP8 streams.
+pub(crate) const CAP_CODEC_VP8: u32 = 10;
+
+/// A codec's number in messages (`SpiceVideoCodecType`).
+fn codec_number(codec: VideoCodec) -> u8 {
+    match codec {
+        VideoCodec::Mjpeg => 1,
+        VideoCodec::Vp8 => 2,
+    }
+}
+
+/// Codecs in the order a client prefers, as far as its message is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PreferredCodecs([u8; 8]);
+
+impl PreferredCodecs {
+    /// A codec's place in the list, if it is in it.
+    pub(crate) fn place(&self, codec: VideoCodec) -> Option<usize> {
+        self.0.iter().position(|number| *number == codec_number(codec))
+    }
+}
 
 /// The image compressions a client can ask for (`SpiceImageCompression`), as far as they matter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +66,8 @@ pub(crate) enum ClientMessage {
     },
     StreamReport(StreamReport),
     PreferredCompression(Compression),
-    /// Preferred video codecs and GL scanouts.
+    PreferredCodecs(PreferredCodecs),
+    /// GL scanouts.
     Ignored,
 }
 
@@ -92,7 +116,15 @@ pub(crate) fn decode(kind: u16, body: &[u8]) -> Result<ClientMessage, DecodeErro
             7 => Compression::Lz4,
             _ => Compression::Automatic,
         }),
-        104 | 105 => ClientMessage::Ignored,
+        104 => ClientMessage::Ignored,
+        105 => {
+            let mut codecs = [0; 8];
+            let count = reader.u8()?;
+            for (to, from) in codecs.iter_mut().zip(reader.bytes(count.into())?) {
+                *to = *from;
+            }
+            ClientMessage::PreferredCodecs(PreferredCodecs(codecs))
+        }
         _ => return Err(DecodeError::UnexpectedType(kind)),
     })
 }
@@ -221,21 +253,21 @@ pub(crate) fn put_forget_images(framer: &mut Framer, out: &mut Vec<u8>, ids: &[u
     });
 }
 
-/// `STREAM_CREATE` of an MJPEG stream of this size, drawn over `to` of the primary surface.
+/// `STREAM_CREATE` of a stream of this codec and size, drawn over `to` of the primary surface.
 pub(crate) fn put_stream_create(
     framer: &mut Framer,
     out: &mut Vec<u8>,
     id: u32,
+    codec: VideoCodec,
     size: (u32, u32),
     to: Rect,
 ) {
     const FLAG_TOP_DOWN: u8 = 1;
-    const CODEC_MJPEG: u8 = 1;
     framer.message(out, 122, |out| {
         out.put_u32(Surface::Primary as u32);
         out.put_u32(id);
         out.put_u8(FLAG_TOP_DOWN);
-        out.put_u8(CODEC_MJPEG);
+        out.put_u8(codec_number(codec));
         out.put_u64(0);
         for _ in 0..2 {
             out.put_u32(size.0);
@@ -345,6 +377,14 @@ mod tests {
         assert_eq!(decode(101, &[0; 13]), Err(DecodeError::Truncated));
         assert_eq!(decode(103, &[7]), Ok(ClientMessage::PreferredCompression(Compression::Lz4)));
         assert_eq!(decode(104, &[]), Ok(ClientMessage::Ignored));
+        let Ok(ClientMessage::PreferredCodecs(codecs)) = decode(105, &[3, 9, 2, 1]) else {
+            panic!()
+        };
+        assert_eq!(
+            [VideoCodec::Vp8, VideoCodec::Mjpeg].map(|c| codecs.place(c)),
+            [Some(1), Some(2)]
+        );
+        assert_eq!(decode(105, &[2, 1]), Err(DecodeError::Truncated));
         assert_eq!(decode(200, &[]), Err(DecodeError::UnexpectedType(200)));
     }
 }

@@ -199,10 +199,20 @@ impl Client {
         Self::run("client.py", &[&[host, port], more].concat())
     }
 
+    /// With variables in its environment.
+    pub fn with_environment(address: SocketAddr, variables: &[(&str, &str)]) -> Self {
+        let (host, port) = (address.ip().to_string(), address.port().to_string());
+        Self::run_with("client.py", &[&host, &port], variables)
+    }
+
     fn run(script: &str, arguments: &[&str]) -> Self {
+        Self::run_with(script, arguments, &[])
+    }
+
+    fn run_with(script: &str, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(script);
         let mut command = Command::new(PYTHON);
-        command.arg(script).args(arguments);
+        command.arg(script).args(arguments).envs(variables.iter().copied());
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python starts");
         let stdout = BufReader::new(child.stdout.take().expect("piped"));

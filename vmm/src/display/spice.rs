@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use devices::spec::{Spec, SpecError};
 use spice_server::{
     AgentPolicy, Capture, ClientPolicy, Clipboard, Secret, SecureChannels, ServerBuilder,
-    TlsConfig, WebPage,
+    TlsConfig, VideoCodecs, WebPage,
 };
 
 use super::{DisplayError, options::resolve};
@@ -34,6 +34,8 @@ pub struct SpiceConfig {
     pub agent: AgentPolicy,
     /// File that keeps what viewers send.
     pub capture: Option<PathBuf>,
+    /// How films are sent.
+    pub video: VideoCodecs,
 }
 
 /// What TLS needs.
@@ -83,6 +85,13 @@ impl SpiceConfig {
         };
         let tls = TlsFiles::take(&mut spec, listen.is_some())?;
         let agent = take_agent(&mut spec)?;
+        let video = match spec.take("video-codec")? {
+            None => VideoCodecs::Auto,
+            Some(text) => {
+                let reason = "expected auto, mjpeg, vp8 or off";
+                text.parse().map_err(|_| spec.invalid("video-codec", &text, reason))?
+            }
+        };
         let origins = spec.take_all("web-origin")?;
         let capture = spec.take_path("capture")?;
         spec.finish()?;
@@ -100,6 +109,7 @@ impl SpiceConfig {
             agent,
             origins,
             capture,
+            video,
         })
     }
 
@@ -143,7 +153,7 @@ impl SpiceConfig {
             tracing::warn!(path = %path.display(), "everything SPICE viewers type is written down");
             builder = builder.capture(Some(capture));
         }
-        let builder = builder.password_required(self.password_required);
+        let builder = builder.password_required(self.password_required).video_codecs(self.video);
         Ok(builder.password(self.password()?).client_policy(self.clients).agent_policy(self.agent))
     }
 }
@@ -299,6 +309,17 @@ mod tests {
             let error = agent(&format!(",{wrong}")).unwrap_err().to_string();
             assert!(error.starts_with(&format!("--spice: {wrong}")), "{error}");
         }
+    }
+
+    #[test]
+    fn codecs_of_films() {
+        let video = |text: &str| parse(&format!("127.0.0.1:1{text}")).map(|config| config.video);
+        assert_eq!(video("").unwrap(), VideoCodecs::Auto);
+        let vp8 = VideoCodecs::Prefer(spice_server::VideoCodec::Vp8);
+        assert_eq!(video(",video-codec=vp8").unwrap(), vp8);
+        assert_eq!(video(",video-codec=off").unwrap(), VideoCodecs::Off);
+        let error = video(",video-codec=av1").unwrap_err().to_string();
+        assert!(error.starts_with("--spice: video-codec=av1: expected auto, mjpeg"), "{error}");
     }
 
     #[test]

@@ -1,10 +1,13 @@
 //! The encoder against a model of a client that does what the protocol says, and shows garbage
 //! wherever a coding is lossy.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 use super::*;
-use crate::{MemoryFrame, proto::framing::HeaderKind};
+use crate::{
+    MemoryFrame,
+    proto::{display::StreamReport, framing::HeaderKind},
+};
 
 /// A client's surfaces, cache and streams.
 #[derive(Default)]
@@ -12,6 +15,9 @@ struct Model {
     surfaces: HashMap<u32, (u32, u32, Vec<u8>)>,
     cache: HashMap<u64, Vec<u8>>,
     streams: HashMap<u32, Rect>,
+    /// Numbers of the streams' codecs, and frames with each of them.
+    codecs: HashMap<u32, u8>,
+    frames: HashMap<u8, usize>,
     kinds: HashMap<u16, usize>,
     images: HashMap<u8, usize>,
     marked: bool,
@@ -60,11 +66,16 @@ impl Model {
                 let rect = rect_at(body, 34);
                 assert_eq!((u32_at(body, 18), u32_at(body, 22)), (rect.width, rect.height));
                 assert!(self.streams.insert(u32_at(body, 4), rect).is_none());
+                self.codecs.insert(u32_at(body, 4), body[9]);
             }
             123 => {
                 assert!(self.streams.contains_key(&u32_at(body, 0)));
                 assert_eq!(u32_at(body, 8) as usize, body.len() - 12);
-                assert_eq!(body[12..14], [0xff, 0xd8]);
+                let codec = self.codecs[&u32_at(body, 0)];
+                if codec == 1 {
+                    assert_eq!(body[12..14], [0xff, 0xd8]);
+                }
+                *self.frames.entry(codec).or_default() += 1;
             }
             316 => {
                 assert_eq!(rect_at(body, 16), self.streams[&u32_at(body, 0)]);
@@ -161,7 +172,7 @@ impl Bench {
     fn new(size: (u32, u32), seed: u32) -> Self {
         let stats = Arc::<Counters>::default();
         let abilities =
-            Abilities { modern: true, mjpeg: true, reports: true, sized: true, local: false };
+            Abilities { modern: true, streams: true, reports: true, sized: true, local: false };
         let framer = Framer::new(HeaderKind::Mini);
         let mut bench = Self {
             size,
@@ -481,5 +492,54 @@ fn films_become_streams_and_end_exactly() {
         }
     }
     assert_eq!(bench.stats.stats(0).streams, 2);
+    bench.settle("pictures");
+}
+
+#[test]
+fn films_are_vp8_until_the_client_cannot_show_it() {
+    let video = Video::load(crate::VideoCodecs::Auto).unwrap();
+    if video.codecs() == [VideoCodec::Mjpeg] {
+        eprintln!("SKIPPED: libvpx is not installed");
+        return;
+    }
+    let mut bench = Bench::new((801, 601), 9);
+    bench.encoder.set_video(Arc::new(video), |_| true);
+    bench.settle("black");
+    bench.line = Line { slow: false, rate: Some(2e6), ..bench.line };
+    // Of odd size, at an odd place.
+    let film = Rect::new(91, 101, 485, 271);
+    let play = |bench: &mut Bench, frames| {
+        for _ in 0..frames {
+            bench.noise(film);
+            bench.show(&[Rect::new(0, 0, 801, 601)]);
+            bench.steps(u32::MAX);
+            bench.pass(33);
+        }
+    };
+    let refuse = |bench: &mut Bench| {
+        let id = *bench.model.streams.keys().next().unwrap();
+        let drops = u32::MAX;
+        let report = StreamReport { stream: id, unique: 0, frames: 0, drops, last_delay: 0 };
+        // Clients say it for every frame that was on its way.
+        for _ in 0..3 {
+            bench.encoder.report(report, bench.now);
+        }
+        bench.deliver();
+        assert_eq!(bench.model.streams.len(), 0);
+    };
+    play(&mut bench, 40);
+    let rect = *bench.model.streams.values().next().unwrap();
+    assert_eq!((rect.width % 2, rect.height % 2), (0, 0), "{rect:?}");
+    assert_eq!(super::super::tiles::bounds(rect, film), rect);
+    assert!(bench.model.frames[&2] > 20 && bench.sent(Codec::Vp8) > 20);
+    bench.settle("the end of VP8");
+    play(&mut bench, 30);
+    refuse(&mut bench);
+    play(&mut bench, 40);
+    assert!(bench.model.frames[&1] > 10);
+    refuse(&mut bench);
+    let before = bench.stats.stats(0).streams;
+    play(&mut bench, 40);
+    assert_eq!(bench.stats.stats(0).streams, before, "pictures only");
     bench.settle("pictures");
 }

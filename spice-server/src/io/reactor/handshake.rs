@@ -177,6 +177,7 @@ impl Reactor {
                 display::CAP_MONITORS_CONFIG,
                 display::CAP_STREAM_REPORT,
                 display::CAP_PREF_COMPRESSION,
+                display::CAP_PREF_VIDEO_CODEC,
             ]),
             Some(ChannelType::Inputs) => cap_word(&[inputs::CAP_KEY_SCANCODE]),
             Some(ChannelType::Playback) => cap_word(&[playback::CAP_VOLUME, playback::CAP_OPUS]),

@@ -1,0 +1,140 @@
+//! Conversion, and encoders with the libraries that are there.
+
+use super::*;
+
+/// Every byte different from its neighbours, in smooth ramps.
+fn ramps((width, height): (u32, u32), step: u32) -> Vec<u8> {
+    let pixel = |at: u32| {
+        let (x, y) = (at % width + step * 3, at / width + step);
+        [(x / 2) as u8, (y / 2 + x / 5) as u8, (x / 3 + y) as u8, 0xff]
+    };
+    (0..width * height).flat_map(pixel).collect()
+}
+
+#[test]
+fn conversion_is_that_of_the_standards() {
+    // Red, green and blue factors of luma.
+    for (matrix, kr, kb) in [(Matrix::Bt601, 0.299, 0.114), (Matrix::Bt709, 0.2126, 0.0722)] {
+        // Of odd size; the last row and column are left out.
+        let size = (67u32, 35u32);
+        let pixels = ramps(size, 7);
+        let mut picture = I420::default();
+        picture.convert(&pixels, size, matrix);
+        assert_eq!(picture.size(), (66, 34));
+        let (luma, u, v) = picture.planes();
+        let rgb = |x: u32, y: u32| {
+            let at = ((y * size.0 + x) * 4) as usize;
+            [2, 1, 0].map(|channel| f64::from(pixels[at + channel]))
+        };
+        let to_luma = |[r, g, b]: [f64; 3]| r * kr + g * (1.0 - kr - kb) + b * kb;
+        for y in 0..34u32 {
+            for x in 0..66u32 {
+                let wanted = 16.0 + to_luma(rgb(x, y)) * 219.0 / 255.0;
+                let got = f64::from(luma[(y * 66 + x) as usize]);
+                assert!((got - wanted).abs() < 2.0, "{matrix:?} {x},{y}: {got}, not {wanted}");
+            }
+        }
+        for y in 0..17u32 {
+            for x in 0..33u32 {
+                let four = [(0, 0), (1, 0), (0, 1), (1, 1)].map(|(i, j)| rgb(x * 2 + i, y * 2 + j));
+                let mean =
+                    [0, 1, 2].map(|at| four.iter().map(|pixel| pixel[at]).sum::<f64>() / 4.0);
+                let luma = to_luma(mean);
+                let at = (y * 33 + x) as usize;
+                for (got, colour, k) in [(u[at], mean[2], kb), (v[at], mean[0], kr)] {
+                    let wanted = 128.0 + (colour - luma) / (2.0 - 2.0 * k) * 224.0 / 255.0;
+                    let got = f64::from(got);
+                    assert!((got - wanted).abs() < 2.0, "{matrix:?} {x},{y}: {got}, not {wanted}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn tiny_pictures_are_no_pictures() {
+    let mut picture = I420::default();
+    for size in [(0, 0), (1, 1), (1, 9), (9, 1)] {
+        picture.convert(&ramps((size.0.max(1), size.1.max(1)), 0), size, Matrix::Bt601);
+        assert_eq!(picture.bytes().len(), 0, "{size:?}");
+    }
+}
+
+/// Frames of a film with a rate, one after the other.
+fn encode(codec: VideoCodec, size: (u32, u32), rate: f64) -> Option<Vec<Vec<u8>>> {
+    let video = match Video::load(VideoCodecs::Prefer(codec)) {
+        Ok(video) => video,
+        Err(error) => {
+            eprintln!("SKIPPED: {error}");
+            return None;
+        }
+    };
+    assert_eq!(video.codecs(), [codec, VideoCodec::Mjpeg]);
+    let mut encoder = video.encoder(codec, size).unwrap().unwrap();
+    // The clock wraps around on the way.
+    let frame = |step: u32| {
+        let mut pixels = ramps(size, step);
+        let mut state = step.wrapping_mul(0x9e37_79b9) | 1;
+        for byte in &mut pixels {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            *byte ^= (state >> 28) as u8;
+        }
+        let mut out = Vec::new();
+        let picture = Picture {
+            pixels: &pixels,
+            size,
+            clock: (u32::MAX - 500).wrapping_add(step * 33),
+            duration: Duration::from_millis(33),
+            rate,
+        };
+        encoder.encode(picture, &mut out).unwrap();
+        out
+    };
+    Some((0..60).map(frame).collect())
+}
+
+#[test]
+fn vp8_keeps_to_its_rate_and_begins_with_a_key_frame() {
+    let size = (640, 360);
+    let Some(thin) = encode(VideoCodec::Vp8, size, 5e5) else { return };
+    let Some(thick) = encode(VideoCodec::Vp8, size, 3e6) else { return };
+    for frames in [&thin, &thick] {
+        // RFC 6386 9.1: the lowest bit is 0 in key frames; start code, width and height follow.
+        assert_eq!(frames[0][0] & 1, 0);
+        assert_eq!(frames[0][3..10], [0x9d, 0x01, 0x2a, 0x80, 0x02, 0x68, 0x01]);
+        assert!(frames.iter().all(|frame| !frame.is_empty()));
+        assert!(frames[1..].iter().all(|frame| frame[0] & 1 == 1), "one key frame");
+    }
+    let rate = |frames: &[Vec<u8>]| {
+        let bytes: usize = frames[30..].iter().map(Vec::len).sum();
+        bytes as f64 * 8.0 / (30.0 * 0.033)
+    };
+    assert!((2e5..7e5).contains(&rate(&thin)), "{}", rate(&thin));
+    assert!((1.5e6..4e6).contains(&rate(&thick)), "{}", rate(&thick));
+}
+
+#[test]
+fn another_size_is_refused() {
+    let Ok(video) = Video::load(VideoCodecs::Prefer(VideoCodec::Vp8)) else { return };
+    let mut encoder = video.encoder(VideoCodec::Vp8, (64, 64)).unwrap().unwrap();
+    let picture = Picture {
+        pixels: &ramps((32, 32), 0),
+        size: (32, 32),
+        clock: 0,
+        duration: Duration::from_millis(33),
+        rate: 1e6,
+    };
+    assert_eq!(encoder.encode(picture, &mut Vec::new()), Err(VideoError::Size));
+    assert!(video.encoder(VideoCodec::Vp8, (20_000, 64)).is_err());
+}
+
+#[test]
+fn names() {
+    for codec in [VideoCodec::Mjpeg, VideoCodec::Vp8] {
+        assert_eq!(codec.name().parse(), Ok(VideoCodecs::Prefer(codec)));
+    }
+    assert_eq!("auto".parse(), Ok(VideoCodecs::Auto));
+    assert_eq!("off".parse(), Ok(VideoCodecs::Off));
+    assert_eq!("vp9".parse::<VideoCodecs>(), Err(UnknownVideoCodec));
+    assert_eq!(Video::load(VideoCodecs::Off).unwrap().codecs(), []);
+}

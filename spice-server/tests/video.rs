@@ -1,0 +1,181 @@
+//! Films with codecs that clients need GStreamer for.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod support;
+
+use std::{
+    collections::VecDeque,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use spice_server::{Codec, Error, SpiceServer, VideoCodec, VideoCodecs};
+use support::{
+    Client, PATIENCE, Setup, SlowLine, eventually, hash, have_client,
+    picture::{Mode, Scene},
+    setup,
+};
+
+const SIZE: (u32, u32) = (640, 480);
+/// Bytes per second.
+const LINE: u32 = 1_500_000;
+
+/// Whether the server finds libvpx.
+fn have_libvpx() -> bool {
+    let builder = SpiceServer::builder().listen(([127, 0, 0, 1], 0).into());
+    match builder.video_codecs(VideoCodecs::Prefer(VideoCodec::Vp8)).start() {
+        Ok(_) => true,
+        Err(error @ Error::Video { .. }) => {
+            eprintln!("SKIPPED: {error}: {}", std::error::Error::source(&error).unwrap());
+            false
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Whether spice-gtk can decode VP8.
+fn have_decoder() -> bool {
+    let found = Command::new("gst-inspect-1.0").args(["--exists", "vp8dec"]).status();
+    let found = found.is_ok_and(|status| status.success());
+    if !found {
+        eprintln!("SKIPPED: no vp8dec: gstreamer1.0-plugins-good or gstreamer1.0-tools is missing");
+    }
+    found
+}
+
+fn messages(setup: &Setup, codec: Codec) -> u64 {
+    let status = setup.server.status();
+    let stats = status.clients.iter().flat_map(|client| &client.displays);
+    stats.flat_map(|d| &d.codecs).filter(|c| c.codec == codec).map(|c| c.messages).sum()
+}
+
+/// A film that is shown at 30 frames per second.
+struct Film {
+    scene: Scene,
+    step: u32,
+    /// The newest frames.
+    recent: VecDeque<Vec<u8>>,
+}
+
+impl Film {
+    fn new(setup: &Setup) -> Self {
+        let scene = Scene::new(Mode::Film, SIZE);
+        setup.show(SIZE, scene.pixels().to_vec());
+        Self { scene, step: 0, recent: VecDeque::new() }
+    }
+
+    /// Plays until something is true.
+    fn play(&mut self, setup: &Setup, what: &str, mut until: impl FnMut(&Self) -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !until(self) {
+            assert!(Instant::now() < end, "{what} did not happen");
+            self.step += 1;
+            self.scene.next(self.step);
+            self.recent.truncate(90);
+            self.recent.push_front(self.scene.pixels().to_vec());
+            setup.show(SIZE, self.scene.pixels().to_vec());
+            std::thread::sleep(Duration::from_millis(33));
+        }
+    }
+
+    /// Stops, and waits for the exact picture.
+    fn stop(&self, client: &mut Client) {
+        let wanted = hash(self.scene.pixels());
+        eventually("the exact picture", || client.pixels() == wanted);
+        // And it stays: no frame of the stream comes late.
+        std::thread::sleep(Duration::from_millis(300));
+        assert_eq!(client.pixels(), wanted);
+    }
+}
+
+/// Peak signal to noise ratio of two pictures in dB.
+fn psnr(a: &[u8], b: &[u8]) -> f64 {
+    let (mut sum, mut count) = (0u64, 0u64);
+    for (a, b) in a.chunks_exact(4).zip(b.chunks_exact(4)) {
+        for channel in 0..3 {
+            sum += u64::from(a[channel].abs_diff(b[channel])).pow(2);
+            count += 1;
+        }
+    }
+    10.0 * (255.0 * 255.0 * count as f64 / sum.max(1) as f64).log10()
+}
+
+#[test]
+fn a_film_is_vp8_looks_right_and_is_exact_when_it_stops() {
+    if !(have_client() && have_libvpx() && have_decoder()) {
+        return;
+    }
+    let setup = setup(|builder| builder);
+    let mut film = Film::new(&setup);
+    let line = SlowLine::to(setup.address(), LINE);
+    let mut client = Client::connect(line.address);
+    client.wait_ready();
+    film.play(&setup, "VP8", |_| messages(&setup, Codec::Vp8) > 60);
+    assert_eq!(messages(&setup, Codec::Stream), 0);
+    // What the client shows is one of the newest frames, in their colours.
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("picture");
+    let (mut best, mut shots) = (0.0, 0);
+    film.play(&setup, "a good picture", |film| {
+        client.tell(&format!("save {}", file.display()));
+        client.named("saved");
+        let shown = std::fs::read(&file).unwrap();
+        best = film.recent.iter().map(|frame| psnr(frame, &shown)).fold(best, f64::max);
+        shots += 1;
+        best > 30.0 || shots > 40
+    });
+    assert!(best > 30.0, "{best} dB");
+    eprintln!("{best:.1} dB");
+    film.stop(&mut client);
+    assert!(messages(&setup, Codec::Vp8) > 60);
+}
+
+#[test]
+fn a_client_that_cannot_decode_after_all_gets_mjpeg() {
+    if !(have_client() && have_libvpx() && have_decoder()) {
+        return;
+    }
+    let setup = setup(|builder| builder);
+    let mut film = Film::new(&setup);
+    let line = SlowLine::to(setup.address(), LINE);
+    // spice-gtk finds the decoder and says that it knows VP8; its player does not take it.
+    let refusing = [("GST_PLUGIN_FEATURE_RANK", "vp8dec:NONE,vp8alphadecodebin:NONE")];
+    let mut client = Client::with_environment(line.address, &refusing);
+    client.wait_ready();
+    film.play(&setup, "MJPEG", |_| messages(&setup, Codec::Stream) > 20);
+    assert!(messages(&setup, Codec::Vp8) > 0, "it was tried");
+    film.stop(&mut client);
+}
+
+#[test]
+fn a_client_without_gstreamer_gets_mjpeg() {
+    if !(have_client() && have_libvpx()) {
+        return;
+    }
+    let setup = setup(|builder| builder);
+    let mut film = Film::new(&setup);
+    let line = SlowLine::to(setup.address(), LINE);
+    let folder = tempfile::tempdir().unwrap();
+    let registry = folder.path().join("registry").display().to_string();
+    let none = [("GST_PLUGIN_SYSTEM_PATH_1_0", "/nonexistent"), ("GST_REGISTRY", &*registry)];
+    let mut client = Client::with_environment(line.address, &none);
+    client.wait_ready();
+    film.play(&setup, "MJPEG", |_| messages(&setup, Codec::Stream) > 20);
+    assert_eq!(messages(&setup, Codec::Vp8), 0);
+    film.stop(&mut client);
+}
+
+#[test]
+fn no_streams_when_they_are_off() {
+    if !have_client() {
+        return;
+    }
+    let setup = setup(|builder| builder.video_codecs(VideoCodecs::Off));
+    let mut film = Film::new(&setup);
+    let line = SlowLine::to(setup.address(), LINE);
+    let mut client = Client::connect(line.address);
+    client.wait_ready();
+    film.play(&setup, "pictures", |film| film.step > 60);
+    assert_eq!(messages(&setup, Codec::Stream) + messages(&setup, Codec::Vp8), 0);
+    film.stop(&mut client);
+}
