@@ -499,10 +499,10 @@ fn remote_viewer_shows_the_picture_in_its_window() {
     let setup = setup(|builder| builder);
     let size = (640, 480);
     let pixels = rgb(&setup.show_background(size));
-    let screen = support::Screen::new();
+    let screen = support::xvfb::Xvfb::start(1000, 800).unwrap();
     let mut viewer = Command::new("remote-viewer")
         .args(["--spice-disable-audio", &format!("spice://{}", setup.address())])
-        .env("DISPLAY", &screen.name)
+        .env("DISPLAY", &screen.display)
         .stderr(std::process::Stdio::null())
         .spawn()
         .unwrap();
@@ -513,7 +513,7 @@ fn remote_viewer_shows_the_picture_in_its_window() {
         let import = Command::new("import")
             .args(["-window", "root", "-depth", "8"])
             .arg(&file)
-            .env("DISPLAY", &screen.name)
+            .env("DISPLAY", &screen.display)
             .output()
             .unwrap();
         let root = std::fs::read(&file).unwrap_or_default();

@@ -280,12 +280,12 @@ fn spice_gtk_comes_through_a_unix_socket() {
 
 /// remote-viewer under Xvfb with these arguments, until the server has its display channel.
 fn remote_viewer(setup: &Setup, arguments: &[&str]) {
-    let screen = support::Screen::new();
+    let screen = support::xvfb::Xvfb::start(1000, 800).unwrap();
     let log = tempfile::NamedTempFile::new().unwrap();
     let mut viewer = Command::new("remote-viewer")
         .arg("--spice-disable-audio")
         .args(arguments)
-        .env("DISPLAY", &screen.name)
+        .env("DISPLAY", &screen.display)
         .stdout(Stdio::null())
         .stderr(log.reopen().unwrap())
         .spawn()

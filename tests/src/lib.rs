@@ -21,3 +21,5 @@ pub mod tone;
 pub mod units;
 pub mod viewer;
 pub mod vm;
+#[path = "../../spice-server/tests/support/xvfb.rs"]
+pub mod xvfb;

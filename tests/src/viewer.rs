@@ -1,19 +1,17 @@
 //! remote-viewer on a screen of its own (Xvfb).
 
-use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result};
 
-use crate::debian::check;
+use crate::{debian::check, xvfb::Xvfb};
 
 /// A running remote-viewer. Dropping it closes it.
 #[derive(Debug)]
 pub struct RemoteViewer {
-    screen: Child,
     viewer: Child,
-    display: String,
     window: String,
+    screen: Xvfb,
     _home: tempfile::TempDir,
 }
 
@@ -23,22 +21,12 @@ impl RemoteViewer {
     /// # Errors
     /// If a program is missing or no window appears.
     pub fn start(address: &str) -> Result<Self> {
-        let mut screen = Command::new("Xvfb")
-            .args(["-displayfd", "1", "-screen", "0", "1700x1200x24", "-nolisten", "tcp"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("cannot run Xvfb (package xvfb)")?;
-        let mut display = String::new();
-        BufReader::new(screen.stdout.take().context("Xvfb has no output")?)
-            .read_line(&mut display)?;
-        let display = format!(":{}", display.trim());
+        let screen = Xvfb::start(1700, 1200).context("an X server (package xvfb)")?;
         // Nothing of this user's settings.
         let home = tempfile::tempdir()?;
         let viewer = Command::new("remote-viewer")
             .arg(address)
-            .env("DISPLAY", &display)
+            .env("DISPLAY", &screen.display)
             .env("HOME", home.path())
             .env("NO_AT_BRIDGE", "1")
             .stdin(Stdio::null())
@@ -46,7 +34,7 @@ impl RemoteViewer {
             .stderr(Stdio::null())
             .spawn()
             .context("cannot run remote-viewer (package virt-viewer)")?;
-        let mut this = Self { screen, viewer, display, window: String::new(), _home: home };
+        let mut this = Self { viewer, window: String::new(), screen, _home: home };
         let found =
             this.xdotool(&["search", "--sync", "--onlyvisible", "--class", "remote-viewer"])?;
         this.window = found.lines().next().context("remote-viewer has no window")?.to_owned();
@@ -74,7 +62,7 @@ impl RemoteViewer {
             Command::new("timeout")
                 .args(["120", "xdotool"])
                 .args(arguments)
-                .env("DISPLAY", &self.display),
+                .env("DISPLAY", &self.screen.display),
         )
         .context("xdotool (package xdotool)")
     }
@@ -82,9 +70,7 @@ impl RemoteViewer {
 
 impl Drop for RemoteViewer {
     fn drop(&mut self) {
-        for child in [&mut self.viewer, &mut self.screen] {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        let _ = self.viewer.kill();
+        let _ = self.viewer.wait();
     }
 }

@@ -251,15 +251,29 @@ impl World {
     fn remote_viewer(&mut self) -> anyhow::Result<()> {
         let viewer =
             RemoteViewer::start(&format!("spice://127.0.0.1:{}", self.host.spice_port()?))?;
-        viewer.resize(1304, 903)?;
-        // Its frame takes a few pixels of the width, and its tool bar more of the height.
-        let mode = self.host.ssh(
-            &self.guest,
-            "root",
-            "for i in $(seq 600); do mode=$(head -n1 /sys/class/drm/card0-Virtual-1/modes); \
-             [ ${mode%x*} -gt 1250 ] && [ ${mode%x*} -le 1304 ] && echo $mode && exit 0; sleep 0.2; \
-             done; echo it is $mode >&2; exit 1",
-        )?;
+        // Until it shows the guest, it takes its window's size from the guest instead; then the user
+        // drags again. Its frame takes a few pixels of the width, its tool bar more of the height.
+        let mut tries =
+            [(1304, 903), (1284, 893), (1300, 901), (1280, 891), (1296, 899)].into_iter();
+        let mode = loop {
+            let Some((width, height)) = tries.next() else {
+                anyhow::bail!("the guest's mode does not follow the window");
+            };
+            viewer.resize(width, height)?;
+            let answer = self.host.ssh(
+                &self.guest,
+                "root",
+                &format!(
+                    "for i in $(seq 100); do mode=$(head -n1 /sys/class/drm/card0-Virtual-1/modes); \
+                     [ ${{mode%x*}} -gt $(({width} - 20)) ] && [ ${{mode%x*}} -le {width} ] && \
+                     echo $mode && exit 0; sleep 0.2; done; echo no: $mode",
+                ),
+            )?;
+            if !answer.starts_with("no") {
+                break answer;
+            }
+            println!("at {width}x{height} the guest has {answer}");
+        };
         drop(viewer);
         self.client = self.host.spice()?;
         self.client.wait_state("the size that remote-viewer left", PATIENCE, |state| {

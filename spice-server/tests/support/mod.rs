@@ -21,6 +21,7 @@ use spice_server::{
 
 #[path = "../../examples/test-picture/picture.rs"]
 pub mod picture;
+pub mod xvfb;
 
 use picture::{Event, Reporter};
 
@@ -97,35 +98,6 @@ pub fn have(program: &str) -> bool {
         eprintln!("SKIPPED: {program} is not installed");
     }
     found
-}
-
-/// An X server of its own.
-pub struct Screen {
-    /// For `DISPLAY`.
-    pub name: String,
-    server: Child,
-}
-
-impl Screen {
-    pub fn new() -> Self {
-        let mut server = Command::new("Xvfb")
-            .args(["-displayfd", "1", "-screen", "0", "1000x800x24", "-nolisten", "tcp"])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("Xvfb starts");
-        let mut number = String::new();
-        let mut stdout = BufReader::new(server.stdout.take().expect("piped"));
-        stdout.read_line(&mut number).expect("Xvfb tells its number");
-        Self { name: format!(":{}", number.trim()), server }
-    }
-}
-
-impl Drop for Screen {
-    fn drop(&mut self) {
-        let _ = self.server.kill();
-        let _ = self.server.wait();
-    }
 }
 
 /// A password as a ticket for this public key (DER).
