@@ -50,6 +50,8 @@ const TESTS: &[Need] = &[
     ("openssl", "certificates for TLS, made by somebody else"),
     ("gvncviewer", "a real VNC client: gtk-vnc, the one in remote-viewer"),
     ("tigervnc-viewer", "a second real VNC client"),
+    ("gir1.2-gtk-vnc-2.0", "gtk-vnc's clipboard, read by a script"),
+    ("xclip", "the clipboard of the screen that a viewer runs on"),
     ("acpica-tools", "iasl checks our ACPI tables"),
     ("edid-decode", "checks our EDID"),
     ("qemu-system-gui", "QEMU's own vhost-user-gpu as a foreign back end"),

@@ -91,6 +91,8 @@ impl Events for Viewers {
         self.screen.resize(MonitorConfig { width, height, x: 0, y: 0, width_mm: 0, height_mm: 0 })
     }
 
+    fn copied(&self, _text: &str) {}
+
     fn watched(&self, any: bool) {
         self.screen.set_watched(Through::Vnc, any);
     }

@@ -89,6 +89,10 @@ impl Events for Printer {
         true
     }
 
+    fn copied(&self, text: &str) {
+        println!("copied {text:?}");
+    }
+
     fn watched(&self, any: bool) {
         println!("watched {any}");
     }
@@ -162,6 +166,7 @@ fn main() -> io::Result<()> {
                 wanted = size(text).unwrap_or(wanted);
                 show(&screen, wanted, tick);
             }
+            Some(("copy", text)) => server.set_clipboard(text),
             Some(_) => {}
             None => {
                 tick += 1;

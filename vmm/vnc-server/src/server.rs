@@ -21,12 +21,13 @@ use crate::{
     proto::{
         ProtocolError,
         auth::CHALLENGE,
+        clipboard::{Clipboard, MAX_TEXT},
         handshake::{GREETING, Handshake, Step},
         message::{self, ClientMessage},
         update,
     },
     screen::Screen,
-    viewer::Viewer,
+    viewer::{Turn, Viewer},
 };
 
 /// Clients at a time.
@@ -79,6 +80,8 @@ pub trait Events: Send + Sync {
     fn wheel(&self, steps: i32);
     /// A viewer's window has this size; whether the screen may follow.
     fn resize(&self, width: u32, height: u32) -> bool;
+    /// A viewer has copied this text.
+    fn copied(&self, text: &str);
     /// The first viewer came, or the last one went: frames are of use only while there are any.
     fn watched(&self, any: bool);
 }
@@ -107,6 +110,8 @@ struct Shared {
     viewers: Mutex<Vec<Connected>>,
     /// Held while the program is told whether anybody watches, so that it hears the last word last.
     watched: Mutex<bool>,
+    /// What the guest has copied last.
+    clipboard: Mutex<Option<Arc<str>>>,
     next_id: AtomicU64,
     closing: AtomicBool,
 }
@@ -149,6 +154,7 @@ impl VncServer {
             gate: Gate::default(),
             viewers: Mutex::default(),
             watched: Mutex::new(false),
+            clipboard: Mutex::default(),
             next_id: AtomicU64::new(1),
             closing: AtomicBool::new(false),
         });
@@ -171,6 +177,20 @@ impl VncServer {
     /// If the system cannot tell.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
+    }
+
+    /// The guest has copied this text: viewers can paste it. One that is too long is left out, with a
+    /// log line. Never blocks.
+    pub fn set_clipboard(&self, text: &str) {
+        if text.len() > MAX_TEXT {
+            tracing::info!(bytes = text.len(), "too much text for VNC viewers' clipboards");
+            return;
+        }
+        let text: Arc<str> = text.into();
+        *self.shared.clipboard() = Some(text.clone());
+        for viewer in self.shared.viewers().iter().filter_map(|c| c.viewer.upgrade()) {
+            viewer.clipboard_changed(text.clone());
+        }
     }
 
     /// Addresses of the viewers.
@@ -253,6 +273,10 @@ fn hostile(error: ProtocolError) -> io::Error {
 impl Shared {
     fn viewers(&self) -> MutexGuard<'_, Vec<Connected>> {
         self.viewers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn clipboard(&self) -> MutexGuard<'_, Option<Arc<str>>> {
+        self.clipboard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends the connections that `which` chooses.
@@ -424,7 +448,21 @@ impl Shared {
                     true => 1,
                 });
             }
-            ClientMessage::Ignored => {}
+            ClientMessage::Clipboard(said) => match said {
+                Clipboard::Text(text) => self.events.copied(&text),
+                Clipboard::Notify(true) => viewer.request_clipboard(),
+                Clipboard::Request => {
+                    if let Some(text) = self.clipboard().clone() {
+                        viewer.clipboard_asked(text);
+                    }
+                }
+                Clipboard::Peek => {
+                    if let Some(text) = self.clipboard().clone() {
+                        viewer.clipboard_changed(text);
+                    }
+                }
+                Clipboard::Notify(false) | Clipboard::Other => {}
+            },
         }
     }
 }
@@ -458,7 +496,14 @@ fn write_updates(
     let mut connection = HangUp(viewer, socket);
     let mut painter = Painter::new(size);
     let mut out = Vec::new();
-    while let Some(work) = viewer.wait(painter.rest()) {
+    while let Some(turn) = viewer.wait(painter.rest()) {
+        let work = match turn {
+            Turn::Say(messages) => {
+                connection.1.write_all(&messages)?;
+                continue;
+            }
+            Turn::Paint(work) => work,
+        };
         out.clear();
         painter.paint(&work, viewer, screen, &mut out).map_err(io::Error::other)?;
         if out.is_empty() {

@@ -2,14 +2,14 @@
 //! work.
 
 use std::{
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use crate::{
     encode::Method,
     geometry::Rect,
-    proto::{encoding, pixel::PixelFormat},
+    proto::{clipboard, encoding, pixel::PixelFormat},
     tiles::Tiles,
 };
 
@@ -26,6 +26,7 @@ pub(crate) struct Abilities {
     pub(crate) cursor: bool,
     pub(crate) alpha_cursor: bool,
     pub(crate) extended_key: bool,
+    pub(crate) extended_clipboard: bool,
 }
 
 impl Abilities {
@@ -50,6 +51,7 @@ impl Abilities {
             cursor: has(encoding::CURSOR),
             alpha_cursor: has(encoding::CURSOR_WITH_ALPHA),
             extended_key: has(encoding::EXTENDED_KEY),
+            extended_clipboard: has(encoding::EXTENDED_CLIPBOARD),
         }
     }
 }
@@ -83,6 +85,50 @@ struct State {
     off: bool,
     /// The client has not been told so.
     blank: bool,
+    clipboard: ClipboardNews,
+}
+
+/// What the client has to be told about clipboards.
+#[derive(Debug, Default)]
+struct ClipboardNews {
+    /// It has just said that it knows the extension.
+    abilities: bool,
+    /// The guest's text is new.
+    text: Option<Arc<str>>,
+    /// It has asked for this text.
+    asked: Option<Arc<str>>,
+    /// Its own is wanted.
+    request: bool,
+}
+
+impl ClipboardNews {
+    /// The messages; nothing is news any more then.
+    fn take(&mut self, extended: bool) -> Vec<u8> {
+        let news = std::mem::take(self);
+        let mut out = Vec::new();
+        if news.abilities {
+            out.extend(clipboard::abilities());
+        }
+        if let Some(text) = news.text {
+            out.extend(if extended { clipboard::notify() } else { clipboard::plain(&text) });
+        }
+        if let Some(text) = news.asked.filter(|_| extended) {
+            out.extend(clipboard::provide(&text));
+        }
+        if news.request && extended {
+            out.extend(clipboard::request());
+        }
+        out
+    }
+}
+
+/// What the writer has to do.
+#[derive(Debug)]
+pub(crate) enum Turn {
+    /// Send these messages, for which the client need not have asked.
+    Say(Vec<u8>),
+    /// Send an update.
+    Paint(Box<Work>),
 }
 
 /// What an update has to contain.
@@ -131,6 +177,7 @@ impl Viewer {
                 no_frame: true,
                 off: false,
                 blank: false,
+                clipboard: ClipboardNews::default(),
             }),
             changed: Condvar::new(),
         }
@@ -186,6 +233,8 @@ impl Viewer {
         self.change(|state| {
             state.announce_keys |= new.extended_key && !state.abilities.extended_key;
             state.announce_size |= new.extended_size && !state.abilities.extended_size;
+            state.clipboard.abilities |=
+                new.extended_clipboard && !state.abilities.extended_clipboard;
             let cursors = |abilities: &Abilities| abilities.cursor || abilities.alpha_cursor;
             state.cursor |= cursors(&new) && !cursors(&state.abilities);
             state.abilities = new;
@@ -202,6 +251,21 @@ impl Viewer {
         });
     }
 
+    /// The guest has copied this.
+    pub(crate) fn clipboard_changed(&self, text: Arc<str>) {
+        self.change(|state| state.clipboard.text = Some(text));
+    }
+
+    /// The client has asked for the guest's text.
+    pub(crate) fn clipboard_asked(&self, text: Arc<str>) {
+        self.change(|state| state.clipboard.asked = Some(text));
+    }
+
+    /// The client has something new.
+    pub(crate) fn request_clipboard(&self) {
+        self.change(|state| state.clipboard.request = true);
+    }
+
     pub(crate) fn resize_answered(&self, status: u16) {
         self.change(|state| state.resize_status = Some(status));
     }
@@ -212,11 +276,16 @@ impl Viewer {
 
     /// Waits until there is something to send and the client wants it; `None` when it is over.
     /// `rest`: when something that was sent with losses has to be sent again.
-    pub(crate) fn wait(&self, rest: Option<Instant>) -> Option<Work> {
+    pub(crate) fn wait(&self, rest: Option<Instant>) -> Option<Turn> {
         let mut state = self.lock();
         loop {
             if state.closed {
                 return None;
+            }
+            let extended = state.abilities.extended_clipboard;
+            let messages = state.clipboard.take(extended);
+            if !messages.is_empty() {
+                return Some(Turn::Say(messages));
             }
             let now = Instant::now();
             let earliest = state.last_update.map_or(now, |last| last + PACE);
@@ -226,7 +295,7 @@ impl Viewer {
                 (true, false) => rest.map(|rest| rest.max(earliest)),
             };
             let deadline = match ready {
-                Some(at) if at <= now => return Some(state.take(now)),
+                Some(at) if at <= now => return Some(Turn::Paint(Box::new(state.take(now)))),
                 later => later,
             };
             state = match deadline {

@@ -13,6 +13,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+#[path = "../../../spice-server/tests/support/xvfb.rs"]
+#[allow(unreachable_pub, reason = "the file is a module of libraries, too")]
+mod xvfb;
+use xvfb::Xvfb;
+
 /// Long enough for the slowest machine; nothing waits so long unless it fails.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -181,41 +186,33 @@ fn gtk_vnc_sees_every_pixel() {
 
 /// TigerVNC in a window on a screen of its own.
 struct Tiger {
-    display: String,
     folder: tempfile::TempDir,
     _viewer: Running,
-    _screen: Running,
+    screen: Xvfb,
 }
 
 impl Tiger {
     fn start(server: &Server, password: &str, arguments: &[&str]) -> Self {
-        let mut screen = Command::new("Xvfb")
-            .args(["-displayfd", "1", "-screen", "0", "1280x1024x24", "-nolisten", "tcp"])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let display = format!(":{}", lines(&mut screen).recv_timeout(PATIENCE).unwrap().trim());
-        let screen = Running(screen);
+        let screen = Xvfb::start(1280, 1024).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let viewer = Command::new("vncviewer")
             .args(["-Shared=1", "-MenuKey=None", "-AutoSelect=0", "-FullColor=1"])
             .args(["-DotWhenNoCursor=0", "-ReconnectOnError=0", "-AlertOnFatalError=0"])
             .args(arguments)
             .arg(format!("127.0.0.1::{}", server.port))
-            .env("DISPLAY", &display)
+            .env("DISPLAY", &screen.display)
             .env("HOME", folder.path())
             .env("VNC_PASSWORD", password)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        Self { display, folder, _viewer: Running(viewer), _screen: screen }
+        Self { folder, _viewer: Running(viewer), screen }
     }
 
     fn run(&self, program: &str, arguments: &[&str]) -> Option<String> {
         let mut command = Command::new(program);
-        let done = command.args(arguments).env("DISPLAY", &self.display).output().ok()?;
+        let done = command.args(arguments).env("DISPLAY", &self.screen.display).output().ok()?;
         done.status.success().then(|| String::from_utf8_lossy(&done.stdout).trim().to_owned())
     }
 
@@ -266,8 +263,7 @@ impl Tiger {
     }
 }
 
-/// Tests with a screen of their own take turns: X servers that start and end at the same time may
-/// take each other's number.
+/// Tests with a screen of their own take turns: each has a picture to decode, and tools to start.
 static TURN: Mutex<()> = Mutex::new(());
 
 const TOOLS: &[&str] = &["Xvfb", "vncviewer", "import", "xdotool"];
@@ -348,4 +344,78 @@ fn tigervnc_types_points_and_resizes() {
     let _wrong = Tiger::start(&server, "guess", &[]);
     server.wait_for("log: wrong password");
     assert!(!server.lines.try_iter().any(|line| line.starts_with("watched")), "it got in");
+}
+
+#[test]
+fn tigervnc_copies_and_pastes() {
+    if !have(TOOLS) || !have(&["xclip"]) {
+        return;
+    }
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut server = Server::start(&["--size", "800x600"]);
+    let viewer = Tiger::start(&server, "", &["-RemoteResize=0"]);
+    viewer.wait_for_picture((800, 600), 0, 0);
+    // It only looks after the clipboard while it has the keyboard.
+    viewer.xdotool(&["windowfocus", "--sync", &viewer.window().unwrap()]);
+    // UTF-8, by the extension.
+    server.say("copy Grüße, 東京");
+    let deadline = Instant::now() + PATIENCE;
+    let target = ["-selection", "clipboard", "-out", "-target", "UTF8_STRING"];
+    let paste = || viewer.run("xclip", &target);
+    while paste().as_deref() != Some("Grüße, 東京") {
+        assert!(Instant::now() < deadline, "the clipboard has {:?}", paste());
+    }
+    let mut copy = Command::new("xclip")
+        .args(["-selection", "clipboard", "-in", "-quiet"])
+        .env("DISPLAY", &viewer.screen.display)
+        .stdin(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    copy.stdin.take().unwrap().write_all("zurück: 大阪".as_bytes()).unwrap();
+    let _copy = Running(copy);
+    assert_eq!(server.wait_for("copied"), "copied \"zurück: 大阪\"");
+}
+
+/// A connection of gtk-vnc without a window, which says what it hears. (Python cannot call what makes
+/// it say something.)
+const GTK_VNC: &str = r#"
+import sys, gi
+gi.require_version("GVnc", "1.0")
+from gi.repository import GLib, GVnc
+connection = GVnc.Connection()
+def initialized(connection):
+    print("ready", flush=True)
+connection.connect("vnc-initialized", initialized)
+connection.connect("vnc-auth-choose-type", lambda c, types: c.set_auth_type(1))
+connection.connect("vnc-server-cut-text", lambda c, text: print("heard", text, flush=True))
+connection.set_shared(True)
+connection.open_host("127.0.0.1", sys.argv[1])
+GLib.MainLoop().run()
+"#;
+
+#[test]
+fn gtk_vnc_pastes() {
+    let python = "/usr/bin/python3";
+    let probe = ["-c", "import gi; gi.require_version('GVnc', '1.0')"];
+    let found = Command::new(python).args(probe).stderr(Stdio::null()).status();
+    if !found.is_ok_and(|status| status.success()) {
+        println!("SKIPPED: gir1.2-gtk-vnc-2.0 is not installed");
+        return;
+    }
+    let mut server = Server::start(&["--size", "320x200"]);
+    let mut viewer = Command::new(python)
+        .args(["-c", GTK_VNC, &server.port.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = lines(&mut viewer);
+    let _viewer = Running(viewer);
+    let next = || lines.recv_timeout(PATIENCE).unwrap();
+    assert_eq!(next(), "ready");
+    server.wait_for("watched true");
+    // The old way: Latin-1, of which Python's binding can only read ASCII.
+    server.say("copy to Tokyo, 東京");
+    assert_eq!(next(), "heard to Tokyo, ??");
 }

@@ -2,14 +2,15 @@
 
 use super::{
     ProtocolError, Reader,
+    clipboard::{self, Clipboard},
     pixel::{self, PixelFormat},
 };
 
 /// Encodings a client may list; clients know some thirty.
 const MAX_ENCODINGS: u16 = 1024;
 
-/// Bytes of clipboard text a client may send; it is skipped.
-const MAX_CUT_TEXT: u32 = 1 << 20;
+/// Bytes of a clipboard message; a text that does not shrink is somewhat longer in it.
+const MAX_CUT_TEXT: u32 = clipboard::MAX_TEXT as u32 + 4096;
 
 /// A message from a client.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,8 +64,8 @@ pub enum ClientMessage {
         /// Pixels.
         height: u16,
     },
-    /// Something that is of no interest here.
-    Ignored,
+    /// What the client says about its clipboard.
+    Clipboard(Clipboard),
 }
 
 /// Takes a message off the front of what the client has sent; `None` if it is not complete.
@@ -144,6 +145,14 @@ fn decode(bytes: &[u8]) -> Result<ClientMessage, ProtocolError> {
             ClientMessage::Key { down, keysym: reader.u32() }
         }
         5 => ClientMessage::Pointer { buttons: reader.u8(), x: reader.u16(), y: reader.u16() },
+        6 => {
+            reader.skip(3);
+            let extended = (reader.u32() as i32) < 0;
+            ClientMessage::Clipboard(match extended {
+                true => clipboard::decode_extended(reader.0)?,
+                false => clipboard::decode_plain(reader.0),
+            })
+        }
         251 => {
             reader.skip(1);
             ClientMessage::SetDesktopSize { width: reader.u16(), height: reader.u16() }
@@ -156,7 +165,8 @@ fn decode(bytes: &[u8]) -> Result<ClientMessage, ProtocolError> {
                 scancode: reader.u32(),
             }
         }
-        _ => ClientMessage::Ignored,
+        // `length` lets no other through.
+        other => return Err(ProtocolError::MessageType(other)),
     })
 }
 
@@ -187,7 +197,7 @@ mod tests {
         stream.extend([4, 1, 0, 0, 0, 0, 0xff, 0x0d]);
         stream.extend([5, 0b101, 1, 0, 2, 0]);
         stream.extend([6, 0, 0, 0, 0, 0, 0, 2, b'h', b'i']);
-        stream.extend([6, 0, 0, 0, 0xff, 0xff, 0xff, 0xfc, 1, 2, 3, 4]);
+        stream.extend([6, 0, 0, 0, 0xff, 0xff, 0xff, 0xfc, 8, 0, 0, 1]);
         stream.extend([251, 0, 3, 0x20, 2, 0x58, 1, 0]);
         stream.extend([0; 16]);
         stream.extend([255, 0, 0, 1, 0, 0, 0, 0x61, 0, 0, 0, 0x9d]);
@@ -197,8 +207,8 @@ mod tests {
             ClientMessage::UpdateRequest { incremental: true, x: 1, y: 2, width: 3, height: 4 },
             ClientMessage::Key { down: true, keysym: 0xff0d },
             ClientMessage::Pointer { buttons: 5, x: 256, y: 512 },
-            ClientMessage::Ignored,
-            ClientMessage::Ignored,
+            ClientMessage::Clipboard(Clipboard::Text("hi".to_owned())),
+            ClientMessage::Clipboard(Clipboard::Notify(true)),
             ClientMessage::SetDesktopSize { width: 800, height: 600 },
             ClientMessage::ExtendedKey { down: true, keysym: 0x61, scancode: 0x9d },
         ];

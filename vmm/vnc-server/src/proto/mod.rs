@@ -3,6 +3,7 @@
 //! RFC 6143, and for its extensions the "RFB Protocol" document of the rfbproto project.
 
 pub mod auth;
+pub mod clipboard;
 pub mod handshake;
 pub mod message;
 pub mod pixel;
@@ -28,6 +29,8 @@ pub mod encoding {
     pub const EXTENDED_DESKTOP_SIZE: i32 = -308;
     /// The pointer's picture, with alpha.
     pub const CURSOR_WITH_ALPHA: i32 = -314;
+    /// Clipboard text in UTF-8, handed over when somebody wants it.
+    pub const EXTENDED_CLIPBOARD: i32 = 0xc0a1_e5ce_u32 as i32;
 }
 
 /// The client sent what no client may send.
@@ -45,6 +48,9 @@ pub enum ProtocolError {
     /// A pixel format that cannot be served.
     #[error("the client asked for a pixel format that cannot be served: {0}")]
     PixelFormat(&'static str),
+    /// A clipboard's content that cannot be unpacked.
+    #[error("the client's clipboard cannot be unpacked")]
+    Clipboard,
     /// More than a client may send at once.
     #[error("{what} of {length} bytes is too long")]
     TooLong {
