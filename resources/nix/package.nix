@@ -53,7 +53,8 @@ rustPlatform.buildRustPackage {
       --set-default __EGL_VENDOR_LIBRARY_DIRS \
         ${driverLink}/share/glvnd/egl_vendor.d:${mesa}/share/glvnd/egl_vendor.d \
       --set-default GBM_BACKENDS_PATH ${driverLink}/lib/gbm:${mesa}/lib/gbm \
-      --set-default LIBGL_DRIVERS_PATH ${driverLink}/lib/dri:${mesa}/lib/dri
+      --set-default LIBGL_DRIVERS_PATH ${driverLink}/lib/dri:${mesa}/lib/dri \
+      --set-default RENDER_SERVER_EXEC_PATH ${virglrenderer}/libexec/virgl_render_server
   '';
 
   meta = {

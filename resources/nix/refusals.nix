@@ -35,8 +35,8 @@ optional (system != "x86_64-linux")
 ++ optional (vsock.cid != null && vsock.cid < 3)
   "microvm.vsock.cid: ${toString vsock.cid} is reserved; take a number from 3 on that no other machine has"
 
-++ optional (graphics.enable && graphics.vulkan != null)
-  "microvm.graphics.vulkan: drago-vmm has no ${graphics.vulkan} yet; leave it null, the guest gets OpenGL"
+++ optional (graphics.enable && graphics.vulkan != null && graphics.vulkan != "venus")
+  "microvm.graphics.vulkan: drago-vmm has no ${graphics.vulkan}; \"venus\" gives the guest Vulkan, null OpenGL only"
 
 ++ optional (spice != null && !graphics.enable)
   "microvm.drago-vmm.spice: needs microvm.graphics.enable = true"

@@ -112,7 +112,11 @@ let
       "--credential" "${name}=${toString file}"
     ]) microvmConfig.credentialFiles)
     ++ optionals graphics.enable (
-      let value = device [ cfg.gpu.renderer (removeAttrs cfg.gpu [ "renderer" ]) ];
+      let value = device [
+        cfg.gpu.renderer
+        (if graphics.vulkan == null then null else "vulkan=${graphics.vulkan}")
+        (removeAttrs cfg.gpu [ "renderer" ])
+      ];
       in [ "--gpu" ] ++ optional (value != "") value
     )
     ++ optionals cfg.guestAgent.enable [

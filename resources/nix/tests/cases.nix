@@ -111,6 +111,7 @@ in
 
     # A display for screenshots, an IPv6 address for viewers.
     graphics = { graphics.enable = true; };
+    vulkan = { graphics = { enable = true; vulkan = "venus"; }; drago-vmm.gpu.hostmem = "512M"; };
     spice-ipv6 = {
       graphics.enable = true;
       drago-vmm.spice = spice // { address = "::1"; port = 5901; };
@@ -208,7 +209,7 @@ in
     virtio-mem = { hotplugMem = 1024; };
     balloon-without = { initialBalloonMem = 128; };
     vsock-reserved = { vsock.cid = 2; };
-    vulkan = { graphics = { enable = true; vulkan = "venus"; }; };
+    vulkan = { graphics = { enable = true; vulkan = "drm_native_context"; }; };
     spice-without-graphics = { drago-vmm.spice = spice; };
     vnc-without-graphics = {
       drago-vmm.vnc = { address = "127.0.0.1"; port = 5910; passwordFile = null; };
