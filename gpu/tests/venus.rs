@@ -270,6 +270,29 @@ fn nothing_is_left_behind() {
     }
 }
 
+/// Vulkan is gone then, and all its users hear of it; OpenGL goes on.
+#[test]
+fn the_servers_death_is_not_ours() {
+    let Some(mut vulkan) = device() else { return };
+    assert_eq!(vulkan.front.create_context(1, VENUS), kind::OK_NODATA);
+    assert_eq!(vulkan.front.create_context(2, VIRGL2), kind::OK_NODATA);
+    assert_eq!(vulkan.create_blob(1, 1, PAGE, 0), kind::OK_NODATA);
+    for pid in descendants(vulkan.front.child.id()) {
+        let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    }
+    // Until the kernel has ended them they may take commands.
+    while vulkan.front.create_context(3, VENUS) == kind::OK_NODATA {
+        vulkan.front.destroy_context(3);
+    }
+    assert!(vulkan.create_blob(2, 1, PAGE, 0) >= kind::ERR_UNSPEC);
+    let words = [ENUMERATE_INSTANCE_VERSION, 0, 1, 0];
+    // Refused or ignored, but answered.
+    vulkan.execute(1, &words);
+    assert_eq!(vulkan.front.destroy_context(1), kind::OK_NODATA);
+    assert_eq!(vulkan.front.draw(2, &support::three_d::prologue()), kind::OK_NODATA);
+}
+
 fn is_running(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
