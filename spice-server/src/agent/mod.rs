@@ -3,10 +3,15 @@
 pub(crate) mod bridge;
 pub(crate) mod hub;
 mod policy;
+mod text;
 
 use std::sync::Arc;
 
 pub use policy::{AgentPolicy, Clipboard};
+pub use text::AgentText;
+
+/// Longest text in bytes that [`AgentText`] takes from the guest and from viewers.
+pub const MAX_TEXT: usize = 1 << 20;
 
 /// The program's end of the guest agent's port (`com.redhat.spice.0`).
 ///

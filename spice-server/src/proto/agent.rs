@@ -164,7 +164,8 @@ pub(crate) fn put_chunks(out: &mut Vec<u8>, port: u32, data: &[u8]) {
     }
 }
 
-fn message(kind: u32, body: &[u8]) -> Vec<u8> {
+/// A whole message.
+pub(crate) fn message(kind: u32, body: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(HEADER_SIZE + body.len());
     Header { kind, opaque: 0, size: body.len() as u32 }.put(&mut out);
     out.extend_from_slice(body);
@@ -215,6 +216,8 @@ pub(crate) fn capabilities(body: &[u8]) -> u32 {
     body.get(4..).and_then(|rest| rest.first_chunk()).map_or(0, |word| u32::from_le_bytes(*word))
 }
 
+/// The capability to say that there is something to paste before it is asked for.
+pub(crate) const CAP_CLIPBOARD_BY_DEMAND: u32 = 1 << 5;
 /// The capability to name a selection (clipboard, primary) in clipboard messages: four bytes in front.
 pub(crate) const CAP_CLIPBOARD_SELECTION: u32 = 1 << 6;
 /// The capability to be told exactly why a file is not taken.

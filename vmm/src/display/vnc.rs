@@ -5,12 +5,13 @@ use std::{
     sync::Arc,
 };
 
-use devices::virtio::gpu;
+use devices::virtio::{console::PortHandle, gpu};
 use spice_server::{InputSink, KeyEvent, MonitorConfig, PointerPosition, ScancodePrefix};
 use vnc_server::{Button, Config, Events, Frame, Rect, Scancode, VncServer};
 
 use super::{
     DisplayError,
+    clipboard::GuestClipboard,
     input::Inputs,
     options::VncConfig,
     screen::{Screen, Through},
@@ -39,14 +40,21 @@ pub(super) fn start(
     name: String,
     screen: &Arc<Screen>,
     inputs: &Arc<Inputs>,
-) -> Result<VncServer, DisplayError> {
+    agent: Option<PortHandle>,
+) -> Result<Arc<VncServer>, DisplayError> {
     let Door { address, listener, password } = door;
     if password.is_none() && !address.ip().is_loopback() {
         tracing::warn!(%address, "--vnc without password-file: anybody who reaches it may connect");
     }
-    let viewers = Arc::new(Viewers { screen: screen.clone(), inputs: inputs.clone() });
-    let server = VncServer::start(listener, Config { name, password }, viewers)
+    let clipboard = agent.map(GuestClipboard::new);
+    let viewers =
+        Viewers { screen: screen.clone(), inputs: inputs.clone(), clipboard: clipboard.clone() };
+    let server = VncServer::start(listener, Config { name, password }, Arc::new(viewers))
         .map_err(|source| DisplayError::Vnc { address, source })?;
+    let server = Arc::new(server);
+    if let Some(clipboard) = clipboard {
+        clipboard.connect(&server);
+    }
     screen.set_vnc(server.screen());
     tracing::info!(address = %server.local_addr().unwrap_or(address), "VNC server listens");
     Ok(server)
@@ -55,6 +63,7 @@ pub(super) fn start(
 struct Viewers {
     screen: Arc<Screen>,
     inputs: Arc<Inputs>,
+    clipboard: Option<Arc<GuestClipboard>>,
 }
 
 impl Events for Viewers {
@@ -91,7 +100,11 @@ impl Events for Viewers {
         self.screen.resize(MonitorConfig { width, height, x: 0, y: 0, width_mm: 0, height_mm: 0 })
     }
 
-    fn copied(&self, _text: &str) {}
+    fn copied(&self, text: &str) {
+        if let Some(clipboard) = &self.clipboard {
+            clipboard.copy(text);
+        }
+    }
 
     fn watched(&self, any: bool) {
         self.screen.set_watched(Through::Vnc, any);
