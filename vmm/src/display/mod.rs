@@ -8,9 +8,11 @@
 //! | [`agent`] | clipboard and files: spice-vdagent in the guest ↔ viewers |
 //! | [`sound`] | virtio-snd ↔ SPICE viewers |
 //! | [`vnc`] | the same for VNC viewers, which see display 0 |
+//! | [`clipboard`] | clipboard text: spice-vdagent in the guest ↔ VNC viewers, without `--spice` |
 //! | [`spice`], [`options`] | `--spice`, `--web`, `--vnc` |
 
 mod agent;
+mod clipboard;
 mod counters;
 mod input;
 mod observer;
@@ -291,7 +293,11 @@ pub fn start(
         tracing::info!(path = %path.display(), "SPICE server listens");
     }
     let vnc = match (doors.vnc, screens.first()) {
-        (Some(door), Some(screen)) => Some(vnc::start(door, identity.name, screen, &inputs)?),
+        (Some(door), Some(screen)) => {
+            // SPICE viewers exchange more with the agent, and it knows only one of them at a time.
+            let agent = agent_port.filter(|_| server.is_none());
+            Some(vnc::start(door, identity.name, screen, &inputs, agent)?)
+        }
         _ => None,
     };
     gpu.set_sink(Arc::new(screen::Sink::new(screens.clone(), server.as_ref())));
@@ -338,7 +344,7 @@ impl DisplayEvents for Viewers {
 struct Display {
     server: Option<Arc<SpiceServer>>,
     spice_socket: Option<PathBuf>,
-    vnc: Option<VncServer>,
+    vnc: Option<Arc<VncServer>>,
     screens: Vec<Arc<Screen>>,
     inputs: Arc<Inputs>,
 }
@@ -429,7 +435,7 @@ impl DisplayControl for Display {
     }
 
     fn vnc_clients(&self) -> Vec<String> {
-        let viewers = self.vnc.as_ref().map(VncServer::viewers).unwrap_or_default();
+        let viewers = self.vnc.as_deref().map(VncServer::viewers).unwrap_or_default();
         viewers.iter().map(SocketAddr::to_string).collect()
     }
 
