@@ -83,7 +83,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     if args.suite.includes(Suite::Slow) {
         rust_back_end()?;
-        nested(&["virgl", "gnome"])?;
+        nested(&["vnc", "virgl", "gnome"])?;
     }
     Ok(ExitCode::SUCCESS)
 }

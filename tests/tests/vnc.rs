@@ -1,0 +1,100 @@
+//! The weston guest without SPICE: TigerVNC and the guest's own vdagent exchange clipboard text.
+//!
+//! Run by `cargo xtask test --suite slow`; needs the test host, so it is `#[ignore]`d by default.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use drago_tests::guest::{Desktop, Guest};
+use drago_tests::progress::step;
+use drago_tests::vm::{GUEST_DISK, Host, PATIENCE, VNC_PORT};
+use drago_tests::xvfb::Xvfb;
+
+/// Seconds until the guest's agent is there, at worst.
+const BOOT: u32 = 600;
+
+#[test]
+#[ignore = "nested"]
+fn text_is_copied_between_a_guest_and_a_vnc_viewer() {
+    let guest = Guest::desktop(Desktop::Weston).unwrap();
+    let agent = Path::new(env!("CARGO_BIN_EXE_drago-testbed-agent"));
+    let host = Host::boot_with_disk("vnc", agent, 4096, &guest).unwrap();
+    let disk = format!("path={GUEST_DISK}");
+    let options = [
+        ["--cpus", "2"],
+        ["--disk", &disk],
+        ["--net", "user,hostfwd=tcp::2223-:22"],
+        ["--vnc", "127.0.0.1:5901"],
+    ];
+    let vm = host.start("vnc", &guest, options.as_flattened()).unwrap();
+    vm.log.wait_for(0, "VNC server listens", PATIENCE).unwrap();
+
+    let screen = Xvfb::start(1400, 1000).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let mut viewer = Command::new("vncviewer")
+        .args(["-RemoteResize=0", "-ReconnectOnError=0", "-AlertOnFatalError=0"])
+        .arg(format!("127.0.0.1::{}", host.outer(VNC_PORT).unwrap()))
+        .env("DISPLAY", &screen.display)
+        .env("HOME", home.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let on_screen = |program: &str, arguments: &[&str]| {
+        let mut command = Command::new("timeout");
+        let command = command.args(["120", program]).args(arguments);
+        let out = command.env("DISPLAY", &screen.display).output().unwrap();
+        String::from_utf8_lossy(&out.stdout).trim().to_owned()
+    };
+    let window =
+        on_screen("xdotool", &["search", "--sync", "--onlyvisible", "--class", "vncviewer"]);
+    // It only looks after the clipboard while it has the keyboard.
+    on_screen("xdotool", &["windowfocus", "--sync", window.lines().last().unwrap()]);
+
+    step("from guest to viewer", || {
+        host.ssh(
+            &guest,
+            "demo",
+            &format!(
+                "for i in $(seq {BOOT}); do pgrep -x spice-vdagent >/dev/null && break; sleep 1; done; \
+                 export DISPLAY=:0; echo -n 'from the guest: žluťoučký 17' | \
+                 setsid xclip -selection clipboard -i >/dev/null 2>&1 </dev/stdin"
+            ),
+        )?;
+        let target = ["-selection", "clipboard", "-out", "-target", "UTF8_STRING"];
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while on_screen("xclip", &target) != "from the guest: žluťoučký 17" {
+            anyhow::ensure!(std::time::Instant::now() < deadline, "{}", on_screen("xclip", &target));
+        }
+        Ok(())
+    })
+    .unwrap();
+
+    step("from viewer to guest", || {
+        let mut copy = Command::new("xclip")
+            .args(["-selection", "clipboard", "-in", "-quiet"])
+            .env("DISPLAY", &screen.display)
+            .stdin(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        copy.stdin.take().unwrap().write_all("from the viewer: żółć 42".as_bytes())?;
+        let pasted = host.ssh(
+            &guest,
+            "demo",
+            "export DISPLAY=:0; for i in $(seq 100); do \
+             timeout 20 xclip -selection clipboard -o 2>/dev/null | grep -a viewer && exit 0; sleep 0.5; \
+             done; exit 1",
+        );
+        copy.kill()?;
+        copy.wait()?;
+        let pasted = pasted?;
+        anyhow::ensure!(pasted.trim() == "from the viewer: żółć 42", "{pasted:?}");
+        Ok(())
+    })
+    .unwrap();
+    viewer.kill().unwrap();
+    viewer.wait().unwrap();
+}
