@@ -69,6 +69,7 @@ pub fn examine() -> Vec<Finding> {
         sandbox(),
         render_node(),
         opengl(),
+        vulkan(),
         tun(),
         passt(),
         vhost(),
@@ -168,23 +169,32 @@ fn gpu_process() -> Finding {
 
 /// Lets `drago-gpu` try what `--gpu virgl` would do.
 fn opengl() -> Finding {
-    const NAME: &str = "opengl";
-    let failed = |seen: String| {
-        let hint = "apt-get install libvirglrenderer1 libegl1 libgl1-mesa-dri (or your system's \
-                    packages); without them the guest's desktop is drawn by its CPUs";
-        Finding::limited(NAME, seen, hint)
-    };
+    let hint = "apt-get install libvirglrenderer1 libegl1 libgl1-mesa-dri (or your system's packages); \
+                without them the guest's desktop is drawn by its CPUs";
+    renderer("opengl", &[], hint)
+}
+
+/// The same of `--gpu vulkan=venus`. Whether there is a Vulkan driver, its programs find out.
+fn vulkan() -> Finding {
+    let hint = "apt-get install virgl-server mesa-vulkan-drivers (or your system's packages; the \
+                server's path may be in RENDER_SERVER_EXEC_PATH) for --gpu vulkan=venus";
+    renderer("vulkan", &["--vulkan", "venus"], hint)
+}
+
+fn renderer(name: &'static str, arguments: &[&str], hint: &'static str) -> Finding {
+    let failed = |seen: String| Finding::limited(name, seen, hint);
     let Some(program) = gpu_program() else {
         return failed("drago-gpu is not there to try it".to_owned());
     };
     let tried = Command::new(&program)
         .args(["--probe", "--renderer", "virgl"])
+        .args(arguments)
         .env("DRAGO_LOG", "off")
         .stdin(Stdio::null())
         .output();
     match tried {
         Ok(out) if out.status.success() => {
-            Finding::ok(NAME, String::from_utf8_lossy(&out.stdout).trim())
+            Finding::ok(name, String::from_utf8_lossy(&out.stdout).trim())
         }
         Ok(out) => {
             let text = String::from_utf8_lossy(&out.stderr);
