@@ -305,3 +305,21 @@ fn descendants(of: u32) -> Vec<u32> {
         children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
     children.iter().copied().chain(children.iter().flat_map(|child| descendants(*child))).collect()
 }
+
+/// What is wrong is said, and no machine starts without what was asked for.
+#[test]
+fn a_server_that_does_not_work_is_named() {
+    let program = Path::new(env!("CARGO_BIN_EXE_drago-gpu"));
+    let try_with = |server: &str| {
+        let arguments = ["--probe", "--renderer", "virgl", "--vulkan", "venus"];
+        let mut command = support::command(program);
+        let out = command.args(arguments).args(["--render-server", server]).output().unwrap();
+        assert!(!out.status.success());
+        String::from_utf8_lossy(&out.stderr).into_owned()
+    };
+    for server in ["/nowhere/server", "/bin/false"] {
+        let said = try_with(server);
+        assert!(said.contains("no Vulkan: the render server does not work"), "{server}: {said}");
+    }
+    assert!(try_with("/nowhere/server").contains("/nowhere/server"), "the program is named");
+}

@@ -42,8 +42,9 @@ pub enum VirglError {
     },
     /// The render server does not answer.
     #[error(
-        "the render server does not work (Debian packages virgl-server and mesa-vulkan-drivers), or \
-         libvirglrenderer was built without Vulkan"
+        "no Vulkan: the render server does not work (what it said is above; Debian packages \
+         virgl-server and mesa-vulkan-drivers), libvirglrenderer was built without it, or OpenGL \
+         does not work either"
     )]
     Vulkan,
     /// It is in use already.

@@ -147,7 +147,10 @@ impl Instance {
         let code = unsafe { (functions.init)(cookie.cast(), flags, callbacks) };
         if code != 0 {
             // What is half initialised cannot be cleaned up; the library stays in use.
-            return Err(VirglError::Init { code });
+            return Err(match flags & RENDER_SERVER {
+                0 => VirglError::Init { code },
+                _ => VirglError::Vulkan,
+            });
         }
         // SAFETY: initialised, on this thread.
         let poll_fd = unsafe { (functions.get_poll_fd)() };
