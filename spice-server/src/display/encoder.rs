@@ -13,7 +13,7 @@ use super::{
     heat::HeatMap,
     stats::{Codec, Counters, count, set},
     stream::{SourceRate, Stream},
-    tiles::{REFINE_AFTER, Tiles},
+    tiles::{REFINE_AFTER, Tiles, bounds},
 };
 use crate::{
     VideoCodec,
@@ -238,8 +238,12 @@ impl Encoder {
             count(&self.stats.unchanged, 1);
         }
         // Before anything else is sent: a move reads what the client shows now.
+        let mut moved: Option<Rect> = None;
         if !dirty.is_empty() && self.staging.is_none() {
             for step in self.tiles.find_moves(now) {
+                let from = Rect::new(step.from.0, step.from.1, step.to.width, step.to.height);
+                let all = bounds(from, step.to);
+                moved = Some(moved.map_or(all, |before| bounds(before, all)));
                 let (start, before) = (Instant::now(), self.out.len());
                 let (framer, out) = (&mut self.framer, &mut self.out);
                 put_copy_bits(framer, out, Surface::Primary, step.to, step.from);
@@ -251,7 +255,12 @@ impl Encoder {
             if part.is_empty() {
                 continue;
             }
-            self.heat.changed(index, part, now);
+            // What comes in at the edge of something that moves is no film, and neither is a picture
+            // that is not there yet.
+            let revealed = moved.is_some_and(|moved| touch(moved, part));
+            if !revealed && self.staging.is_none() {
+                self.heat.changed(index, part, now);
+            }
             let touched = |stream: &&mut Stream| touch(stream.rect, part);
             self.streams.iter_mut().filter(touched).for_each(|stream| stream.changed(now));
         }

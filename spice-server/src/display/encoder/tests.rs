@@ -428,6 +428,27 @@ fn what_waits_to_be_sent_is_no_film() {
 }
 
 #[test]
+fn what_comes_in_at_the_edge_of_a_pan_is_no_film() {
+    let size = (640, 480);
+    let mut bench = Bench::new(size, 17);
+    let all = Rect::new(0, 0, size.0, size.1);
+    bench.noise(all);
+    bench.show(&[all]);
+    bench.settle("the photograph");
+    bench.line = Line { slow: true, rate: Some(1e6), ..bench.line };
+    for _ in 0..40 {
+        bench.shift(Rect::new(12, 0, size.0 - 12, size.1), (0, 0));
+        bench.noise(Rect::new(size.0 - 12, 0, 12, size.1));
+        bench.show(&[all]);
+        bench.steps(u32::MAX);
+        bench.pass(33);
+    }
+    assert_eq!(bench.stats.stats(0).streams, 0);
+    assert!(bench.sent(Codec::Move) >= 40, "{}", bench.sent(Codec::Move));
+    bench.settle("its end");
+}
+
+#[test]
 fn what_comes_back_is_in_the_cache() {
     let mut bench = Bench::new((640, 480), 5);
     let rect = Rect::new(128, 128, 256, 192);
