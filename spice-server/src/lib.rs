@@ -35,7 +35,7 @@ mod tls;
 mod video;
 mod web;
 
-pub use agent::{AgentPolicy, AgentPort, AgentText, Clipboard, MAX_TEXT};
+pub use agent::{AgentPolicy, AgentPort, AgentText, Clipboard};
 pub use audio::{PlaybackHandle, RecordHandle};
 pub use capture::{Capture, CaptureError, CaptureEvent, CaptureRecord, read_capture};
 pub use display::{

@@ -10,9 +10,6 @@ use std::sync::Arc;
 pub use policy::{AgentPolicy, Clipboard};
 pub use text::AgentText;
 
-/// Longest text in bytes that [`AgentText`] takes from the guest and from viewers.
-pub const MAX_TEXT: usize = 1 << 20;
-
 /// The program's end of the guest agent's port (`com.redhat.spice.0`).
 ///
 /// Methods are called from the server's threads and must not block.

@@ -1,7 +1,6 @@
 //! A client of the guest's agent that is no SPICE client: clipboard text only, without I/O. For
 //! programs that show the same guest to viewers of another protocol.
 
-use super::MAX_TEXT;
 use crate::proto::{
     DecodeError,
     agent::{
@@ -11,6 +10,8 @@ use crate::proto::{
     },
 };
 
+/// Longest text in bytes.
+const MAX_TEXT: usize = 1 << 20;
 /// `VD_AGENT_CLIPBOARD_NONE`.
 const NONE: u32 = 0;
 /// `VD_AGENT_CLIPBOARD_UTF8_TEXT`.
@@ -39,6 +40,9 @@ pub struct AgentText {
 }
 
 impl AgentText {
+    /// Longest text in bytes that is taken from the guest and from viewers.
+    pub const MAX_LENGTH: usize = MAX_TEXT;
+
     /// The guest opened or closed its end of the port. Opening it again is a new beginning.
     pub fn guest_opened(&mut self, open: bool) {
         *self = Self { open, text: self.text.take(), ..Self::default() };
