@@ -22,6 +22,7 @@ ROWS = {
     "pan": ("pan", (1280, 720), 30),
     "film": ("film", (1280, 720), 30),
     "film1080": ("film", (1920, 1080), 30),
+    "film60": ("film", (1920, 1080), 60),
     "noise": ("noise", (1280, 720), 30),
 }
 # Round trip in ms, Mbit/s (0: no limit).

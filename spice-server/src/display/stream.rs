@@ -35,6 +35,7 @@ pub(crate) struct Stream {
     pub(crate) codec: VideoCodec,
     /// Unless it is MJPEG.
     pub(crate) encoder: Option<Box<dyn VideoEncoder>>,
+    pub(crate) begun: Instant,
     /// There is something newer than the last frame.
     pub(crate) dirty: bool,
     last_change: Instant,
@@ -54,6 +55,7 @@ impl Stream {
             rect,
             codec: VideoCodec::Mjpeg,
             encoder: None,
+            begun: now,
             dirty: true,
             last_change: now,
             last_time: 0,

@@ -174,16 +174,17 @@ impl Video {
         &self.codecs
     }
 
-    /// An encoder for pictures of this even size; `None` for MJPEG, whose frames do not build on one
+    /// An encoder for pictures of this even size, so many per second; `None` for MJPEG, whose frames do not build on one
     /// another.
     pub(crate) fn encoder(
         &self,
         codec: VideoCodec,
         size: (u32, u32),
+        fps: f64,
     ) -> Result<Option<Box<dyn VideoEncoder>>, VideoError> {
         Ok(match (codec, &self.vpx) {
             (VideoCodec::Mjpeg, _) => None,
-            (VideoCodec::Vp8, Some(vpx)) => Some(Box::new(vp8::Vp8::new(vpx, size)?)),
+            (VideoCodec::Vp8, Some(vpx)) => Some(Box::new(vp8::Vp8::new(vpx, size, fps)?)),
             (VideoCodec::Vp8, None) => {
                 return Err(VideoError::Missing { reason: "libvpx is not loaded".to_owned() });
             }

@@ -70,7 +70,7 @@ fn encode(codec: VideoCodec, size: (u32, u32), rate: f64) -> Option<Vec<Vec<u8>>
         }
     };
     assert_eq!(video.codecs(), [codec, VideoCodec::Mjpeg]);
-    let mut encoder = video.encoder(codec, size).unwrap().unwrap();
+    let mut encoder = video.encoder(codec, size, 30.0).unwrap().unwrap();
     // The clock wraps around on the way.
     let frame = |step: u32| {
         let mut pixels = ramps(size, step);
@@ -116,7 +116,7 @@ fn vp8_keeps_to_its_rate_and_begins_with_a_key_frame() {
 #[test]
 fn another_size_is_refused() {
     let Ok(video) = Video::load(VideoCodecs::Prefer(VideoCodec::Vp8)) else { return };
-    let mut encoder = video.encoder(VideoCodec::Vp8, (64, 64)).unwrap().unwrap();
+    let mut encoder = video.encoder(VideoCodec::Vp8, (64, 64), 30.0).unwrap().unwrap();
     let picture = Picture {
         pixels: &ramps((32, 32), 0),
         size: (32, 32),
@@ -125,7 +125,7 @@ fn another_size_is_refused() {
         rate: 1e6,
     };
     assert_eq!(encoder.encode(picture, &mut Vec::new()), Err(VideoError::Size));
-    assert!(video.encoder(VideoCodec::Vp8, (20_000, 64)).is_err());
+    assert!(video.encoder(VideoCodec::Vp8, (20_000, 64), 30.0).is_err());
 }
 
 #[test]

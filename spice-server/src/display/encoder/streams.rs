@@ -5,13 +5,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Encoder, Line};
+use super::{Encoder, Line, touch};
 use crate::{
     VideoCodec,
     display::{
         Rect,
         stats::{Codec, count},
         stream::{REPORT_WINDOW, Stream},
+        tiles::bounds,
     },
     proto::{
         display::{
@@ -29,6 +30,9 @@ const MAX_STREAMS: usize = 4;
 const STREAM_IDS: u32 = 32;
 /// How often it is looked for films.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Age at which a stream may become a part of a larger one, and the part of that it is at most.
+const GROW_AFTER: Duration = Duration::from_millis(500);
+const GROWTH: (u64, u64) = (4, 5);
 /// Share of the line that exact pictures of a film may take before it becomes a stream.
 const FILM_SHARE: f64 = 0.5;
 /// Bytes per second of exact pictures of a film that a network may be asked to carry.
@@ -97,8 +101,30 @@ impl Encoder {
             if exact < limit || self.streams.len() >= MAX_STREAMS {
                 continue;
             }
+            if !self.make_room(rect, now) {
+                continue;
+            }
             self.begin_stream(rect, now);
         }
+    }
+
+    /// Ends the streams that were found to be parts of a larger film; `false` if a film is where
+    /// streams are already.
+    fn make_room(&mut self, film: Rect, now: Instant) -> bool {
+        let area = |rect: Rect| u64::from(rect.width) * u64::from(rect.height);
+        let (mut covered, mut keep) = (0, false);
+        for stream in self.streams.iter().filter(|stream| touch(stream.rect, film)) {
+            // Their size was made even.
+            let all = bounds(stream.rect, film);
+            let inside = all.width <= film.width + 1 && all.height <= film.height + 1;
+            keep |= !inside || now.saturating_duration_since(stream.begun) < GROW_AFTER;
+            covered += area(stream.rect);
+        }
+        if keep || covered * GROWTH.1 > area(film) * GROWTH.0 {
+            return false;
+        }
+        self.end_streams(|stream| touch(stream.rect, film), now);
+        true
     }
 
     fn begin_stream(&mut self, rect: Rect, now: Instant) {
@@ -116,7 +142,7 @@ impl Encoder {
         if rect.is_empty() || !self.tiles.hold(rect, now) {
             return;
         }
-        let encoder = match self.video.encoder(codec, size) {
+        let encoder = match self.video.encoder(codec, size, self.source.rate()) {
             Ok(encoder) => encoder,
             Err(error) => {
                 self.tiles.release(rect, now);

@@ -564,3 +564,21 @@ fn films_are_vp8_until_the_client_cannot_show_it() {
     assert_eq!(bench.stats.stats(0).streams, before, "pictures only");
     bench.settle("pictures");
 }
+
+#[test]
+fn a_part_of_a_film_becomes_the_whole_of_it() {
+    let mut bench = Bench::new((800, 600), 9);
+    bench.settle("black");
+    bench.line = Line { slow: false, rate: Some(2e6), ..bench.line };
+    let (part, film) = (Rect::new(100, 100, 240, 300), Rect::new(100, 100, 600, 300));
+    for frame in 0..90 {
+        bench.noise(if frame < 15 { part } else { film });
+        bench.show(&[Rect::new(0, 0, 800, 600)]);
+        bench.steps(u32::MAX);
+        bench.pass(33);
+        assert!(bench.model.streams.len() <= 1);
+    }
+    assert_eq!(bench.model.streams.values().copied().collect::<Vec<_>>(), [film]);
+    assert_eq!(bench.stats.stats(0).streams, 2);
+    bench.settle("the end");
+}
