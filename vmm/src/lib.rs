@@ -20,6 +20,7 @@ pub mod firmware;
 pub mod huge;
 pub mod kvm;
 pub mod layout;
+pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod notify;

@@ -5,7 +5,9 @@ use std::{error::Error, io, process::ExitCode};
 use drago_vmm::{
     cli::{self, CliError, Invocation},
     control::client,
-    doctor, machine, seccomp,
+    doctor,
+    log::Log,
+    machine, seccomp,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -54,11 +56,7 @@ fn start_log(filter: &str) -> Result<(), Box<dyn Error>> {
     let filter = EnvFilter::builder()
         .parse(filter)
         .map_err(|error| format!("--log {filter}: {error}; expected something like debug"))?;
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_target(false)
-        .init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Log).with_target(false).init();
     Ok(())
 }
 

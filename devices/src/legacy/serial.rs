@@ -2,7 +2,9 @@
 //! model.
 //!
 //! Output goes through a [`Writer`] thread so that a vCPU never waits for a slow terminal, up to a
-//! bounded amount; then the guest is slowed down rather than anything lost. Input is queued by
+//! bounded amount; then the guest is slowed down rather than anything lost. A terminal that takes nothing
+//! at all for a second has stopped: until it goes on the guest's output is lost, since a guest that waits
+//! for ever is worse, and cannot be ended either. Input is queued by
 //! [`Serial::enqueue`], which waits while the guest's FIFO is full.
 
 use std::{
@@ -30,6 +32,8 @@ pub const GSI: u32 = 4;
 
 /// Bytes that may wait for the sink before the guest has to wait.
 const OUTPUT_BOUND: usize = 256 * 1024;
+/// How long the guest waits for a sink that takes nothing.
+const STOPPED: Duration = Duration::from_secs(1);
 /// How long an unfinished line may wait for more bytes before it is written.
 const LINE_DELAY: Duration = Duration::from_millis(2);
 
@@ -42,6 +46,16 @@ struct Output {
     bytes: VecDeque<u8>,
     busy: bool,
     closed: bool,
+    /// The sink takes nothing any more.
+    stopped: bool,
+    /// Bytes that were thrown away since.
+    lost: u64,
+}
+
+impl Output {
+    fn is_full(&self) -> bool {
+        self.bytes.len() >= OUTPUT_BOUND && !self.closed
+    }
 }
 
 #[derive(Default)]
@@ -129,8 +143,14 @@ fn carry(shared: &Shared, mut sink: Box<dyn Write + Send>) {
             failed = true;
             tracing::warn!(%error, "the serial port's output cannot be written any more");
         }
-        lock(&shared.output).busy = false;
+        let mut output = lock(&shared.output);
+        (output.busy, output.stopped) = (false, false);
+        let lost = std::mem::take(&mut output.lost);
+        drop(output);
         shared.drained.notify_all();
+        if lost > 0 {
+            tracing::warn!(bytes = lost, "output of the serial port was lost: nobody took it");
+        }
     }
 }
 
@@ -140,8 +160,18 @@ struct Feed(Arc<Shared>);
 impl Write for Feed {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut output = lock(&self.0.output);
-        while output.bytes.len() >= OUTPUT_BOUND && !output.closed {
-            output = self.0.drained.wait(output).unwrap_or_else(PoisonError::into_inner);
+        if output.is_full() && !output.stopped {
+            let (after, waited) = self
+                .0
+                .drained
+                .wait_timeout_while(output, STOPPED, |output| output.is_full())
+                .unwrap_or_else(PoisonError::into_inner);
+            output = after;
+            output.stopped = waited.timed_out();
+        }
+        if output.is_full() {
+            output.lost += bytes.len() as u64;
+            return Ok(bytes.len());
         }
         let was_empty = output.bytes.is_empty();
         output.bytes.extend(bytes);
@@ -287,6 +317,42 @@ mod tests {
         }
         assert!(writer.flush(Duration::from_secs(60)));
         assert_eq!(*lock(&sink.0), text);
+    }
+
+    /// Takes nothing until it is told to.
+    struct Stopped(std::sync::mpsc::Receiver<()>, Sink);
+
+    impl Write for Stopped {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let _ = self.0.recv();
+            self.1.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_terminal_that_has_stopped_does_not_stop_the_guest() {
+        let (go, stopped) = std::sync::mpsc::channel();
+        let sink = Sink::default();
+        let writer = Writer::spawn(Box::new(Stopped(stopped, sink.clone()))).unwrap();
+        let serial = Serial::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), &writer);
+        // What the thread has taken already, what may wait, and more.
+        let sent = 2 * OUTPUT_BOUND + 1000;
+        for _ in 0..sent {
+            serial.write(0, b"x");
+        }
+        assert!(lock(&writer.shared.output).lost >= 1000);
+        // From here on it takes everything again.
+        drop(go);
+        assert!(writer.flush(Duration::from_secs(60)));
+        serial.write(0, b"y");
+        assert!(writer.flush(Duration::from_secs(60)));
+        let seen = lock(&sink.0);
+        assert_eq!(seen.last(), Some(&b'y'));
+        assert!(seen.len() < sent && seen.len() > OUTPUT_BOUND);
     }
 
     #[test]
