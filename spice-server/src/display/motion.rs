@@ -173,6 +173,8 @@ fn rectangles(
         }
     }
     let mut saved = 0;
+    // Cells of rectangles found before.
+    let mut used = vec![false; grid.len()];
     for _ in 0..MAX_RECTS {
         let Some((x0, y0, x1, y1)) = largest(&grid, columns) else { break };
         if (x1 - x0) * (y1 - y0) * UNIT.0 * UNIT.1 < MIN_GAIN {
@@ -184,8 +186,9 @@ fn rectangles(
                 let (x, y) = place(column, row);
                 let changed = |y: &u32| line(new, new_at(x, *y)) != line(old, new_at(x, *y));
                 gain += (y..y + UNIT.1 as u32).filter(changed).count() * UNIT.0;
-                if let Some(moved) = grid.get_mut(row * columns + column) {
-                    *moved = false;
+                let at = row * columns + column;
+                if let (Some(moved), Some(used)) = (grid.get_mut(at), used.get_mut(at)) {
+                    (*moved, *used) = (false, true);
                 }
             }
         }
@@ -201,17 +204,29 @@ fn rectangles(
             let (new_at, old_at) = (new_at(x, y), old_at(x, y));
             new.get(new_at..new_at + bytes) == old.get(old_at..old_at + bytes)
         };
-        while y > top && row_moved(y - 1, x, end) {
+        // Not over what another rectangle has.
+        let free = |mut rows: std::ops::Range<usize>, columns_there: std::ops::Range<usize>| {
+            rows.all(|row| {
+                let cells = row * columns + columns_there.start..row * columns + columns_there.end;
+                used.get(cells).is_none_or(|cells| !cells.contains(&true))
+            })
+        };
+        let (above, below) = (y0.checked_sub(1), y1);
+        let above_free = above.is_none_or(|row| free(row..y0, x0..x1));
+        let below_free = below >= rows || free(below..below + 1, x0..x1);
+        while above_free && y > top && row_moved(y - 1, x, end) {
             y -= 1;
         }
-        while under < bottom && row_moved(under, x, end) {
+        while below_free && under < bottom && row_moved(under, x, end) {
             under += 1;
         }
+        let before_free = x0.checked_sub(1).is_none_or(|column| free(y0..y1, column..x0));
+        let behind_free = x1 >= columns || free(y0..y1, x1..x1 + 1);
         let column_moved = |x: u32| (y..under).all(|y| row_moved(y, x, x + 1));
-        while x > left && column_moved(x - 1) {
+        while before_free && x > left && column_moved(x - 1) {
             x -= 1;
         }
-        while end < right && column_moved(end) {
+        while behind_free && end < right && column_moved(end) {
             end += 1;
         }
         moves.push(Move {

@@ -254,6 +254,7 @@ impl Tiles {
         }
         let stride = self.stride();
         let found = motion::find(&self.shown, &self.fresh, stride, area, &mut self.last_move);
+        let found = in_order(found);
         let mut done = Vec::new();
         for step in found {
             // The first is right as it was found; it may have overwritten what others need.
@@ -599,6 +600,24 @@ fn within(tile: Rect, rect: Rect) -> Span {
         x1: (rect.right().min(tile.right()) - tile.x) as u8,
         y1: (rect.bottom().min(tile.bottom()) - tile.y) as u8,
     }
+}
+
+/// Puts moves before the largest one that do not overwrite what it reads, because it may overwrite what
+/// they read: the ticker above a picture that pans, say.
+fn in_order(found: Vec<Move>) -> Vec<Move> {
+    let Some(largest) = found.first().copied() else { return found };
+    let source = Rect::new(largest.from.0, largest.from.1, largest.to.width, largest.to.height);
+    let apart = |step: &Move| {
+        let to = step.to;
+        to.right() <= source.x
+            || source.right() <= to.x
+            || to.bottom() <= source.y
+            || source.bottom() <= to.y
+    };
+    let (mut order, after): (Vec<_>, Vec<_>) = found.into_iter().skip(1).partition(apart);
+    order.push(largest);
+    order.extend(after);
+    order
 }
 
 /// The smallest rectangle around two.

@@ -449,6 +449,31 @@ fn what_comes_in_at_the_edge_of_a_pan_is_no_film() {
 }
 
 #[test]
+fn a_pan_under_something_that_stays_is_two_moves() {
+    let size = (1280, 720);
+    let mut bench = Bench::new(size, 19);
+    let all = Rect::new(0, 0, size.0, size.1);
+    bench.noise(all);
+    bench.show(&[all]);
+    bench.settle("the photograph");
+    for _ in 0..4 {
+        bench.shift(Rect::new(4, 1, size.0 - 4, size.1 - 1), (0, 0));
+        bench.noise(Rect::new(size.0 - 4, 0, 4, size.1));
+        bench.noise(Rect::new(0, size.1 - 1, size.0, 1));
+        // A clock in the corner.
+        bench.noise(Rect::new(0, 0, 128, 8));
+        let before = (bench.bytes(), bench.sent(Codec::Move));
+        bench.show(&[all]);
+        bench.steps(u32::MAX);
+        assert!(bench.sent(Codec::Move) - before.1 >= 2);
+        let bytes = bench.bytes() - before.0;
+        assert!(bytes < 60_000, "{bytes} bytes");
+        bench.pass(33);
+    }
+    bench.settle("its end");
+}
+
+#[test]
 fn what_comes_back_is_in_the_cache() {
     let mut bench = Bench::new((640, 480), 5);
     let rect = Rect::new(128, 128, 256, 192);
