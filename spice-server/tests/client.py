@@ -161,6 +161,8 @@ def command(line):
             raw = bytearray(ctypes.string_at(data, stride * height))
             raw[3::4] = bytes(len(raw) // 4)
             say("pixels", hash=hashlib.sha1(raw).hexdigest())
+    elif name == "codecs":
+        channels["DisplayChannel"].display_channel_change_preferred_video_codec_types(numbers)
     elif name == "save":
         width, height, stride, data = primary
         with open(words[1], "wb") as file:

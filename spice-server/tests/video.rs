@@ -166,6 +166,23 @@ fn a_client_without_gstreamer_gets_mjpeg() {
 }
 
 #[test]
+fn a_client_that_prefers_mjpeg_gets_it() {
+    if !(have_client() && have_libvpx() && have_decoder()) {
+        return;
+    }
+    let setup = setup(|builder| builder);
+    let mut film = Film::new(&setup);
+    let line = SlowLine::to(setup.address(), LINE);
+    let mut client = Client::connect(line.address);
+    client.wait_ready();
+    // SPICE_VIDEO_CODEC_TYPE_MJPEG, _VP8.
+    client.tell("codecs 1 2");
+    film.play(&setup, "MJPEG", |_| messages(&setup, Codec::Stream) > 20);
+    assert_eq!(messages(&setup, Codec::Vp8), 0);
+    film.stop(&mut client);
+}
+
+#[test]
 fn no_streams_when_they_are_off() {
     if !have_client() {
         return;
