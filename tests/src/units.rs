@@ -52,8 +52,8 @@ journalctl --no-pager -o cat _SYSTEMD_INVOCATION_ID=$id | tail -n 250
 
 /// So that a guest which is stuck says where, on the serial port.
 const BACKTRACES: [&str; 3] = [
-    // Of a command line's options of one name the last one counts.
-    "loglevel=7",
+    // The last one of a name counts; backtraces are warnings, and every character costs three exits.
+    "loglevel=5",
     "sysctl.kernel.softlockup_all_cpu_backtrace=1",
     "sysctl.kernel.hung_task_all_cpu_backtrace=1",
 ];

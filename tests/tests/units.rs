@@ -36,6 +36,11 @@ fn volume(image: &str, label: &str) -> Value {
     })
 }
 
+/// For those who look for what happens seldom.
+fn env_number(name: &str) -> Option<u32> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
 /// What a machine says and how it ended.
 fn state(units: &Units, name: &str, property: &str) -> String {
     units.run(&format!("systemctl show --value -p {property} microvm@{name}")).unwrap()
@@ -73,7 +78,9 @@ END",
     let shape = Shape { store: Store::Virtiofs, writable: true, output: Some("/dev/vdb") };
     let configuration = json!({
         "mem": 512,
-        "vcpu": 2,
+        // In the emulated test host, on a busy machine, a guest of two that boots like this one goes astray
+        // now and then (docs/testing.md). Others with several processors are in the other suites.
+        "vcpu": env_number("DRAGO_UNITS_CPUS").unwrap_or(1),
         "storeOnDisk": false,
         "machineId": "6ba7b810-9dad-11d1-80b4-00c04fd430c8",
         "registerWithMachined": true,
@@ -142,9 +149,7 @@ END",
     // Nothing of the machine is left.
     let left = units.run(&format!("ls {images}; ip -br link; cat /proc/[0-9]*/comm")).unwrap();
     assert!(!left.contains("agent.sock") && !left.contains("drago"), "{left}");
-    // To look for what happens seldom.
-    let again = std::env::var("DRAGO_ROUNDS").ok().and_then(|rounds| rounds.parse().ok());
-    for round in 1..again.unwrap_or(1) {
+    for round in 1..env_number("DRAGO_UNITS_ROUNDS").unwrap_or(1) {
         units.start_machine("agent").unwrap();
         units.run("systemctl stop microvm@agent").unwrap();
         eprintln!("round {round} is over");
