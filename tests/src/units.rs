@@ -177,16 +177,19 @@ impl Units {
     /// One whose kernel says that it is stuck is not waited for.
     fn start_once(&self, name: &str) -> Result<()> {
         self.run(&format!(
+            // Seldom: a look at the journal takes the emulated processors a second.
             "systemctl start microvm@{name} & job=$!
-            while kill -0 $job 2>/dev/null; do
+            while :; do
+                sleep 20 & nap=$!
+                wait -n $job $nap
+                code=$?
+                kill -0 $job 2>/dev/null || exit $code
                 id=$(systemctl show --value -p InvocationID microvm@{name})
-                if journalctl -q -o cat _SYSTEMD_INVOCATION_ID=$id | grep -E '{STUCK}'; then
+                if journalctl -q -o cat -n 50 _SYSTEMD_INVOCATION_ID=$id | grep -E '{STUCK}'; then
                     echo 'the guest is stuck'
                     exit 1
                 fi
-                sleep 2
-            done
-            wait $job"
+            done"
         ))
         .map(|_| ())
     }
