@@ -180,12 +180,13 @@ impl Units {
             // Seldom: a look at the journal takes the emulated processors a second.
             "systemctl start microvm@{name} & job=$!
             while :; do
-                sleep 20 & nap=$!
+                sleep 20 >/dev/null 2>&1 & nap=$!
                 wait -n $job $nap
                 code=$?
                 kill -0 $job 2>/dev/null || exit $code
                 id=$(systemctl show --value -p InvocationID microvm@{name})
                 if journalctl -q -o cat -n 50 _SYSTEMD_INVOCATION_ID=$id | grep -E '{STUCK}'; then
+                    kill $job
                     echo 'the guest is stuck'
                     exit 1
                 fi
