@@ -127,7 +127,10 @@ struct MachineArgs {
     #[arg(default_missing_value = "")]
     web: Option<String>,
     /// Serve the screen to VNC clients
-    #[arg(long, value_name = "ADDRESS:PORT[,password-file=FILE]")]
+    #[arg(
+        long,
+        value_name = "ADDRESS:PORT[,password-file=FILE][,copy-paste=on|off|to-guest|to-client]"
+    )]
     vnc: Option<String>,
     /// End with this status when the guest's kernel panics
     #[arg(long, value_name = "STATUS")]

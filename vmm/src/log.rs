@@ -7,12 +7,16 @@
 use std::{
     io::{self, Write},
     sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant},
 };
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// How long a reader may take, in nanoseconds. One that is only slow is a good reader.
-const PATIENCE: i64 = 50_000_000;
+/// How long a reader may take. One that is only slow is a good reader.
+const PATIENCE: Duration = Duration::from_millis(50);
+
+/// What a pipe has room for when it says that it has any.
+const PAGE: usize = 4096;
 
 /// Writes that nobody took since the last one that somebody did.
 static LOST: AtomicU64 = AtomicU64::new(0);
@@ -37,20 +41,39 @@ fn write_or_lose(
     bytes: &[u8],
     lost: &AtomicU64,
 ) -> io::Result<usize> {
-    // Pipes say so as soon as they have room for a page, which is more than a line is long.
-    let patience = if lost.load(Ordering::Relaxed) == 0 { PATIENCE } else { 0 };
-    let time = Timespec { tv_sec: 0, tv_nsec: patience };
-    let room = poll(&mut [PollFd::new(sink, PollFlags::OUT)], Some(&time));
-    if room == Ok(0) {
-        lost.fetch_add(1, Ordering::Relaxed);
-        return Ok(bytes.len());
+    let patience = if lost.load(Ordering::Relaxed) == 0 { PATIENCE } else { Duration::ZERO };
+    let deadline = Instant::now() + patience;
+    for (index, piece) in bytes.chunks(PAGE).enumerate() {
+        if !has_room(sink, deadline) {
+            lost.fetch_add(1, Ordering::Relaxed);
+            break;
+        }
+        let before = if index == 0 { lost.swap(0, Ordering::Relaxed) } else { 0 };
+        if before > 0 {
+            let note = format!("drago-vmm: {before} lines of the log were lost: nobody read it\n");
+            sink.write_all(note.as_bytes())?;
+            if !has_room(sink, deadline) {
+                lost.fetch_add(1, Ordering::Relaxed);
+                break;
+            }
+        }
+        sink.write_all(piece)?;
     }
-    let before = lost.swap(0, Ordering::Relaxed);
-    if before > 0 {
-        writeln!(sink, "drago-vmm: {before} lines of the log were lost: nobody read it")?;
-    }
-    sink.write_all(bytes)?;
     Ok(bytes.len())
+}
+
+/// Whether a page can be written without waiting, at the latest at the deadline.
+fn has_room(sink: &impl std::os::fd::AsFd, deadline: Instant) -> bool {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let time = Timespec { tv_sec: 0, tv_nsec: left.subsec_nanos().into() };
+        match poll(&mut [PollFd::new(sink, PollFlags::OUT)], Some(&time)) {
+            // A vCPU that is wanted elsewhere.
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(count) => return count > 0,
+            Err(_) => return false,
+        }
+    }
 }
 
 #[cfg(test)]

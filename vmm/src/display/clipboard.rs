@@ -4,19 +4,20 @@
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use devices::virtio::console::{PortHandle, PortListener};
-use spice_server::AgentText;
+use spice_server::{AgentText, Clipboard};
 use vnc_server::VncServer;
 
 /// The guest's agent.
 pub(super) struct GuestClipboard {
     port: PortHandle,
+    direction: Clipboard,
     text: Mutex<AgentText>,
     viewers: OnceLock<Weak<VncServer>>,
 }
 
 impl GuestClipboard {
-    pub(super) fn new(port: PortHandle) -> Arc<Self> {
-        Arc::new(Self { port, text: Mutex::default(), viewers: OnceLock::new() })
+    pub(super) fn new(port: PortHandle, direction: Clipboard) -> Arc<Self> {
+        Arc::new(Self { port, direction, text: Mutex::default(), viewers: OnceLock::new() })
     }
 
     /// Opens the host's end of the port for these viewers.
@@ -28,6 +29,9 @@ impl GuestClipboard {
 
     /// A viewer has copied this text.
     pub(super) fn copy(&self, text: &str) {
+        if self.direction == Clipboard::ToClient {
+            return;
+        }
         let mut agent = self.text();
         agent.copy(text);
         self.send(agent);
@@ -49,7 +53,8 @@ impl PortListener for GuestClipboard {
         let mut agent = self.text();
         let texts = agent.guest_data(bytes);
         self.send(agent);
-        if let Some(text) = texts.last()
+        if self.direction != Clipboard::ToGuest
+            && let Some(text) = texts.last()
             && let Some(viewers) = self.viewers.get().and_then(Weak::upgrade)
         {
             viewers.set_clipboard(text);

@@ -7,9 +7,10 @@ use std::{
 };
 
 use devices::spec::{Spec, SpecError};
+use spice_server::Clipboard;
 use vnc_server::proto::auth::PASSWORD;
 
-use super::DisplayError;
+use super::{DisplayError, spice::take_copy_paste};
 
 /// Where VNC viewers come in.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,16 +19,19 @@ pub struct VncConfig {
     pub listen: String,
     /// File whose first line is the password; without one anybody may connect.
     pub password_file: Option<PathBuf>,
+    /// Which way clipboard text may travel.
+    pub copy_paste: Clipboard,
 }
 
 impl VncConfig {
-    /// Parses `ADDRESS:PORT[,password-file=FILE]`.
+    /// Parses `ADDRESS:PORT[,password-file=FILE][,copy-paste=on|off|to-guest|to-client]`.
     pub fn parse(mut spec: Spec) -> Result<Self, SpecError> {
         let listen = spec.take_word();
         let password_file = spec.take_path("password-file")?;
+        let copy_paste = take_copy_paste(&mut spec)?;
         let missing = spec.missing_word("ADDRESS:PORT");
         spec.finish()?;
-        Ok(Self { listen: listen.ok_or(missing)?, password_file })
+        Ok(Self { listen: listen.ok_or(missing)?, password_file, copy_paste })
     }
 
     /// The address to listen on.
@@ -84,5 +88,6 @@ mod tests {
         assert!(error.starts_with("--vnc password-file="), "{error}");
         assert!(parse("password-file=x").is_err(), "the address is missing");
         assert!(parse("127.0.0.1:1,clients=shared").is_err(), "not an option of VNC");
+        assert_eq!(parse("127.0.0.1:1,copy-paste=off").unwrap().copy_paste, Clipboard::Off);
     }
 }

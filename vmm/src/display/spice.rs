@@ -161,16 +161,7 @@ impl SpiceConfig {
 /// `copy-paste=`, `copy-paste-limit=` and `file-transfer=`.
 fn take_agent(spec: &mut Spec) -> Result<AgentPolicy, SpecError> {
     const MIB: u32 = 1 << 20;
-    let clipboard = match spec.take("copy-paste")?.as_deref() {
-        None | Some("on") => Clipboard::Both,
-        Some("off") => Clipboard::Off,
-        Some("to-guest") => Clipboard::ToGuest,
-        Some("to-client") => Clipboard::ToClient,
-        Some(other) => {
-            let reason = "expected on, off, to-guest or to-client";
-            return Err(spec.invalid("copy-paste", other, reason));
-        }
-    };
+    let clipboard = take_copy_paste(spec)?;
     let file_transfer = spec.take_switch("file-transfer")?.unwrap_or(true);
     let mut policy = AgentPolicy { clipboard, file_transfer, ..AgentPolicy::default() };
     if let Some(mib) = spec.take_parsed::<u32>("copy-paste-limit")? {
@@ -180,6 +171,19 @@ fn take_agent(spec: &mut Spec) -> Result<AgentPolicy, SpecError> {
             })?;
     }
     Ok(policy)
+}
+
+/// `copy-paste=`.
+pub(super) fn take_copy_paste(spec: &mut Spec) -> Result<Clipboard, SpecError> {
+    match spec.take("copy-paste")?.as_deref() {
+        None | Some("on") => Ok(Clipboard::Both),
+        Some("off") => Ok(Clipboard::Off),
+        Some("to-guest") => Ok(Clipboard::ToGuest),
+        Some("to-client") => Ok(Clipboard::ToClient),
+        Some(other) => {
+            Err(spec.invalid("copy-paste", other, "expected on, off, to-guest or to-client"))
+        }
+    }
 }
 
 /// `unix-mode=`, in octal.

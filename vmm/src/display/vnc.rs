@@ -6,7 +6,9 @@ use std::{
 };
 
 use devices::virtio::{console::PortHandle, gpu};
-use spice_server::{InputSink, KeyEvent, MonitorConfig, PointerPosition, ScancodePrefix};
+use spice_server::{
+    Clipboard, InputSink, KeyEvent, MonitorConfig, PointerPosition, ScancodePrefix,
+};
 use vnc_server::{Button, Config, Events, Frame, Rect, Scancode, VncServer};
 
 use super::{
@@ -22,6 +24,7 @@ pub(super) struct Door {
     address: SocketAddr,
     listener: TcpListener,
     password: Option<Vec<u8>>,
+    copy_paste: Clipboard,
 }
 
 impl Door {
@@ -30,7 +33,7 @@ impl Door {
         let password = config.password()?;
         let listener =
             vnc_server::listen(address).map_err(|source| DisplayError::Vnc { address, source })?;
-        Ok(Self { address, listener, password })
+        Ok(Self { address, listener, password, copy_paste: config.copy_paste })
     }
 }
 
@@ -42,11 +45,13 @@ pub(super) fn start(
     inputs: &Arc<Inputs>,
     agent: Option<PortHandle>,
 ) -> Result<Arc<VncServer>, DisplayError> {
-    let Door { address, listener, password } = door;
+    let Door { address, listener, password, copy_paste } = door;
     if password.is_none() && !address.ip().is_loopback() {
         tracing::warn!(%address, "--vnc without password-file: anybody who reaches it may connect");
     }
-    let clipboard = agent.map(GuestClipboard::new);
+    let clipboard = agent
+        .filter(|_| copy_paste != Clipboard::Off)
+        .map(|port| GuestClipboard::new(port, copy_paste));
     let viewers =
         Viewers { screen: screen.clone(), inputs: inputs.clone(), clipboard: clipboard.clone() };
     let server = VncServer::start(listener, Config { name, password }, Arc::new(viewers))

@@ -6,6 +6,8 @@
 use host::seccomp::{Row, Rule, allow, allow_if, refuse};
 
 const WORD: u64 = u32::MAX as u64;
+/// `PR_GET_AUXV` of `linux/prctl.h`: the process reads its own auxiliary vector.
+const PR_GET_AUXV: u64 = 0x4155_5856;
 const EXEC: u64 = libc::PROT_EXEC as u64;
 /// The letter of an ioctl request's group (`_IOC_TYPE`).
 const IOCTL_GROUP: u64 = 0xff00;
@@ -46,8 +48,9 @@ pub(super) static RUNTIME: &[Row] = &[
     allow(libc::SYS_membarrier, "C library"),
     allow(libc::SYS_sysinfo, "C library, sorting"),
     allow_if(libc::SYS_prctl, 0, WORD,
-        &[libc::PR_SET_NAME as u64, libc::PR_GET_NAME as u64, libc::PR_SET_NO_NEW_PRIVS as u64],
-        "names of threads; the filter of a processor's thread"),
+        &[libc::PR_SET_NAME as u64, libc::PR_GET_NAME as u64, libc::PR_SET_NO_NEW_PRIVS as u64,
+            PR_GET_AUXV],
+        "names of threads; the filter of a processor's thread; rustix looks for the vDSO"),
     allow_if(libc::SYS_seccomp, 0, WORD, &[libc::SECCOMP_SET_MODE_FILTER as u64],
         "the filter of a processor's thread; filters only ever add up"),
     refuse(libc::SYS_openat, libc::EACCES, "the C library looks for files and does without"),
