@@ -14,9 +14,9 @@
 //! ```
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{File, OpenOptions, Permissions},
     io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::Path,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -66,7 +66,11 @@ impl Capture {
     /// When it cannot be made or written.
     pub fn create(path: &Path) -> io::Result<Self> {
         let mut options = OpenOptions::new();
+        // Not through a link that somebody else has put there.
+        options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32);
         let file = options.write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        // A file that was there before may be readable for others.
+        file.set_permissions(Permissions::from_mode(0o600))?;
         Self::to_file(file, MAX_SIZE)
     }
 

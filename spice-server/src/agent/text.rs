@@ -136,10 +136,12 @@ impl AgentText {
 
     /// A viewer has copied this text; one that is too long is left out.
     pub fn copy(&mut self, text: &str) {
-        if text.len() <= MAX_TEXT {
-            self.text = Some(text.to_owned());
-            self.grab();
+        if text.len() > MAX_TEXT {
+            tracing::info!(bytes = text.len(), "too much text for the guest's clipboard");
+            return;
         }
+        self.text = Some(text.to_owned());
+        self.grab();
     }
 
     /// Bytes for the guest.
