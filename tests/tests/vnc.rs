@@ -50,7 +50,7 @@ fn text_is_copied_between_a_guest_and_a_vnc_viewer() {
         String::from_utf8_lossy(&out.stdout).trim().to_owned()
     };
     let window =
-        on_screen("xdotool", &["search", "--sync", "--onlyvisible", "--class", "vncviewer"]);
+        on_screen("xdotool", &["search", "--sync", "--onlyvisible", "--name", "TigerVNC"]);
     // It only looks after the clipboard while it has the keyboard.
     on_screen("xdotool", &["windowfocus", "--sync", window.lines().last().unwrap()]);
 
