@@ -438,7 +438,9 @@ impl State {
         region.map(map.offset, map.length, fd.as_fd(), map.file_offset).map_err(|error| {
             tracing::warn!(%error, offset = map.offset, length = map.length, "the GPU's memory stays unseen");
             match error {
-                MapError::Place { .. } | MapError::Short { .. } => libc::EINVAL as u32,
+                MapError::Place { .. } | MapError::Short { .. } | MapError::HugePages => {
+                    libc::EINVAL as u32
+                }
                 MapError::InUse(_) => libc::EBUSY as u32,
                 MapError::TooMany => libc::ENOMEM as u32,
                 MapError::System(source) => source.raw_os_error().unwrap_or(libc::EIO) as u32,

@@ -16,6 +16,9 @@ use std::{
 
 const PAGE: u64 = 4096;
 
+/// `HUGETLBFS_MAGIC` of `linux/magic.h`.
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
 /// Mappings at once at most; the kernel's own limit for a process is 65,530.
 const MAX_MAPPINGS: usize = 16_384;
 
@@ -47,6 +50,9 @@ pub enum MapError {
         /// Where the piece ends.
         end: u64,
     },
+    /// The file is of huge pages: more of the window would be replaced than was asked for.
+    #[error("memory of huge pages (hugetlbfs) cannot be shown in the window")]
+    HugePages,
     /// The system refused.
     #[error("the memory cannot be mapped")]
     System(#[source] io::Error),
@@ -108,8 +114,14 @@ impl SharedMemory {
         if mapped.len() >= MAX_MAPPINGS {
             return Err(MapError::TooMany);
         }
-        // Behind the end of a file there is no memory: a guest that looked there would stop.
         let system = |error: rustix::io::Errno| MapError::System(error.into());
+        // The kernel rounds such lengths up to the huge page. (Not by the block size of the file:
+        // ordinary shared memory states that of a huge page, too, where the host merges pages.)
+        let kind = rustix::fs::fstatfs(file).map_err(system)?.f_type;
+        if kind as u64 == HUGETLBFS_MAGIC {
+            return Err(MapError::HugePages);
+        }
+        // Behind the end of a file there is no memory: a guest that looked there would stop.
         let size = rustix::fs::seek(file, rustix::fs::SeekFrom::End(0)).map_err(system)?;
         let file_end = file_offset.checked_add(length).ok_or(MapError::Place { offset, length })?;
         if file_end > size {
@@ -224,5 +236,57 @@ mod tests {
         for size in [0, 0x1000, 3 << 20, 1 << 40] {
             SharedMemory::new(size).unwrap_err();
         }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_mapped_leaves_no_hole() {
+        use rustix::fs::{MemfdFlags, SealFlags};
+
+        let window = SharedMemory::new(SIZE).unwrap();
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let sealed = File::from(rustix::fs::memfd_create("sealed", flags).unwrap());
+        sealed.write_all_at(&[1; 0x4000], 0).unwrap();
+        // Its own `mmap` refuses to share it for writing.
+        rustix::fs::fcntl_add_seals(&sealed, SealFlags::WRITE).unwrap();
+        let pages = [0x8000, 0x9000, 0xa000, 0xb000];
+        pages.iter().for_each(|page| window.area.write(*page as usize, 5));
+        for _ in 0..2 {
+            let refused = window.map(0x8000, 0x4000, sealed.as_fd(), 0);
+            assert!(matches!(refused, Err(MapError::System(_))), "{refused:?}");
+            assert_eq!(pages.map(|page| seen(&window, page)), [5; 4]);
+            window.area.fill_again(0x8000, 0x4000).unwrap_err();
+        }
+        // The place is free.
+        assert!(!window.unmap(0x8000));
+        window.map(0x8000, 0x4000, file(0x4000, 2).as_fd(), 0).unwrap();
+        assert_eq!(pages.map(|page| seen(&window, page)), [2; 4]);
+    }
+
+    #[test]
+    fn holes_are_filled_and_nothing_else_is_replaced() {
+        let window = SharedMemory::new(SIZE).unwrap();
+        window.area.write(0x5000, 5);
+        window.area.write(0x6000, 6);
+        let full = window.area.fill_again(0x5000, 0x1000).unwrap_err();
+        assert_eq!(full.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(seen(&window, 0x5000), 5);
+        window.area.punch_and_fill(0x5000, 0x1000).unwrap();
+        assert_eq!([0x5000, 0x6000].map(|page| seen(&window, page)), [0, 6]);
+    }
+
+    #[test]
+    fn memory_of_huge_pages_is_refused() {
+        use rustix::fs::MemfdFlags;
+
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB;
+        let Ok(huge) = rustix::fs::memfd_create("huge", flags) else {
+            eprintln!("skipped: no hugetlbfs here");
+            return;
+        };
+        rustix::fs::ftruncate(&huge, 2 << 20).unwrap();
+        let window = SharedMemory::new(SIZE).unwrap();
+        let refused = window.map(0, 0x1000, huge.as_fd(), 0);
+        assert!(matches!(refused, Err(MapError::HugePages)), "{refused:?}");
+        assert_eq!(seen(&window, 0), 0);
     }
 }

@@ -3,7 +3,7 @@
 
 use std::{ffi::c_void, io, os::fd::BorrowedFd, ptr::NonNull};
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use rustix::mm::{MapFlags, MremapFlags, ProtFlags, mmap, mmap_anonymous, mremap_fixed, munmap};
 
 /// The area. Nothing in this process refers to its contents.
 #[derive(Debug)]
@@ -43,7 +43,7 @@ impl Area {
         Ok(self.start.as_ptr().wrapping_byte_add(offset))
     }
 
-    /// Shows a piece of a file there.
+    /// Shows a piece of a file there. After an error the guest sees none of it.
     pub(super) fn show(
         &self,
         offset: usize,
@@ -52,18 +52,70 @@ impl Area {
         file_offset: u64,
     ) -> io::Result<()> {
         let at = self.at(offset, length)?;
-        let flags = MapFlags::SHARED | MapFlags::FIXED;
-        // SAFETY: replaces pages of this area only, to which nothing in this process refers.
-        unsafe { mmap(at, length, READ_WRITE, flags, file, file_offset) }?;
-        Ok(())
+        let anywhere = std::ptr::null_mut();
+        // SAFETY: a new mapping at a place of the kernel's choice.
+        let new =
+            unsafe { mmap(anywhere, length, READ_WRITE, MapFlags::SHARED, file, file_offset) }?;
+        self.replace(at, length, new)
     }
 
-    /// Shows nothing there any more.
+    /// Shows nothing there any more. After an error what was there may still be seen.
     pub(super) fn hide(&self, offset: usize, length: usize) -> io::Result<()> {
         let at = self.at(offset, length)?;
-        // SAFETY: as in `show`.
-        unsafe { mmap_anonymous(at, length, READ_WRITE, EMPTY | MapFlags::FIXED) }?;
-        Ok(())
+        // SAFETY: a new mapping at a place of the kernel's choice.
+        let new = unsafe { mmap_anonymous(std::ptr::null_mut(), length, READ_WRITE, EMPTY) }?;
+        self.replace(at, length, new)
+    }
+
+    /// Moves the mapping `new` over the pages at `at`.
+    ///
+    /// `mmap(MAP_FIXED)` would not do: the kernel takes out what was there before it asks the file,
+    /// and when the file refuses, a hole stays in the guest's memory slot. The next mapping of this
+    /// process may come to lie in it, and the guest would read and write that. Moving a mapping
+    /// that exists hardly ever fails. If it does, empty memory fills the place.
+    fn replace(&self, at: *mut c_void, length: usize, new: *mut c_void) -> io::Result<()> {
+        // SAFETY: `new` was made by the caller and nobody else knows it; at `at` are pages of this
+        // area, to which nothing in this process refers.
+        let moved = unsafe { mremap_fixed(new, length, length, MremapFlags::MAYMOVE, at) };
+        let Err(error) = moved else { return Ok(()) };
+        if let Err(error) = Self::fill(at, length) {
+            // Either nothing happened or another thread's memory is there by now, seen by the
+            // guest. Nobody can tell, and both are too rare to be worth the risk.
+            tracing::error!(%error, "a hole in the guest's shared memory cannot be filled");
+            std::process::abort();
+        }
+        // SAFETY: it was not moved, and nobody refers to it.
+        let _ = unsafe { munmap(new, length) };
+        Err(error.into())
+    }
+
+    /// Fills a hole of this area with empty memory; refuses to replace anything.
+    fn fill(at: *mut c_void, length: usize) -> io::Result<()> {
+        let flags = EMPTY | MapFlags::FIXED_NOREPLACE;
+        // SAFETY: replaces nothing.
+        let filled = unsafe { mmap_anonymous(at, length, READ_WRITE, flags) }?;
+        if filled == at {
+            return Ok(());
+        }
+        // Kernels before 4.17 do not know the flag and take the place for a wish.
+        // SAFETY: made above.
+        unsafe { munmap(filled, length) }?;
+        Err(io::ErrorKind::AlreadyExists.into())
+    }
+
+    /// Leaves a hole and fills it again.
+    #[cfg(test)]
+    pub(super) fn punch_and_fill(&self, offset: usize, length: usize) -> io::Result<()> {
+        let at = self.at(offset, length)?;
+        // SAFETY: pages of this area only.
+        unsafe { munmap(at, length) }?;
+        Self::fill(at, length)
+    }
+
+    /// Tries to fill what is no hole.
+    #[cfg(test)]
+    pub(super) fn fill_again(&self, offset: usize, length: usize) -> io::Result<()> {
+        Self::fill(self.at(offset, length)?, length)
     }
 
     #[cfg(test)]
