@@ -75,6 +75,27 @@ struct Window {
     placed: bool,
 }
 
+impl Window {
+    /// Moves the window with `set`, which makes its slot or, without an address, deletes it.
+    ///
+    /// A slot that could not be deleted counts as placed: its memory must stay.
+    fn place(
+        &mut self,
+        address: Option<u64>,
+        set: impl Fn(&SharedMemory, Option<u64>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        if self.placed {
+            set(&self.memory, None)?;
+            self.placed = false;
+        }
+        if address.is_some() {
+            set(&self.memory, address)?;
+            self.placed = true;
+        }
+        Ok(())
+    }
+}
+
 /// The memory slots behind those of RAM.
 const FIRST_WINDOW: u32 = 32;
 
@@ -158,23 +179,19 @@ impl VmServices for KvmServices {
         });
         let Some(window) = windows.get_mut(index) else { return Ok(()) };
         let slot = FIRST_WINDOW + index as u32;
-        if std::mem::replace(&mut window.placed, false) {
-            crate::sys::set_window(&self.shared.vm, slot, memory, None)?;
-        }
-        if address.is_some() {
-            crate::sys::set_window(&self.shared.vm, slot, memory, address)?;
-            window.placed = true;
-        }
-        Ok(())
+        window.place(address, |memory, address| {
+            crate::sys::set_window(&self.shared.vm, slot, memory, address)
+        })
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
         let windows = self.windows.get_mut().unwrap_or_else(PoisonError::into_inner);
-        for (slot, window) in (FIRST_WINDOW..).zip(windows.drain(..)) {
-            if window.placed
-                && let Err(error) = crate::sys::set_window(&self.vm, slot, &window.memory, None)
+        for (slot, mut window) in (FIRST_WINDOW..).zip(windows.drain(..)) {
+            let vm = &self.vm;
+            if let Err(error) = window
+                .place(None, |memory, address| crate::sys::set_window(vm, slot, memory, address))
             {
                 tracing::error!(%error, "a window of the guest stays");
                 // It must not see what comes to be there.
@@ -249,5 +266,28 @@ mod tests {
         assert_eq!(table.len(), 16 + 24 + 1);
         let message = table.last().unwrap();
         assert_eq!((message.gsi, message.type_), (24, KVM_IRQ_ROUTING_MSI));
+    }
+
+    #[test]
+    fn a_window_whose_slot_stays_is_still_placed() {
+        let memory = SharedMemory::new(1 << 20).unwrap();
+        let mut window = Window { memory, placed: false };
+        let refuse = |_: &SharedMemory, _| Err(io::ErrorKind::OutOfMemory.into());
+        window.place(None, refuse).unwrap();
+        window.place(Some(0x1_0000_0000), refuse).unwrap_err();
+        assert!(!window.placed);
+        window.place(Some(0x1_0000_0000), |_, _| Ok(())).unwrap();
+        assert!(window.placed);
+        for address in [None, Some(0x2_0000_0000)] {
+            window.place(address, refuse).unwrap_err();
+            assert!(window.placed, "the slot is there: it is tried again at the end");
+        }
+        window
+            .place(None, |_, address| {
+                assert_eq!(address, None, "only deleted");
+                Ok(())
+            })
+            .unwrap();
+        assert!(!window.placed);
     }
 }
