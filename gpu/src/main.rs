@@ -97,6 +97,14 @@ fn main() -> Result<()> {
         Choice::Auto | Choice::Virgl => 2048,
     });
     let bytes = memory.checked_mul(1 << 20).context("--max-memory: too big")?;
+    // First of all descriptors, and not for the render server: whoever has it is the VMM's back end.
+    let inherited = arguments
+        .fd
+        .map(|fd| {
+            sys::inherited_socket(fd)
+                .with_context(|| format!("--fd {fd}: not an inherited, connected Unix socket"))
+        })
+        .transpose()?;
     // Before the sandbox, which it would not get out of, and before any thread.
     let server = match arguments.vulkan {
         Vulkan::None => None,
@@ -118,11 +126,8 @@ fn main() -> Result<()> {
             shader_cache: arguments.shader_cache.clone(),
         },
     };
-    let front = match (arguments.fd, &arguments.socket_path) {
-        (Some(fd), _) => Some(
-            sys::inherited_socket(fd)
-                .with_context(|| format!("--fd {fd}: not an inherited, connected Unix socket"))?,
-        ),
+    let front = match (inherited, &arguments.socket_path) {
+        (Some(front), _) => Some(front),
         (None, Some(path)) => Some(accept(path)?),
         (None, None) => None,
     };

@@ -6,6 +6,7 @@
 
 use std::{
     ffi::OsString,
+    fs::File,
     io,
     os::{
         fd::{AsRawFd, OwnedFd},
@@ -103,14 +104,18 @@ fn become_server(
     max_memory: u64,
     socket: &OwnedFd,
 ) -> io::Error {
-    let prepare = || -> io::Result<()> {
+    let prepare = || -> io::Result<File> {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+        // This one, standard output and errors are all it gets, whatever else is open: above all not
+        // the VMM's socket, which may be drago-gpu's standard input.
+        sys::close_on_exec()?;
         rustix::io::fcntl_setfd(socket, FdFlags::empty())?;
-        Ok(())
+        File::open("/dev/null")
     };
-    if let Err(error) = prepare() {
-        return error;
-    }
+    let nothing = match prepare() {
+        Ok(nothing) => nothing,
+        Err(error) => return error,
+    };
     let (Some(program), rest) = (words.first(), words.get(1..).unwrap_or(&[])) else {
         return io::ErrorKind::NotFound.into();
     };
@@ -122,7 +127,7 @@ fn become_server(
     let arguments =
         arguments.chain(["--socket-fd".into(), OsString::from(socket.as_raw_fd().to_string())]);
     let mut command = Command::new(program);
-    command.args(arguments);
+    command.args(arguments).stdin(nothing);
     drop(Sandbox::enter(mode, needs, max_memory).close());
     command.exec()
 }

@@ -1,5 +1,5 @@
-//! The two things here that the safe crates cannot do.
-#![allow(unsafe_code)] // taking over a descriptor that another process left open for us; fork
+//! The three things here that the safe crates cannot do.
+#![allow(unsafe_code)] // taking over a descriptor that another process left open for us; fork; close_range
 
 use std::{
     io,
@@ -25,6 +25,29 @@ pub fn inherited_socket(fd: RawFd) -> io::Result<UnixStream> {
     }
     rustix::io::fcntl_setfd(&owned, rustix::io::FdFlags::CLOEXEC)?;
     Ok(UnixStream::from(owned))
+}
+
+/// Leaves a program that is executed from now on nothing but the standard streams: what is open now is
+/// closed then.
+pub fn close_on_exec() -> io::Result<()> {
+    let first = libc::STDERR_FILENO + 1;
+    // SAFETY: numbers only; no descriptor is closed or changes its owner, a flag of each is set.
+    let result = unsafe {
+        libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC)
+    };
+    if result == 0 {
+        return Ok(());
+    }
+    // Linux before 5.11.
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        let number = entry?.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok());
+        let Some(fd) = number.filter(|fd| *fd >= first) else { continue };
+        // SAFETY: as above.
+        if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// Where [`fork`] returned.

@@ -6,7 +6,13 @@
 
 mod support;
 
-use std::{collections::VecDeque, fs::File, os::fd::OwnedFd, os::unix::fs::FileExt, path::Path};
+use std::{
+    collections::VecDeque,
+    fs::{self, File},
+    os::{fd::OwnedFd, unix::fs::FileExt},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use gpu_protocol::{
     host_memory::{Map, Unmap},
@@ -264,9 +270,48 @@ fn nothing_is_left_behind() {
     assert!(family.len() >= 9, "a server, and a process for each context: {family:?}");
     drop(vulkan);
     // They end by themselves; how fast is the kernel's business.
-    while let Some(pid) = family.iter().find(|pid| is_running(**pid)) {
-        assert!(*pid > 0);
-        std::thread::yield_now();
+    wait_until("the processes' end", || family.iter().all(|pid| !is_running(*pid)));
+}
+
+/// The VMM's socket is drago-gpu's alone, and so is all the rest that it has open.
+#[test]
+fn the_server_inherits_its_own_socket_only() {
+    let Some(mut vulkan) = device() else { return };
+    let device = vulkan.front.child.id();
+    // Before there are contexts: their connections are the server's making, it hands out the ends.
+    let of_device = sockets(device);
+    assert_eq!(vulkan.front.create_context(1, VENUS), kind::OK_NODATA);
+    // What `--fd 0` names.
+    let front = fs::read_link(format!("/proc/{device}/fd/0")).unwrap();
+    assert!(front.to_string_lossy().starts_with("socket:"), "{}", front.display());
+    let family = descendants(device);
+    assert!(family.len() >= 2, "a server, and a process for the context: {family:?}");
+    assert!(of_device.contains(&front));
+    for pid in family {
+        let shared: Vec<_> =
+            sockets(pid).into_iter().filter(|socket| of_device.contains(socket)).collect();
+        assert!(shared.is_empty(), "{pid} has {shared:?} of the device");
+    }
+}
+
+/// The names of a process' open sockets, as in `socket:[123]`; without its standard output and errors,
+/// which the test's surroundings decide about.
+fn sockets(pid: u32) -> Vec<PathBuf> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    entries
+        .flatten()
+        .filter(|entry| !["1", "2"].iter().any(|stream| entry.file_name() == *stream))
+        .filter_map(|entry| fs::read_link(entry.path()).ok())
+        .filter(|name| name.to_string_lossy().starts_with("socket:"))
+        .collect()
+}
+
+/// Waits for what only takes the time that a busy machine takes.
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited two minutes for {what}");
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
@@ -282,9 +327,13 @@ fn the_servers_death_is_not_ours() {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
     }
     // Until the kernel has ended them they may take commands.
-    while vulkan.front.create_context(3, VENUS) == kind::OK_NODATA {
-        vulkan.front.destroy_context(3);
-    }
+    wait_until("a refusal", || {
+        let refused = vulkan.front.create_context(3, VENUS) != kind::OK_NODATA;
+        if !refused {
+            vulkan.front.destroy_context(3);
+        }
+        refused
+    });
     assert!(vulkan.create_blob(2, 1, PAGE, 0) >= kind::ERR_UNSPEC);
     let words = [ENUMERATE_INSTANCE_VERSION, 0, 1, 0];
     // Refused or ignored, but answered.
@@ -294,16 +343,38 @@ fn the_servers_death_is_not_ours() {
 }
 
 fn is_running(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
 }
 
 fn descendants(of: u32) -> Vec<u32> {
-    let children =
-        std::fs::read_to_string(format!("/proc/{of}/task/{of}/children")).unwrap_or_default();
+    let children = fs::read_to_string(format!("/proc/{of}/task/{of}/children")).unwrap_or_default();
     let children: Vec<u32> =
         children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
     children.iter().copied().chain(children.iter().flat_map(|child| descendants(*child))).collect()
+}
+
+/// A server that was taken over starts no other program, not even from the folders of libraries.
+#[test]
+fn the_server_executes_no_other_program() {
+    const OTHER: &str = "/usr/libexec/virgl_render_server";
+    if std::env::var_os("DRAGO_TEST_ROOT").is_some() || !Path::new(OTHER).is_file() {
+        println!("SKIPPED: no {OTHER} for this system's libraries");
+        return;
+    }
+    let program = Path::new(env!("CARGO_BIN_EXE_drago-gpu"));
+    let out = support::command(program)
+        .args(["--probe", "--renderer", "virgl", "--vulkan", "venus", "--sandbox", "log"])
+        .args(["--render-server", "/usr/bin/env", &format!("--render-server=-S{OTHER}")])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    if said.contains("Landlock (") {
+        println!("SKIPPED: this system refuses Landlock: {said}");
+        return;
+    }
+    assert!(!out.status.success());
+    assert!(said.contains("env: ") && said.contains("Permission denied"), "{said}");
 }
 
 /// What is wrong is said, and no machine starts without what was asked for.

@@ -15,12 +15,13 @@ use landlock::{
     Scope,
 };
 
-use super::{Needs, Sandbox};
+use super::{Needs, Sandbox, elf};
 
 /// Accesses this was written for; an older kernel restricts fewer of them.
 const KNOWN: ABI = ABI::V6;
 
-/// Libraries, their configuration and their data: read and mapped as code.
+/// Libraries, their configuration and their data. To read is to be able to map as code: Landlock's right
+/// to execute is for execve(2) only.
 const DRIVER_FILES: &[&str] = &[
     "/usr/lib",
     "/usr/lib32",
@@ -98,20 +99,23 @@ impl Rules {
             Needs::RenderServer { render_node, programs } => (render_node, &None, &programs[..]),
         };
         let read = AccessFs::ReadFile | AccessFs::ReadDir;
-        let load = read | AccessFs::Execute;
         let device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
         for path in DRIVER_FILES {
-            rules.add(Path::new(path), load);
+            rules.add(Path::new(path), read);
         }
         for variable in PATH_VARIABLES {
             for path in env::var_os(variable).iter().flat_map(env::split_paths) {
                 if path.is_absolute() && path.parent().is_some() {
-                    rules.add(&path, load);
+                    rules.add(&path, read);
                 }
             }
         }
         for path in programs {
-            rules.add(path, load);
+            let execute = AccessFs::ReadFile | AccessFs::Execute;
+            rules.add(path, execute);
+            if let Some(interpreter) = elf::interpreter(path) {
+                rules.add(&interpreter, execute);
+            }
         }
         for path in FACTS {
             rules.add(Path::new(path), read);

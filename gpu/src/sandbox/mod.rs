@@ -10,6 +10,7 @@
 //! Every layer is optional to the kernel: what it refuses is named in one line of the log, and the
 //! others stand.
 
+mod elf;
 mod landlock;
 mod limits;
 mod namespaces;

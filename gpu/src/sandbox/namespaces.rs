@@ -1,8 +1,10 @@
 //! Own namespaces (namespaces(7)): no network, nobody else's System V IPC, and for 2D no files.
 //!
 //! An unprivileged process gets them inside a user namespace of its own, where that is permitted; a
-//! privileged one (root in a chroot, where user namespaces are refused) also without. A PID namespace
-//! would only concern children, and there are none: the filter of system calls permits threads only.
+//! privileged one (root in a chroot, where user namespaces are refused) also without. There is
+//! no PID namespace: it would concern children only. drago-gpu makes none (the filter of system calls
+//! permits threads only) but the render server, before this; that one makes a process for each context,
+//! which are not in a PID namespace of their own.
 
 use std::{fs, io};
 

@@ -217,13 +217,13 @@ const NAMESPACES: u64 = (libc::CLONE_NEWNS
 /// The render server, beside what a driver needs: it is a program of its own and makes processes.
 #[rustfmt::skip]
 static SERVER: &[Row] = &[
-    allow(libc::SYS_execve, "the server itself; Landlock leaves nothing else to execute"),
+    allow(libc::SYS_execve, "the server itself; Landlock permits it and its dynamic loader only"),
     allow(libc::SYS_arch_prctl, "start of a program"),
     allow(libc::SYS_set_tid_address, "start of a program"),
     allow_if(libc::SYS_clone, 0, NAMESPACES, &[0], "a process for each context; no namespaces"),
     allow(libc::SYS_wait4, "ends of those"),
     allow(libc::SYS_waitid, "ends of those"),
-    allow(libc::SYS_kill, "the same; Landlock (Linux 6.12) keeps it to those"),
+    allow(libc::SYS_kill, "the same; Landlock keeps it to those, before Linux 6.12 nothing does"),
     allow(libc::SYS_signalfd4, "ends of those"),
     allow(libc::SYS_socketpair, "connections to them"),
 ];
