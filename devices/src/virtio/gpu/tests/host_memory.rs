@@ -1,6 +1,6 @@
 //! Memory of the host in the guest's shared memory region: Vulkan's, through the real render server.
 
-use std::sync::Arc;
+use std::{path::Path, process::Command, sync::Arc};
 
 use gpu_protocol::virtio::{
     ContextCreate, CreateBlob, CtrlHdr, FLAG_FENCE, FLAG_INFO_RING_IDX, MapBlob, ResourceCommand,
@@ -61,6 +61,19 @@ impl Rig {
     }
 }
 
+/// What drago-gpu says where the render server is missing, or does not work even without our sandbox.
+/// Any other error is the test's business.
+fn without_vulkan() -> Option<String> {
+    let own = std::env::current_exe().unwrap();
+    let program = own.parent().and_then(Path::parent).unwrap().join("drago-gpu");
+    let words = ["--probe", "--renderer", "virgl", "--vulkan", "venus", "--sandbox", "off"];
+    let out = Command::new(program).args(words).output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    let missing = ["there is no virgl_render_server", "no Vulkan: the render server does not work"];
+    let is_missing = !out.status.success() && missing.iter().any(|text| said.contains(text));
+    is_missing.then_some(said)
+}
+
 fn word(region: &SharedMemory, offset: u64) -> u32 {
     u32::from_le_bytes([0, 1, 2, 3].map(|byte| region.read(offset + byte)))
 }
@@ -75,8 +88,8 @@ fn the_guest_sees_memory_of_the_host_as_long_as_it_is_mapped() {
         restart: AT_ONCE,
         ..GpuConfig::default()
     };
-    if let Err(error) = super::super::device::build(&config) {
-        println!("SKIPPED: no Vulkan here: {error}");
+    if let Some(said) = without_vulkan() {
+        println!("SKIPPED: no Vulkan here: {said}");
         return;
     }
     let mut rig = Rig::with(BackEnd::Shared, config).unwrap();
@@ -96,7 +109,7 @@ fn the_guest_sees_memory_of_the_host_as_long_as_it_is_mapped() {
         let answer = [0, 4, 16].map(|at| word(&region, 2 * PAGE + at));
         assert_eq!(answer[..2], [137, 0], "the answer to the question, and success");
         assert!(answer[2] >= 1 << 22, "Vulkan {:#x}", answer[2]);
-        // The guest writes, the host reads: commands can be in that memory as well.
+        // Its neighbour is a resource of its own, which nobody has written to.
         assert_eq!(word(&region, 3 * PAGE), 0);
         match round {
             0 => {
