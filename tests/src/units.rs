@@ -178,13 +178,16 @@ impl Units {
     fn start_once(&self, name: &str) -> Result<()> {
         self.run(&format!(
             // Seldom: a look at the journal takes the emulated processors a second.
-            "systemctl start microvm@{name} & job=$!
+            "before=$(systemctl show --value -p InvocationID microvm@{name})
+            systemctl start microvm@{name} & job=$!
             while :; do
                 sleep 20 >/dev/null 2>&1 & nap=$!
                 wait -n $job $nap
                 code=$?
                 kill -0 $job 2>/dev/null || exit $code
                 id=$(systemctl show --value -p InvocationID microvm@{name})
+                # Until there is a new one, this is what an earlier start said.
+                [ \"$id\" != \"$before\" ] || continue
                 if journalctl -q -o cat -n 50 _SYSTEMD_INVOCATION_ID=$id | grep -E '{STUCK}'; then
                     kill $job
                     echo 'the guest is stuck'

@@ -179,7 +179,8 @@ impl VcpuThreads {
     }
 }
 
-/// `0F A2`; nobody puts prefixes in front of it.
+/// `0F A2`. It may have prefixes, which do nothing, so nobody puts any in front of it; a guest that did
+/// would go on in the middle of it.
 const CPUID_LENGTH: u64 = 2;
 
 /// Whether KVM has done a CPUID instruction but could not read it to go on behind it.
