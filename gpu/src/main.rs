@@ -13,7 +13,7 @@ use drago_gpu::{
     control::Limits,
     daemon,
     device::GpuDevice,
-    render_server,
+    render_server::{self, Servers},
     renderer::{
         FenceSink, Timeline,
         choice::{self, Choice},
@@ -112,7 +112,7 @@ fn main() -> Result<()> {
             anyhow::ensure!(renderer == Choice::Virgl, "--vulkan venus needs --renderer virgl");
             let words = render_server::find(arguments.render_server)?;
             let node = node.as_deref().ok();
-            Some(render_server::start(&words, arguments.sandbox, node, bytes)?)
+            Some(Servers::new(words, arguments.sandbox, node, bytes)?)
         }
     };
     if arguments.probe {

@@ -1,25 +1,30 @@
 //! virglrenderer's render server: Vulkan for the guest, in processes of its own.
 //!
 //! The library would start it by itself, but not from within our sandbox, and without one around the
-//! server. So it is started before, behind walls of its own kind (it makes a process for each
-//! context), and the library gets its end of the connection. It ends with that connection, and with us.
+//! server. So a process is forked off before, the keeper, which does nothing but start servers when it is
+//! asked to: one at first, another when the last one has died. Each gets walls of its own kind (it makes
+//! a process for each context), and the library gets our end of the connection. A server ends with that
+//! connection, with the keeper, and that one with us.
 
 use std::{
+    collections::VecDeque,
     ffi::OsString,
     fs::File,
     io,
     os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::process::CommandExt,
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::{net::UnixStream, process::CommandExt},
     },
     path::{Path, PathBuf},
     process::Command,
+    time::{Duration, Instant},
 };
 
+use host::socket_io;
 use rustix::{
     io::FdFlags,
-    net::{AddressFamily, SocketFlags, SocketType},
-    process::Signal,
+    net::{AddressFamily, RecvFlags, SocketFlags, SocketType},
+    process::{Signal, WaitOptions},
 };
 
 use crate::{
@@ -36,6 +41,15 @@ const PLACES: &[&str] = &[
 
 /// virglrenderer's own variable for the same purpose.
 const VARIABLE: &str = "RENDER_SERVER_EXEC_PATH";
+
+/// So many servers are started in this time, then none: one that a guest's commands crash would be
+/// started for ever.
+const STARTS: usize = 6;
+const STARTS_WITHIN: Duration = Duration::from_secs(60);
+
+/// How the keeper answers.
+const STARTED: u8 = 1;
+const FAILED: u8 = 0;
 
 /// Why there is no Vulkan.
 #[derive(Debug, thiserror::Error)]
@@ -68,28 +82,106 @@ pub fn find(named: Vec<PathBuf>) -> Result<Vec<PathBuf>, ServerError> {
     found.map(|path| vec![path]).ok_or(ServerError::Missing)
 }
 
-/// Starts the server and returns our end of the connection to it. To be called by the only thread
-/// there is. `words` are what [`find`] found; `max_memory` is what guests may have, in bytes.
-pub fn start(
-    words: &[PathBuf],
+/// Where connections to fresh servers come from.
+#[derive(Debug)]
+pub struct Servers {
+    keeper: UnixStream,
+    /// When the last ones were started.
+    starts: VecDeque<Instant>,
+}
+
+impl Servers {
+    /// Forks the keeper off. To be called by the only thread there is. `words` are what [`find`] found;
+    /// `max_memory` is what guests may have, in bytes.
+    pub fn new(
+        words: Vec<PathBuf>,
+        mode: Mode,
+        render_node: Option<&Path>,
+        max_memory: u64,
+    ) -> Result<Self, ServerError> {
+        let program = words.first().cloned().unwrap_or_default();
+        let failed = |source: io::Error| ServerError::Start { program: program.clone(), source };
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+        match sys::fork().map_err(failed)? {
+            Fork::Parent => Ok(Self { keeper: ours, starts: VecDeque::new() }),
+            Fork::Child => {
+                drop(ours);
+                let recipe = Recipe { words, mode, render_node, max_memory };
+                let code = match keep(&theirs, &recipe) {
+                    Ok(()) => 0,
+                    Err(error) => {
+                        tracing::error!(%error, "no render server can be started any more");
+                        1
+                    }
+                };
+                std::process::exit(code)
+            }
+        }
+    }
+
+    /// Starts a server; our end of the connection to it. What is wrong with it shows when it is used.
+    ///
+    /// # Errors
+    /// If the keeper is gone, could not do it, or has done it too often.
+    pub fn start(&mut self) -> io::Result<OwnedFd> {
+        let now = Instant::now();
+        self.starts.retain(|at| now.duration_since(*at) < STARTS_WITHIN);
+        if self.starts.len() >= STARTS {
+            return Err(io::Error::other("it was started too often within a minute"));
+        }
+        self.starts.push_back(now);
+        socket_io::send_all(&self.keeper, &[STARTED], &[])?;
+        let (mut answer, mut fds) = ([FAILED], VecDeque::new());
+        let count = socket_io::receive(&self.keeper, &mut answer, &mut fds, RecvFlags::empty())?;
+        match fds.pop_front() {
+            Some(fd) if count == 1 && answer == [STARTED] => Ok(fd),
+            _ => Err(io::Error::other("no process could be made for it, or who makes it is gone")),
+        }
+    }
+}
+
+/// How a server is started.
+struct Recipe<'a> {
+    words: Vec<PathBuf>,
     mode: Mode,
-    render_node: Option<&Path>,
+    render_node: Option<&'a Path>,
     max_memory: u64,
-) -> Result<OwnedFd, ServerError> {
-    let program = words.first().cloned().unwrap_or_default();
-    let failed = |source: io::Error| ServerError::Start { program: program.clone(), source };
+}
+
+/// The keeper's life, up to the end of the connection.
+fn keep(socket: &UnixStream, recipe: &Recipe<'_>) -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    rustix::thread::set_name(c"drago-servers")?;
+    // Above all not the VMM's socket: whoever has it is the VMM's back end.
+    sys::close_all_but(socket.as_fd())?;
+    let mut fds = VecDeque::new();
+    while socket_io::receive(socket, &mut [0], &mut fds, RecvFlags::empty())? == 1 {
+        // Those that ended before.
+        while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
+        match start(recipe) {
+            Ok(fd) => socket_io::send_all(socket, &[STARTED], &[fd.as_fd()])?,
+            Err(error) => {
+                tracing::error!(%error, "the render server cannot be started");
+                socket_io::send_all(socket, &[FAILED], &[])?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn start(recipe: &Recipe<'_>) -> io::Result<OwnedFd> {
     let (ours, theirs) = rustix::net::socketpair(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,
         SocketFlags::CLOEXEC,
         None,
-    )
-    .map_err(|error| failed(error.into()))?;
-    match sys::fork().map_err(failed)? {
+    )?;
+    match sys::fork()? {
         Fork::Parent => Ok(ours),
         Fork::Child => {
             drop(ours);
-            let error = become_server(words, mode, render_node, max_memory, &theirs);
+            let error = become_server(recipe, &theirs);
+            let program = recipe.words.first().cloned().unwrap_or_default();
             tracing::error!(%error, program = %program.display(), "the render server cannot be started");
             std::process::exit(1)
         }
@@ -97,17 +189,11 @@ pub fn start(
 }
 
 /// Only returns if that is not possible.
-fn become_server(
-    words: &[PathBuf],
-    mode: Mode,
-    render_node: Option<&Path>,
-    max_memory: u64,
-    socket: &OwnedFd,
-) -> io::Error {
+fn become_server(recipe: &Recipe<'_>, socket: &OwnedFd) -> io::Error {
+    let Recipe { words, mode, render_node, max_memory } = recipe;
     let prepare = || -> io::Result<File> {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-        // This one, standard output and errors are all it gets, whatever else is open: above all not
-        // the VMM's socket, which may be drago-gpu's standard input.
+        // This one, standard output and errors are all it gets: not the keeper's.
         sys::close_on_exec()?;
         rustix::io::fcntl_setfd(socket, FdFlags::empty())?;
         File::open("/dev/null")
@@ -121,14 +207,14 @@ fn become_server(
     };
     let needs = Needs::RenderServer {
         render_node: render_node.map(Path::to_path_buf),
-        programs: words.to_vec(),
+        programs: words.clone(),
     };
     let arguments = rest.iter().map(|word| word.clone().into_os_string());
     let arguments =
         arguments.chain(["--socket-fd".into(), OsString::from(socket.as_raw_fd().to_string())]);
     let mut command = Command::new(program);
     command.args(arguments).stdin(nothing);
-    drop(Sandbox::enter(mode, needs, max_memory).close());
+    drop(Sandbox::enter(*mode, needs, *max_memory).close());
     command.exec()
 }
 

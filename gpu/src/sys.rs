@@ -1,10 +1,10 @@
-//! The three things here that the safe crates cannot do.
-#![allow(unsafe_code)] // taking over a descriptor that another process left open for us; fork; close_range
+//! The few things here that the safe crates cannot do.
+#![allow(unsafe_code)] // taking over a descriptor that another process left open for us; fork; close_range; dup2
 
 use std::{
     io,
     os::{
-        fd::{FromRawFd, OwnedFd, RawFd},
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::net::UnixStream,
     },
 };
@@ -46,6 +46,30 @@ pub fn close_on_exec() -> io::Result<()> {
         if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
             return Err(io::Error::last_os_error());
         }
+    }
+    Ok(())
+}
+
+/// For a copy of this process made by [`fork`] that never returns to whom it was copied from: closes what
+/// it inherited, but for `kept`, standard output and standard errors. Standard input reads nothing.
+pub fn close_all_but(kept: BorrowedFd<'_>) -> io::Result<()> {
+    let nothing = std::fs::File::open("/dev/null")?;
+    let kept = kept.as_raw_fd();
+    if kept <= libc::STDERR_FILENO {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: whoever owns standard input is in frames of the stack that are not returned to.
+    if unsafe { libc::dup2(nothing.as_raw_fd(), libc::STDIN_FILENO) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    drop(nothing);
+    let numbers = std::fs::read_dir("/proc/self/fd")?
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<RawFd>().ok())
+        .filter(|fd| *fd > libc::STDERR_FILENO && *fd != kept)
+        .collect::<Vec<_>>();
+    for fd in numbers {
+        // SAFETY: the same; the folder's own descriptor is closed already, which does no harm.
+        unsafe { libc::close(fd) };
     }
     Ok(())
 }

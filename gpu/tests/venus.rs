@@ -176,7 +176,7 @@ fn a_driver_answers_into_shared_memory() {
     assert_eq!(vulkan.front.create_context(7, VENUS), kind::OK_NODATA);
     assert_eq!(vulkan.create_blob(1, 7, size, 0), kind::OK_NODATA);
     let (map, file) = vulkan.map(1, 3 * PAGE);
-    assert_eq!(map, Map { offset: 3 * PAGE, length: size, file_offset: 0 });
+    assert_eq!((map.offset, map.length, map.file_offset), (3 * PAGE, size, 0));
     assert_eq!(file.metadata().unwrap().len(), size);
 
     let stream = answers_to(1, size);
@@ -232,11 +232,12 @@ fn memory_is_mapped_once_and_taken_out_again() {
     }
     assert_eq!(vulkan.unmap(1), kind::ERR_UNSPEC, "not mapped");
     assert_eq!(vulkan.unmap(2), kind::ERR_INVALID_RESOURCE_ID);
-    vulkan.map(1, 0);
+    let (first, _) = vulkan.map(1, 0);
     let slot = vulkan.submit_map(1, PAGE);
     assert_eq!(vulkan.front.wait_for::<CtrlHdr>(0, slot).kind.get(), kind::ERR_UNSPEC, "twice");
     assert_eq!(vulkan.unmap(1), kind::OK_NODATA);
-    assert!(matches!(vulkan.asked(), Asked::Unmap(Unmap { offset: 0 })));
+    let Asked::Unmap(unmap) = vulkan.asked() else { panic!("not an UNMAP") };
+    assert_eq!(unmap, Unmap { offset: 0, mapping: first.mapping });
     // The front end may refuse; the guest hears of it, and may try elsewhere.
     let slot = vulkan.submit_map(1, PAGE);
     assert!(matches!(vulkan.asked(), Asked::Map(..)));
@@ -245,10 +246,12 @@ fn memory_is_mapped_once_and_taken_out_again() {
     let slot = vulkan.submit_map(1, PAGE + 1);
     let answer = vulkan.front.wait_for::<CtrlHdr>(0, slot).kind.get();
     assert_eq!(answer, kind::ERR_INVALID_PARAMETER);
-    vulkan.map(1, 2 * PAGE);
+    let (second, _) = vulkan.map(1, 2 * PAGE);
+    assert_ne!(first.mapping, second.mapping);
     // What is gone cannot be seen.
     assert_eq!(vulkan.front.about_resource(kind::RESOURCE_UNREF, 0, 1), kind::OK_NODATA);
-    assert!(matches!(vulkan.asked(), Asked::Unmap(Unmap { offset: 0x2000 })));
+    let Asked::Unmap(unmap) = vulkan.asked() else { panic!("not an UNMAP") };
+    assert_eq!(unmap, Unmap { offset: 2 * PAGE, mapping: second.mapping });
 }
 
 /// OpenGL's buffers are no files, so its contexts have no memory to show.
@@ -315,31 +318,86 @@ fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
-/// Vulkan is gone then, and all its users hear of it; OpenGL goes on.
+/// Its programs have to be started again; OpenGL does not notice.
 #[test]
-fn the_servers_death_is_not_ours() {
+fn another_server_follows_one_that_died() {
     let Some(mut vulkan) = device() else { return };
-    assert_eq!(vulkan.front.create_context(1, VENUS), kind::OK_NODATA);
     assert_eq!(vulkan.front.create_context(2, VIRGL2), kind::OK_NODATA);
-    assert_eq!(vulkan.create_blob(1, 1, PAGE, 0), kind::OK_NODATA);
-    for pid in descendants(vulkan.front.child.id()) {
-        let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    let device = vulkan.front.child.id();
+    for round in 0..3 {
+        let (old, new) = (10 + round, 20 + round);
+        assert_eq!(vulkan.front.create_context(old, VENUS), kind::OK_NODATA);
+        let blob = 100 + round;
+        assert_eq!(vulkan.create_blob(blob, old, PAGE, 0), kind::OK_NODATA);
+        let [keeper] = children(device)[..] else { panic!("one process beside the device") };
+        let servers = running_children(keeper);
+        let [server] = servers[..] else { panic!("one server: {servers:?}") };
+        let family = descendants(keeper);
+        assert!(family.len() >= 2, "a server, and a process for the context: {family:?}");
+        // In mid-life, or when it has just died.
+        kill(server);
+        if round > 0 {
+            family.iter().for_each(|pid| kill(*pid));
+            wait_until("their end", || family.iter().all(|pid| !is_running(*pid)));
+        }
+        wait_until("a new server", || {
+            let made = vulkan.front.create_context(new, VENUS) == kind::OK_NODATA;
+            let fresh = running_children(keeper).iter().any(|pid| *pid != server);
+            if made && !fresh {
+                vulkan.front.destroy_context(new);
+            }
+            made && fresh
+        });
+        if round > 0 {
+            let words = [ENUMERATE_INSTANCE_VERSION, 0, 1, 0];
+            // Refused or ignored, but answered.
+            vulkan.execute(old, &words);
+            assert!(vulkan.create_blob(50, old, PAGE, 0) >= kind::ERR_UNSPEC);
+        }
+        // What the guest does to the old one is nothing to the new one.
+        assert_eq!(vulkan.front.destroy_context(old), kind::OK_NODATA);
+        let size = PAGE;
+        assert_eq!(vulkan.create_blob(51, new, size, 0), kind::OK_NODATA);
+        let (_, file) = vulkan.map(51, 0);
+        let version = [vec![ENUMERATE_INSTANCE_VERSION, GENERATE_REPLY], wide(&[1])].concat();
+        let commands = [answers_to(51, size), version].concat();
+        assert_eq!(vulkan.execute(new, &commands), kind::OK_NODATA);
+        assert_eq!(words(&file, 2), [ENUMERATE_INSTANCE_VERSION, 0]);
+        assert_eq!(vulkan.front.about_resource(kind::RESOURCE_UNREF, 0, 51), kind::OK_NODATA);
+        assert!(matches!(vulkan.asked(), Asked::Unmap(_)));
+        assert_eq!(vulkan.front.destroy_context(new), kind::OK_NODATA);
     }
-    // Until the kernel has ended them they may take commands.
+    assert_eq!(vulkan.front.draw(2, &support::three_d::prologue()), kind::OK_NODATA);
+}
+
+/// Without the process that starts them there are no more servers, and OpenGL goes on. A guest cannot
+/// have servers started for ever either.
+#[test]
+fn no_server_follows_where_none_can() {
+    let Some(mut vulkan) = device() else { return };
+    assert_eq!(vulkan.front.create_context(2, VIRGL2), kind::OK_NODATA);
+    let mut deaths = 0;
     wait_until("a refusal", || {
+        let keeper = children(vulkan.front.child.id())[0];
+        let servers = running_children(keeper);
+        servers.iter().for_each(|pid| kill(*pid));
+        wait_until("its end", || servers.iter().all(|pid| !is_running(*pid)));
+        deaths += 1;
         let refused = vulkan.front.create_context(3, VENUS) != kind::OK_NODATA;
         if !refused {
             vulkan.front.destroy_context(3);
         }
         refused
     });
-    assert!(vulkan.create_blob(2, 1, PAGE, 0) >= kind::ERR_UNSPEC);
-    let words = [ENUMERATE_INSTANCE_VERSION, 0, 1, 0];
-    // Refused or ignored, but answered.
-    vulkan.execute(1, &words);
-    assert_eq!(vulkan.front.destroy_context(1), kind::OK_NODATA);
+    assert!((3..30).contains(&deaths), "{deaths}");
+    kill(children(vulkan.front.child.id())[0]);
+    assert!(vulkan.front.create_context(3, VENUS) != kind::OK_NODATA);
     assert_eq!(vulkan.front.draw(2, &support::three_d::prologue()), kind::OK_NODATA);
+}
+
+fn kill(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
 }
 
 fn is_running(pid: u32) -> bool {
@@ -347,10 +405,18 @@ fn is_running(pid: u32) -> bool {
     stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
 }
 
-fn descendants(of: u32) -> Vec<u32> {
+/// The processes that a process started, whichever of its threads did.
+fn children(of: u32) -> Vec<u32> {
     let children = fs::read_to_string(format!("/proc/{of}/task/{of}/children")).unwrap_or_default();
-    let children: Vec<u32> =
-        children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
+    children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+fn running_children(of: u32) -> Vec<u32> {
+    children(of).into_iter().filter(|pid| is_running(*pid)).collect()
+}
+
+fn descendants(of: u32) -> Vec<u32> {
+    let children = children(of);
     children.iter().copied().chain(children.iter().flat_map(|child| descendants(*child))).collect()
 }
 

@@ -28,9 +28,11 @@ pub struct Map {
     pub length: u64,
     /// Where in the file, in whole pages.
     pub file_offset: u64,
+    /// What the back end calls this mapping; it uses each number once.
+    pub mapping: u64,
 }
 
-/// Takes out of the region what was mapped at this place.
+/// Takes a mapping out of the region. Where another one is at its place by now, nothing happens.
 #[repr(C)]
 #[derive(
     Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
@@ -38,4 +40,6 @@ pub struct Map {
 pub struct Unmap {
     /// Where in the region.
     pub offset: u64,
+    /// Which mapping.
+    pub mapping: u64,
 }

@@ -559,8 +559,13 @@ mod tests {
             FromBackEnd::DmabufScanout { scanout: dmabuf, modifier: None },
             FromBackEnd::DmabufScanout { scanout: dmabuf, modifier: Some(77) },
             FromBackEnd::DmabufUpdate { scanout: 0, rect: Rect::of_size(5, 5) },
-            FromBackEnd::Map(Map { offset: 0x1000, length: 0x2000, file_offset: 0x3000 }),
-            FromBackEnd::Unmap(Unmap { offset: 0x1000 }),
+            FromBackEnd::Map(Map {
+                offset: 0x1000,
+                length: 0x2000,
+                file_offset: 0x3000,
+                mapping: 4,
+            }),
+            FromBackEnd::Unmap(Unmap { offset: 0x1000, mapping: 4 }),
             FromBackEnd::Frame(Frame {
                 scanout: 1,
                 generation: 2,

@@ -18,7 +18,7 @@ use vm_memory::{Bytes, VolatileSlice};
 use zerocopy::IntoBytes;
 
 use super::{
-    Control,
+    Control, Mapping,
     resources::{Kind, Resource},
 };
 use crate::{
@@ -133,7 +133,7 @@ impl Control {
     }
 
     /// Whether the guest may see this resource there.
-    pub(super) fn check_map(&self, id: u32, offset: u64) -> Result<(), Refusal> {
+    pub(super) fn check_map(&mut self, id: u32, offset: u64) -> Result<Mapping, Refusal> {
         let resource = self.resources.get(&id).ok_or(Refusal::InvalidResource)?;
         let Kind::Host { size, mapped } = resource.kind else {
             return Err(Refusal::InvalidResource);
@@ -143,27 +143,30 @@ impl Control {
         if mapped.is_some() || !has_region {
             return Err(Refusal::Unspecified);
         }
-        match offset.is_multiple_of(PAGE) && offset.checked_add(size).is_some() {
-            true => Ok(()),
-            false => Err(Refusal::InvalidParameter),
+        if !offset.is_multiple_of(PAGE) || offset.checked_add(size).is_none() {
+            return Err(Refusal::InvalidParameter);
         }
+        self.mappings += 1;
+        Ok(Mapping { resource: id, offset, number: self.mappings })
     }
 
     /// Asks the front end to show the resource there; on success its answer is to come.
-    pub fn send_map(&mut self, id: u32, offset: u64) -> Result<(), Refusal> {
+    pub fn send_map(&mut self, mapping: Mapping) -> Result<(), Refusal> {
+        let Mapping { resource: id, offset, number } = mapping;
         let resource = self.resources.get(&id).ok_or(Refusal::InvalidResource)?;
         let Kind::Host { size, .. } = resource.kind else {
             return Err(Refusal::InvalidResource);
         };
         let (fd, map_info) = self.renderer.export_blob(id)?;
         self.map_info = map_info;
-        let map = Map { offset, length: size, file_offset: 0 };
+        let map = Map { offset, length: size, file_offset: 0, mapping: number };
         self.link.send_with(&FromBackEnd::Map(map), fd);
         Ok(())
     }
 
     /// The answer to the guest, after the front end's.
-    pub fn mapped(&mut self, hdr: &CtrlHdr, id: u32, offset: u64, status: u32) -> Vec<u8> {
+    pub fn mapped(&mut self, hdr: &CtrlHdr, mapping: Mapping, status: u32) -> Vec<u8> {
+        let id = mapping.resource;
         if status != 0 {
             tracing::warn!(
                 resource = id,
@@ -174,7 +177,7 @@ impl Control {
         }
         if let Some(Resource { kind: Kind::Host { mapped, .. }, .. }) = self.resources.get_mut(&id)
         {
-            *mapped = Some(offset);
+            *mapped = Some(mapping);
         }
         let map_info = self.map_info.into();
         let answer =
@@ -182,9 +185,10 @@ impl Control {
         answer.as_bytes().to_vec()
     }
 
-    /// Nobody waits any more for what was shown there.
-    pub fn map_is_late(&self, offset: u64) {
-        self.link.send(&FromBackEnd::Unmap(Unmap { offset }));
+    /// Nobody waits any more for what is, or will be, shown there.
+    pub fn take_out(&self, mapping: Mapping) {
+        let Mapping { offset, number, .. } = mapping;
+        self.link.send(&FromBackEnd::Unmap(Unmap { offset, mapping: number }));
     }
 
     pub(super) fn unmap(&mut self, id: u32) -> Result<(), Refusal> {
@@ -192,15 +196,15 @@ impl Control {
         let Kind::Host { mapped, .. } = &mut resource.kind else {
             return Err(Refusal::InvalidResource);
         };
-        let offset = mapped.take().ok_or(Refusal::Unspecified)?;
-        self.link.send(&FromBackEnd::Unmap(Unmap { offset }));
+        let mapping = mapped.take().ok_or(Refusal::Unspecified)?;
+        self.take_out(mapping);
         Ok(())
     }
 
     /// A resource is about to go: the guest must not see its memory.
     pub(super) fn hide(&self, kind: &Kind) {
-        if let Kind::Host { mapped: Some(offset), .. } = *kind {
-            self.link.send(&FromBackEnd::Unmap(Unmap { offset }));
+        if let Kind::Host { mapped: Some(mapping), .. } = *kind {
+            self.take_out(mapping);
         }
     }
 

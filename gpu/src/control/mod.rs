@@ -56,8 +56,19 @@ pub enum Question {
     Edid(u32),
     /// GET_EDID that is answered here, from the display info the front end gives.
     EdidFromInfo(u32),
-    /// RESOURCE_MAP_BLOB: which resource, and where.
-    Map(u32, u64),
+    /// RESOURCE_MAP_BLOB.
+    Map(Mapping),
+}
+
+/// A resource's memory in the guest's shared memory region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mapping {
+    /// The resource.
+    pub resource: u32,
+    /// Where in the region.
+    pub offset: u64,
+    /// A number of its own.
+    pub number: u64,
 }
 
 /// What became of a command.
@@ -84,6 +95,8 @@ pub struct Control {
     features: Option<ProtocolFeatures>,
     /// How the memory is cached that is being mapped.
     map_info: u32,
+    /// Mappings so far.
+    mappings: u64,
     display: RespDisplayInfo,
     edids: HashMap<u32, Box<RespEdid>>,
 }
@@ -115,6 +128,7 @@ impl Control {
             link,
             features: None,
             map_info: 0,
+            mappings: 0,
             display: default_display(),
             edids: HashMap::new(),
         }
@@ -201,7 +215,7 @@ impl Control {
                 self.create_blob(resource, hdr.ctx_id.get(), &blob, entries, memory)
             }
             Ok(Command::MapBlob { resource, offset }) => match self.check_map(resource, offset) {
-                Ok(()) => return Outcome::Ask(Question::Map(resource, offset)),
+                Ok(mapping) => return Outcome::Ask(Question::Map(mapping)),
                 Err(refusal) => Err(refusal),
             },
             Ok(Command::UnmapBlob { resource }) => self.unmap(resource),

@@ -32,7 +32,7 @@ pub(super) enum Kind {
     /// Guest memory, mapped as it was when the blob was made.
     Blob { size: u64, memory: GuestMemory },
     /// Memory of the host, and where the guest sees it.
-    Host { size: u64, mapped: Option<u64> },
+    Host { size: u64, mapped: Option<super::Mapping> },
 }
 
 /// A resource.

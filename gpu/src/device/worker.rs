@@ -232,7 +232,9 @@ impl Worker {
                 let _ = reply.send(());
             }
             Job::Reset(reply) => {
-                self.paused = None;
+                if let Some(Question::Map(mapping)) = self.paused.take().map(|p| p.question) {
+                    self.control.take_out(mapping);
+                }
                 self.common.fences.stop();
                 self.ring = None;
                 self.more = false;
@@ -362,8 +364,8 @@ impl Worker {
 
     /// Sends a question unless the same one is already on its way.
     fn ask(&mut self, question: Question) -> Result<(), Refusal> {
-        if let Question::Map(resource, offset) = question {
-            self.control.send_map(resource, offset)?;
+        if let Question::Map(mapping) = question {
+            self.control.send_map(mapping)?;
             self.asked.push(question);
             return Ok(());
         }
@@ -387,6 +389,11 @@ impl Worker {
     fn resume(&mut self, question: Question, answer: Option<Vec<u8>>) {
         match self.paused.take() {
             Some(paused) if paused.question == question => {
+                if let (Question::Map(mapping), None) = (question, &answer) {
+                    // The guest hears of an error. Said now and not when the front end has answered:
+                    // by then the next driver may want the place.
+                    self.control.take_out(mapping);
+                }
                 let known = || self.control.answer_to(&paused.hdr, question);
                 let bytes = answer.unwrap_or_else(known);
                 let common = self.common.clone();
@@ -461,14 +468,10 @@ impl Worker {
         let Some(question) = self.answered(|question| matches!(question, Question::Map(..))) else {
             return;
         };
-        let Question::Map(resource, offset) = question else { return };
-        match self.paused.as_ref().filter(|paused| paused.question == question) {
-            Some(paused) => {
-                let answer = self.control.mapped(&paused.hdr, resource, offset, status);
-                self.resume(question, Some(answer));
-            }
-            None if status == 0 => self.control.map_is_late(offset),
-            None => {}
+        let Question::Map(mapping) = question else { return };
+        if let Some(paused) = self.paused.as_ref().filter(|paused| paused.question == question) {
+            let answer = self.control.mapped(&paused.hdr, mapping, status);
+            self.resume(question, Some(answer));
         }
     }
 }

@@ -1,7 +1,6 @@
 //! Which renderer a machine gets, and why not a better one.
 
 use std::{
-    os::fd::OwnedFd,
     path::{Path, PathBuf},
     str::FromStr,
     sync::Arc,
@@ -13,6 +12,7 @@ use super::{
     FenceSink, Renderer, Soft2d,
     virgl::{Virgl, VirglError},
 };
+use crate::render_server::Servers;
 
 /// What was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -88,21 +88,21 @@ pub fn settle(choice: Choice, node: Option<PathBuf>) -> (Choice, Result<PathBuf,
 }
 
 /// Makes the renderer that was [settled](settle), on the thread that will use it, and logs what it
-/// is. `server` is a connection to virglrenderer's render server, for Vulkan.
+/// is. `servers` starts virglrenderer's render server, for Vulkan.
 pub fn start(
     choice: Choice,
     node: Result<PathBuf, String>,
-    server: Option<OwnedFd>,
+    servers: Option<Servers>,
     sink: Arc<dyn FenceSink>,
 ) -> Result<Box<dyn Renderer>, VirglError> {
     let renderer: Box<dyn Renderer> = match (choice, node) {
         (Choice::TwoD, _) | (Choice::Auto, Err(_)) => Box::new(Soft2d::new()),
-        (Choice::Virgl, Ok(node)) => Box::new(Virgl::start(sink, Some(&node), server)?),
+        (Choice::Virgl, Ok(node)) => Box::new(Virgl::start(sink, Some(&node), servers)?),
         (Choice::Virgl, Err(reason)) => {
             tracing::warn!("{reason}: OpenGL is drawn by the host's CPUs");
-            Box::new(Virgl::start(sink, None, server)?)
+            Box::new(Virgl::start(sink, None, servers)?)
         }
-        (Choice::Auto, Ok(node)) => match Virgl::start(sink, Some(&node), server) {
+        (Choice::Auto, Ok(node)) => match Virgl::start(sink, Some(&node), servers) {
             Ok(virgl) if virgl.is_software() => {
                 tracing::info!("no 3D for the guest: {} draws without a GPU", virgl.describe());
                 drop(virgl);

@@ -169,7 +169,7 @@ fn gpu_process() -> Finding {
 
 /// Lets `drago-gpu` try what `--gpu virgl` would do.
 fn opengl() -> Finding {
-    let hint = "apt-get install libvirglrenderer1 libegl1 libgl1-mesa-dri (or your system's packages); \
+    let hint = "apt-get install libvirglrenderer1 libegl1 libopengl0 libgl1-mesa-dri (or your system's packages); \
                 without them the guest's desktop is drawn by its CPUs";
     renderer("opengl", &[], hint)
 }

@@ -152,6 +152,8 @@ pub(super) static OTHERS: &[Row] = &[
         0x127d,      // BLKSECDISCARD
         0x8008_1272, // BLKGETSIZE64
     ], "disks that are block devices"),
+    allow_if(libc::SYS_ioctl, 1, WORD, &[0x4008_6200 /* DMA_BUF_IOCTL_SYNC */],
+        "pictures of other GPU back ends"),
     allow_if(libc::SYS_ioctl, 1, WORD, &[
         libc::TCGETS, libc::TCSETS, libc::TCSETSW, libc::TCSETSF, libc::TIOCGWINSZ,
     ], "the terminal, put back at the end"),

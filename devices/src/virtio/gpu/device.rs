@@ -56,7 +56,7 @@ pub(super) fn build(config: &GpuConfig) -> Result<(VirtioGpu, GpuHandle), BuildE
         Some(_) => None,
         None => Some(Launcher::find(config)?),
     };
-    let mut offered = ProtocolFeatures::EDID;
+    let mut offered = ProtocolFeatures::EDID | ProtocolFeatures::DMABUF2;
     offered.set(ProtocolFeatures::SHM_FRAMES, config.shared_frames);
     let region = config.host_memory.map(SharedMemory::new).transpose().map_err(host)?;
     let display =

@@ -23,6 +23,7 @@ mod orphan;
 mod process;
 mod recovery;
 mod server;
+mod sys;
 #[cfg(test)]
 mod tests;
 mod vhost_user;

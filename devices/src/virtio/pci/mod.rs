@@ -67,6 +67,9 @@ pub struct VirtioPci {
     violations: AtomicU64,
 }
 
+/// Places of the shared memory that were refused and are logged.
+const MAX_REFUSALS: u32 = 10;
+
 struct State {
     config: ConfigSpace,
     /// Offset of the MSI-X capability.
@@ -76,6 +79,8 @@ struct State {
     mapped: Option<u64>,
     /// The shared memory region, and where the guest sees it.
     shared: Option<(Arc<SharedMemory>, Option<u64>)>,
+    /// How often that was refused.
+    shared_refusals: u32,
     /// Addresses whose writes signal a queue's eventfd without leaving the kernel.
     ioevents: Vec<(u64, usize)>,
     common: CommonConfig,
@@ -154,6 +159,7 @@ impl VirtioPci {
                 pci_cfg,
                 mapped: None,
                 shared,
+                shared_refusals: 0,
                 ioevents: Vec::new(),
                 common,
                 active: false,
@@ -311,7 +317,11 @@ impl VirtioPci {
             Ok(()) => *placed = wanted,
             Err(error) => {
                 *placed = None;
-                tracing::warn!(device = %self.device_type, %error, "the guest cannot see the shared memory");
+                // The guest can ask for that as often as it likes.
+                if state.shared_refusals < MAX_REFUSALS {
+                    state.shared_refusals += 1;
+                    tracing::warn!(device = %self.device_type, %error, "the guest cannot see the shared memory");
+                }
             }
         }
     }

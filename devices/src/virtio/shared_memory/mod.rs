@@ -3,7 +3,10 @@
 //!
 //! The whole window is one piece of this process' address space and one memory slot of the guest, so
 //! mapping costs no change of slots. Where nothing is mapped there is ordinary memory without
-//! contents: a driver that reads or writes there gets neither a fault nor anything of the host's.
+//! contents: a driver that reads or writes there gets neither a fault nor anything of the host's. (A
+//! fault would end the machine, and programs of the guest still look where a back end that died had
+//! mapped something.) What a guest writes there takes memory, like its RAM and up to the window's size,
+//! until something is mapped there or everything is taken out.
 
 mod sys;
 
@@ -148,10 +151,14 @@ impl SharedMemory {
         self.area.read(offset as usize)
     }
 
-    /// Takes out everything.
+    /// Takes out everything, what the guest wrote where nothing was mapped too.
     pub fn unmap_all(&self) {
-        for (offset, length) in std::mem::take(&mut *self.mapped()) {
+        let mut mapped = self.mapped();
+        for (offset, length) in std::mem::take(&mut *mapped) {
             self.clear(offset, length);
+        }
+        if let Err(error) = self.area.discard() {
+            tracing::warn!(%error, "what the guest wrote to its shared memory takes memory");
         }
     }
 
@@ -209,8 +216,11 @@ mod tests {
         one.read_exact_at(&mut byte, 0x1000).unwrap();
         assert_eq!(byte, [9]);
         window.map(0x4000, 0x1000, two.as_fd(), 0).unwrap();
+        window.area.write(0x9000, 8);
         window.unmap_all();
         assert_eq!(around.map(|at| seen(&window, at)), [0; 6]);
+        // Nor does what was written beside it take memory any more.
+        assert_eq!(seen(&window, 0x9000), 0);
     }
 
     #[test]

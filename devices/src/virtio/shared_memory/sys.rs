@@ -3,7 +3,9 @@
 
 use std::{ffi::c_void, io, os::fd::BorrowedFd, ptr::NonNull};
 
-use rustix::mm::{MapFlags, MremapFlags, ProtFlags, mmap, mmap_anonymous, mremap_fixed, munmap};
+use rustix::mm::{
+    Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mremap_fixed, munmap,
+};
 
 /// The area. Nothing in this process refers to its contents.
 #[derive(Debug)]
@@ -65,6 +67,13 @@ impl Area {
         // SAFETY: a new mapping at a place of the kernel's choice.
         let new = unsafe { mmap_anonymous(std::ptr::null_mut(), length, READ_WRITE, EMPTY) }?;
         self.replace(at, length, new)
+    }
+
+    /// Gives back the memory of the empty pages. Files that are shown keep what they have.
+    pub(super) fn discard(&self) -> io::Result<()> {
+        // SAFETY: pages of this area only, to which nothing in this process refers.
+        unsafe { madvise(self.start.as_ptr(), self.size, Advice::LinuxDontNeed) }?;
+        Ok(())
     }
 
     /// Moves the mapping `new` over the pages at `at`.

@@ -26,7 +26,7 @@ use vm_memory::{Bytes, VolatileSlice};
 pub use self::ffi::VirglError;
 use self::ffi::{CreateArgs, Instance, IoVecs, Part, Place};
 use super::{Capset, FenceSink, Layout, Renderer, Timeline};
-use crate::{GuestMemory, backing::Backing};
+use crate::{GuestMemory, backing::Backing, render_server::Servers};
 
 /// `PIPE_TEXTURE_2D`.
 const TARGET_2D: u32 = 2;
@@ -76,19 +76,19 @@ fn refusal(code: i32) -> Refusal {
 }
 
 impl Virgl {
-    /// Starts the library on this thread, on a render node or, with `None`, in software. With a
-    /// connection to its render server, guests get Vulkan too.
+    /// Starts the library on this thread, on a render node or, with `None`, in software. With
+    /// render servers, guests get Vulkan too.
     pub fn start(
         sink: Arc<dyn FenceSink>,
         node: Option<&Path>,
-        server: Option<OwnedFd>,
+        servers: Option<Servers>,
     ) -> Result<Self, VirglError> {
         let opened = match node {
             Some(path) => Some(ffi::open_node(path)?),
             None => None,
         };
-        let vulkan = server.is_some();
-        let mut instance = Instance::start(sink, opened, server)?;
+        let vulkan = servers.is_some();
+        let mut instance = Instance::start(sink, opened, servers)?;
         let mut capsets: Vec<Capset> = [capset::VIRGL, capset::VIRGL2]
             .into_iter()
             .map(|id| {

@@ -12,6 +12,10 @@ use libc::iovec;
 /// `libvirglrenderer`'s name for the dynamic linker.
 const SONAME: &CStr = c"libvirglrenderer.so.1";
 
+/// One of these must be there: where libepoxy, which it is linked with, finds neither when it is used, it
+/// ends the process. Debian's packages do not depend on them.
+const OPENGL: [&CStr; 2] = [c"libOpenGL.so.0", c"libGL.so.1"];
+
 /// Why the library cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum VirglError {
@@ -31,6 +35,12 @@ pub enum VirglError {
         /// Which function.
         symbol: &'static str,
     },
+    /// Nothing has OpenGL's functions.
+    #[error("neither libOpenGL.so.0 nor libGL.so.1 is there (Debian package libopengl0): {reason}")]
+    NoOpenGl {
+        /// What the dynamic linker says.
+        reason: String,
+    },
     /// The render node cannot be opened.
     #[error("{}: cannot be opened (is the user in the group `render`?)", path.display())]
     Node {
@@ -47,13 +57,16 @@ pub enum VirglError {
          does not work either"
     )]
     Vulkan,
+    /// No render server can be started.
+    #[error("no Vulkan: the render server does not start")]
+    Server(#[source] std::io::Error),
     /// It is in use already.
     #[error("libvirglrenderer can be used once in a process")]
     InUse,
     /// The library's own initialisation failed.
     #[error(
         "virgl_renderer_init failed with {code}: no OpenGL driver works here (Debian packages \
-         libegl1 and libgl1-mesa-dri)"
+         libegl1, libopengl0 and libgl1-mesa-dri)"
     )]
     Init {
         /// What it returned.
@@ -199,18 +212,11 @@ pub(super) struct Library(ptr::NonNull<c_void>);
 
 impl Library {
     pub(super) fn open() -> Result<Self, VirglError> {
-        // SAFETY: a valid string. The library's initialisers are trusted like the library.
-        let handle = unsafe { libc::dlopen(SONAME.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
-        ptr::NonNull::new(handle).map(Self).ok_or_else(|| {
-            // SAFETY: no preconditions.
-            let error = unsafe { libc::dlerror() };
-            let reason = match error.is_null() {
-                true => "unknown reason".to_owned(),
-                // SAFETY: not null: a string that stays until the next call of `dlerror`.
-                false => unsafe { CStr::from_ptr(error) }.to_string_lossy().into_owned(),
-            };
-            VirglError::Missing { reason }
-        })
+        let handle = load(SONAME).map_err(|reason| VirglError::Missing { reason })?;
+        load(OPENGL[0])
+            .or_else(|_| load(OPENGL[1]))
+            .map_err(|reason| VirglError::NoOpenGl { reason })?;
+        Ok(Self(handle))
     }
 
     fn symbol(&self, name: &str) -> Option<ptr::NonNull<c_void>> {
@@ -218,6 +224,21 @@ impl Library {
         // SAFETY: the library is open and the name is a string.
         ptr::NonNull::new(unsafe { libc::dlsym(self.0.as_ptr(), name.as_ptr()) })
     }
+}
+
+/// Opens a library for good.
+fn load(name: &CStr) -> Result<ptr::NonNull<c_void>, String> {
+    // SAFETY: a valid string. The library's initialisers are trusted like the library.
+    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+    ptr::NonNull::new(handle).ok_or_else(|| {
+        // SAFETY: no preconditions.
+        let error = unsafe { libc::dlerror() };
+        match error.is_null() {
+            true => "unknown reason".to_owned(),
+            // SAFETY: not null: a string that stays until the next call of `dlerror`.
+            false => unsafe { CStr::from_ptr(error) }.to_string_lossy().into_owned(),
+        }
+    })
 }
 
 /// Whether the library is there and new enough, without starting it.

@@ -6,6 +6,7 @@
 
 mod callbacks;
 mod library;
+mod server;
 
 use std::{
     ffi::c_int,
@@ -19,7 +20,7 @@ use std::{
     },
 };
 
-use gpu_protocol::virtio::Blob;
+use gpu_protocol::virtio::{Blob, capset};
 use libc::iovec;
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
@@ -31,8 +32,9 @@ pub(super) use self::{
 use self::{
     callbacks::{Cookie, get_drm_fd, get_server_fd, message, write_context_fence, write_fence},
     library::{BlobArgs, Callbacks, Functions, Library},
+    server::Connection,
 };
-use crate::{GuestMemory, backing::Backing, renderer::FenceSink};
+use crate::{GuestMemory, backing::Backing, render_server::Servers, renderer::FenceSink};
 
 const USE_EGL: c_int = 1 << 0;
 const THREAD_SYNC: c_int = 1 << 1;
@@ -99,6 +101,8 @@ pub(super) struct Instance {
     cookie: *mut Cookie,
     /// Negative where there is none.
     poll_fd: RawFd,
+    /// To the render server, for Vulkan.
+    server: Option<Connection>,
     _one_thread: PhantomData<*mut ()>,
 }
 
@@ -111,7 +115,7 @@ impl Instance {
     pub(super) fn start(
         sink: Arc<dyn FenceSink>,
         render_node: Option<OwnedFd>,
-        render_server: Option<OwnedFd>,
+        servers: Option<Servers>,
     ) -> Result<Self, VirglError> {
         static IN_USE: AtomicBool = AtomicBool::new(false);
         let functions = Functions::load(&Library::open()?)?;
@@ -124,13 +128,16 @@ impl Instance {
         }
         let mut flags =
             USE_EGL | USE_SURFACELESS | THREAD_SYNC | ASYNC_FENCE_CB | USE_EXTERNAL_BLOB;
-        if render_server.is_some() {
+        let (mut pending, mut end) = (None, None);
+        if let Some(servers) = servers {
             flags |= VENUS | RENDER_SERVER;
+            let (connection, its) = Connection::prepare(servers).map_err(VirglError::Server)?;
+            (pending, end) = (Some(connection), Some(its));
         }
         let cookie = Box::into_raw(Box::new(Cookie {
             sink,
             render_node: Mutex::new(render_node),
-            render_server: Mutex::new(render_server),
+            render_server: Mutex::new(end),
         }));
         let callbacks = Box::into_raw(Box::new(Callbacks {
             version: CALLBACKS_VERSION,
@@ -152,9 +159,17 @@ impl Instance {
                 _ => VirglError::Vulkan,
             });
         }
+        let server = match pending {
+            None => None,
+            Some(pending) => Some(pending.open().map_err(|error| match error.kind() {
+                // Nothing was said to it.
+                std::io::ErrorKind::WouldBlock => VirglError::Vulkan,
+                _ => VirglError::Server(error),
+            })?),
+        };
         // SAFETY: initialised, on this thread.
         let poll_fd = unsafe { (functions.get_poll_fd)() };
-        Ok(Self { functions, cookie, poll_fd, _one_thread: PhantomData })
+        Ok(Self { functions, cookie, poll_fd, server, _one_thread: PhantomData })
     }
 
     pub(super) fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
@@ -372,11 +387,24 @@ impl Instance {
         let length = name.len().min(64);
         buffer[..length].copy_from_slice(&name[..length]);
         let name = buffer.as_ptr().cast();
-        // SAFETY: initialised; the name ends with a zero.
-        let code =
-            unsafe { (self.functions.context_create)(context, capset & 0xff, length as u32, name) };
-        self.settle_context();
-        status(code)
+        // Once more where the server had died, or died of it.
+        for _ in 0..2 {
+            if capset == capset::VENUS
+                && let Some(server) = &mut self.server
+            {
+                server.ensure();
+            }
+            // SAFETY: initialised; the name ends with a zero.
+            let code = unsafe {
+                (self.functions.context_create)(context, capset & 0xff, length as u32, name)
+            };
+            self.settle_context();
+            let lost = self.server.as_ref().is_some_and(Connection::is_lost);
+            if code == 0 || capset != capset::VENUS || !lost {
+                return status(code);
+            }
+        }
+        Err(libc::EIO)
     }
 
     pub(super) fn destroy_context(&mut self, context: u32) {

@@ -1,0 +1,66 @@
+//! Messages to the back end, as far as its socket takes them.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use gpu_protocol::{
+    frames::{WANT_FULL, Want},
+    socket::{FromFrontEnd, ProtocolFeatures},
+};
+use host::socket_io;
+use rustix::net::SendFlags;
+
+use super::State;
+
+/// A message on its way.
+pub(super) struct Waiting {
+    bytes: Vec<u8>,
+    sent: usize,
+    fd: Option<OwnedFd>,
+}
+
+impl State {
+    pub(super) fn send(&mut self, message: &FromFrontEnd, fd: Option<OwnedFd>) {
+        if self.socket.is_none() {
+            return;
+        }
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        self.waiting.push_back(Waiting { bytes, sent: 0, fd });
+        self.flush();
+    }
+
+    pub(super) fn flush(&mut self) {
+        while let (Some(socket), Some(first)) = (&self.socket, self.waiting.front_mut()) {
+            let fd = first.fd.as_ref().filter(|_| first.sent == 0).map(AsFd::as_fd);
+            let rest = &first.bytes[first.sent..];
+            match socket_io::send(socket, rest, fd.as_slice(), SendFlags::DONTWAIT) {
+                Ok(count) => first.sent += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // The server sees the end of the connection when it reads.
+                Err(_) => {
+                    self.waiting.clear();
+                    return;
+                }
+            }
+            if first.sent == first.bytes.len() {
+                self.waiting.pop_front();
+            }
+        }
+    }
+
+    pub(super) fn has_shm(&self) -> bool {
+        self.features.is_some_and(|features| features.contains(ProtocolFeatures::SHM_FRAMES))
+    }
+
+    pub(super) fn send_want(&mut self, id: u32) {
+        let Some(scanout) = self.scanouts.get(id as usize) else { return };
+        if self.has_shm() {
+            let flags = if scanout.max_fps > 0 { WANT_FULL } else { 0 };
+            let want = Want { scanout: id, max_fps: scanout.max_fps, flags, reserved: 0 };
+            self.send(&FromFrontEnd::Want(want), None);
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! What the guest shows: the sizes of its pictures, and frames of them.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::OwnedFd,
+    sync::{Arc, PoisonError, RwLock, Weak},
+};
+
+use gpu_protocol::{
+    Rect,
+    format::BYTES_PER_PIXEL,
+    frames::{self, MAX_SIZE, ShmScanout},
+    socket::FromFrontEnd,
+};
+use rustix::fs::{MemfdFlags, SealFlags};
+
+use super::{Display, Event, State};
+use crate::virtio::gpu::frame::{Frame, Shadow, SlotMemory};
+
+/// Slots per scanout: one that is drawn, one on its way, one that is read.
+const SLOTS: u32 = 3;
+
+/// Largest picture that gets memory: 8K at 4 bytes per pixel, and half as much again.
+const MAX_PICTURE: u64 = 192 << 20;
+
+impl State {
+    pub(super) fn set_size(&mut self, id: u32, size: Option<(u32, u32)>) {
+        let shm = self.has_shm();
+        let Some(scanout) = self.scanouts.get_mut(id as usize) else { return };
+        // The picture of a new back end that takes over: nothing changes but the memory.
+        let taken_over = std::mem::take(&mut scanout.stale) && size.is_some();
+        let same = scanout.size == size;
+        if same && !taken_over {
+            return;
+        }
+        scanout.dmabuf = None;
+        scanout.size = size;
+        scanout.slots = None;
+        scanout.newest = None;
+        scanout.held = 0;
+        let old_shadow = scanout.shadow.take().filter(|_| same);
+        scanout.generation = scanout.generation.wrapping_add(1);
+        let generation = scanout.generation;
+        if !same {
+            self.events.push_back(Event::Scanout(id, size));
+        }
+        let Some((width, height)) = size else { return };
+        let bytes = u64::from(width) * u64::from(height) * u64::from(BYTES_PER_PIXEL);
+        if bytes > MAX_PICTURE || width > MAX_SIZE || height > MAX_SIZE {
+            tracing::error!(width, height, "the guest's picture is too large to be shown");
+            return;
+        }
+        if shm {
+            let made = ShmScanout::layout(id, generation, width, height, SLOTS)
+                .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))
+                .and_then(make_slots);
+            match made {
+                Ok((memory, fd)) => {
+                    let layout = *memory.layout();
+                    if let Some(scanout) = self.scanouts.get_mut(id as usize) {
+                        scanout.slots = Some(Arc::new(memory));
+                    }
+                    self.send(&FromFrontEnd::ShmScanout(layout), Some(fd));
+                }
+                Err(error) => tracing::error!(%error, "no memory for the guest's picture"),
+            }
+        } else if let Some(scanout) = self.scanouts.get_mut(id as usize) {
+            let shadow = old_shadow.unwrap_or_else(|| {
+                let pixels = RwLock::new(vec![0; bytes as usize]);
+                Arc::new(Shadow { pixels })
+            });
+            scanout.shadow = Some(shadow);
+            scanout.full = scanout.max_fps > 0;
+        }
+    }
+
+    pub(super) fn update(&mut self, id: u32, rect: Rect, pixels: &[u8]) {
+        let Some(scanout) = self.scanouts.get_mut(id as usize) else { return };
+        let (Some(shadow), Some((width, height))) = (&scanout.shadow, scanout.size) else { return };
+        if rect.is_empty() || !rect.fits(width, height) {
+            tracing::debug!(?rect, width, height, "an update outside its scanout is ignored");
+            return;
+        }
+        let row = rect.width as usize * BYTES_PER_PIXEL as usize;
+        let stride = width as usize * BYTES_PER_PIXEL as usize;
+        let first = rect.y as usize * stride + rect.x as usize * BYTES_PER_PIXEL as usize;
+        {
+            let mut target = shadow.pixels.write().unwrap_or_else(PoisonError::into_inner);
+            for (line, source) in pixels.chunks_exact(row).enumerate() {
+                let start = first + line * stride;
+                if let Some(target) = target.get_mut(start..start + row) {
+                    target.copy_from_slice(source);
+                }
+            }
+        }
+        if scanout.max_fps > 0 {
+            scanout.sequence += 1;
+            let damage = match std::mem::take(&mut scanout.full) {
+                true => Rect::of_size(width, height),
+                false => rect,
+            };
+            let frame = Frame::over_shadow(shadow.clone(), (width, height), scanout.sequence);
+            self.events.push_back(Event::Frame(id, frame, vec![damage]));
+        }
+    }
+
+    /// Makes the complete frames that were asked for and that no back end will send.
+    pub(super) fn full_frames(&mut self, owner: &Weak<Display>) {
+        let alive = self.socket.is_some();
+        for (id, scanout) in self.scanouts.iter_mut().enumerate() {
+            let Some((width, height)) = scanout.size.filter(|_| scanout.full) else { continue };
+            let frame = match (&scanout.shadow, &scanout.slots, scanout.newest) {
+                (Some(shadow), _, _) => {
+                    scanout.read_dmabuf(Rect::of_size(width, height));
+                    scanout.sequence += 1;
+                    Frame::over_shadow(shadow.clone(), (width, height), scanout.sequence)
+                }
+                (None, Some(memory), Some((slot, sequence))) if !alive => {
+                    Frame::in_slot(memory.clone(), slot, sequence, owner.clone())
+                }
+                _ => continue,
+            };
+            scanout.full = false;
+            let damage = vec![Rect::of_size(width, height)];
+            self.events.push_back(Event::Frame(id as u32, frame, damage));
+        }
+    }
+
+    pub(super) fn frame(&mut self, frame: &frames::Frame, owner: &Weak<Display>) {
+        let Some(scanout) = self.scanouts.get_mut(frame.scanout as usize) else { return };
+        let Some(memory) = scanout.slots.clone() else { return };
+        let layout = *memory.layout();
+        if frame.generation != layout.generation {
+            // Sent before the back end saw the memory for the new size.
+            return;
+        }
+        let bit = 1 << frame.slot.min(31);
+        if frame.slot >= layout.slots || scanout.held & bit != 0 {
+            tracing::debug!(slot = frame.slot, "a frame in a slot that is not the back end's");
+            return;
+        }
+        let surface = Rect::of_size(layout.width, layout.height);
+        let damage: Vec<Rect> = frame
+            .damage
+            .iter()
+            .map(|rect| rect.intersection(&surface))
+            .filter(|rect| !rect.is_empty())
+            .collect();
+        scanout.held |= bit;
+        let sequence = scanout.sequence_base.wrapping_add(frame.sequence);
+        scanout.sequence = sequence;
+        scanout.newest = Some((frame.slot, sequence));
+        let picture = Frame::in_slot(memory, frame.slot, sequence, owner.clone());
+        self.events.push_back(Event::Frame(frame.scanout, picture, damage));
+    }
+}
+
+/// Makes the memory for frames; the descriptor is for the back end.
+fn make_slots(layout: ShmScanout) -> io::Result<(SlotMemory, OwnedFd)> {
+    let size = layout.checked_size().ok_or(io::ErrorKind::InvalidInput)?;
+    let fd = rustix::fs::memfd_create(
+        "drago-gpu-frames",
+        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+    )?;
+    rustix::fs::ftruncate(&fd, size)?;
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    let memory = SlotMemory::map(layout, File::from(fd.try_clone()?))?;
+    Ok((memory, fd))
+}
