@@ -14,6 +14,17 @@ use crate::{paths, progress};
 pub(crate) const MIRROR: &str = "http://deb.debian.org/debian";
 pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
+/// What drago-gpu and virglrenderer's own servers draw with. (libepoxy, which virglrenderer is linked with,
+/// ends the process where it finds neither libOpenGL nor libGL, and does not depend on them.)
+const GRAPHICS: &[&str] = &[
+    "libvirglrenderer1",
+    "libegl1",
+    "libopengl0",
+    "libgl1-mesa-dri",
+    "virgl-server",
+    "mesa-vulkan-drivers",
+];
+
 /// A Debian release seen through a private apt folder.
 #[derive(Debug)]
 pub struct Release {
@@ -111,6 +122,14 @@ impl Release {
             std::fs::rename(&fresh, &root)?;
             Ok(root.clone())
         })
+    }
+
+    /// What drago-gpu draws with, OpenGL and Vulkan, unpacked into one folder.
+    ///
+    /// # Errors
+    /// If the mirror cannot be reached.
+    pub fn graphics(&self) -> Result<PathBuf> {
+        self.tree("drawing", GRAPHICS)
     }
 
     fn unpacked(&self, package: &str) -> Result<PathBuf> {

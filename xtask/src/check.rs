@@ -103,13 +103,9 @@ fn fast() -> Result<()> {
     step("OpenGL on Debian 13's libraries", newer_opengl)
 }
 
-/// What drago-gpu draws with on Debian 13, for the tests to run on it whatever this machine has.
-const GRAPHICS: &[&str] =
-    &["libvirglrenderer1", "libegl1", "libgl1-mesa-dri", "virgl-server", "mesa-vulkan-drivers"];
-
 /// The same pictures as in the step before, with virglrenderer 1.1 and Mesa 25; Vulkan on lavapipe.
 fn newer_opengl() -> Result<()> {
-    let root = Release::open("trixie")?.tree("vulkan", GRAPHICS)?;
+    let root = Release::open("trixie")?.graphics()?;
     let status = prepared(paths::cargo())
         .args(["test", "--quiet", "-p", "drago-gpu", "--test", "virgl", "--test", "venus"])
         .env("DRAGO_TEST_ROOT", &root)

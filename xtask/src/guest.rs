@@ -20,6 +20,8 @@ pub(crate) enum Kind {
     Weston,
     /// Debian with GNOME
     Gnome,
+    /// Debian with programs that draw
+    Graphics,
     /// Debian in the shape that microvm.nix gives to NixOS; its disk is read-only
     Nixos,
 }
@@ -30,6 +32,7 @@ impl Kind {
             Self::Minimal => Guest::minimal(),
             Self::Weston => Guest::desktop(Desktop::Weston),
             Self::Gnome => Guest::desktop(Desktop::Gnome),
+            Self::Graphics => Guest::desktop(Desktop::Graphics),
             Self::Nixos => Guest::nixos(),
         }
     }

@@ -58,6 +58,7 @@ const TESTS: &[Need] = &[
     ("fonts-dejavu-core", "text on pictures that the tests draw"),
     ("libvirglrenderer1", "OpenGL for guests, in drago-gpu's tests"),
     ("libegl1", "OpenGL without a screen for it"),
+    ("libopengl0", "OpenGL's functions, which libvirglrenderer looks for"),
     ("libgl1-mesa-dri", "draws it in software"),
     ("virgl-server", "virglrenderer's render server: Vulkan for guests, in drago-gpu's tests"),
     ("glmark2-es2-x11", "draws through the vtest bridge: Mesa as the guest's driver"),

@@ -24,6 +24,8 @@ pub enum Desktop {
     Weston,
     /// GNOME Shell.
     Gnome,
+    /// The weston guest with programs that draw; the desktop is not started.
+    Graphics,
 }
 
 impl Desktop {
@@ -32,6 +34,7 @@ impl Desktop {
         match self {
             Self::Weston => "weston",
             Self::Gnome => "gnome",
+            Self::Graphics => "graphics",
         }
     }
 
@@ -39,6 +42,7 @@ impl Desktop {
         match self {
             Self::Weston => 2048,
             Self::Gnome => 4096,
+            Self::Graphics => 3072,
         }
     }
 
@@ -46,15 +50,26 @@ impl Desktop {
         match self {
             Self::Weston => 1024,
             Self::Gnome => 3072,
+            Self::Graphics => 1536,
+        }
+    }
+
+    /// The recipes it is made by, in order.
+    fn recipes(self) -> &'static [&'static str] {
+        match self {
+            Self::Weston => &["common", "weston"],
+            Self::Gnome => &["common", "gnome"],
+            Self::Graphics => &["common", "weston", "graphics"],
         }
     }
 }
 
 pub(crate) fn guest(desktop: Desktop) -> Result<Guest> {
     let name = desktop.name();
-    let recipes = paths::resources().join("guests");
-    let (common, own) = (recipes.join("common"), recipes.join(name));
-    let digest = debian::digest(&format!("{}{}", recipe_text(&common)?, recipe_text(&own)?));
+    let folder = paths::resources().join("guests");
+    let recipes: Vec<PathBuf> = desktop.recipes().iter().map(|name| folder.join(name)).collect();
+    let texts = recipes.iter().map(|recipe| recipe_text(recipe)).collect::<Result<Vec<_>>>()?;
+    let digest = debian::digest(&texts.concat());
     let cache = paths::cache("guests")?;
     let lock = File::create(cache.join(format!("{name}.lock")))?;
     lock.lock()?;
@@ -65,7 +80,7 @@ pub(crate) fn guest(desktop: Desktop) -> Result<Guest> {
                 "making the {name} guest from Debian packages (some minutes; log: {})",
                 log(&cache, name).display()
             ),
-            || build(desktop, &[&common, &own], &cache, &dir),
+            || build(desktop, &recipes, &cache, &dir),
         )?;
         forget_older(&cache, name, &dir)?;
     }
@@ -87,7 +102,7 @@ fn log(cache: &Path, name: &str) -> PathBuf {
     cache.join(format!("{name}.log"))
 }
 
-fn build(desktop: Desktop, recipes: &[&Path], cache: &Path, dir: &Path) -> Result<()> {
+fn build(desktop: Desktop, recipes: &[PathBuf], cache: &Path, dir: &Path) -> Result<()> {
     let work = tempfile::tempdir_in(cache)?;
     let out = work.path();
     // mmdebstrap may work as another (subordinate) user.
@@ -119,6 +134,10 @@ fn build(desktop: Desktop, recipes: &[&Path], cache: &Path, dir: &Path) -> Resul
         .arg("--dpkgopt=path-exclude=/usr/share/locale/*")
         .arg(format!("--include={}", packages.join(",")));
     for recipe in recipes {
+        let options = recipe.join("dpkg.cfg");
+        if options.is_file() {
+            mmdebstrap.arg(format!("--dpkgopt={}", options.display()));
+        }
         let files = recipe.join("files");
         if files.is_dir() {
             mmdebstrap.arg(format!("--customize-hook=sync-in '{}' /", files.display()));
