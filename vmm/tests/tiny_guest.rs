@@ -403,6 +403,42 @@ fn a_signal_ends_the_wait_for_virtiofsd() {
     assert!(guest.child.wait().unwrap().success());
 }
 
+/// A virtiofsd that loses its machine ends: what is shared is to be there until the last write to a disk.
+#[test]
+fn virtiofsd_is_left_last() {
+    if no_kvm("virtiofsd_is_left_last") {
+        return;
+    }
+    let image = elf(&[code::print("up\n"), code::HALT.to_vec()].concat(), false);
+    let mut guest = Guest::start(&image, &["--fs", "tag=t,socket=fs"]);
+    let control = guest.control();
+    let listener = std::os::unix::net::UnixListener::bind(guest.folder.path().join("fs")).unwrap();
+    let virtiofsd = thread::spawn(move || {
+        const GET_FEATURES: u32 = 1;
+        let (mut machine, _) = listener.accept().unwrap();
+        let mut header = [0; 12];
+        while machine.read_exact(&mut header).is_ok() {
+            let [request, _, size] = [0, 4, 8]
+                .map(|at| u32::from_le_bytes(std::array::from_fn(|byte| header[at + byte])));
+            machine.read_exact(&mut vec![0; size as usize]).unwrap();
+            if request == GET_FEATURES {
+                // VIRTIO_F_VERSION_1 and no protocol features, so that nothing else wants an answer.
+                let answer = [1_u32, 5, 8].map(u32::to_le_bytes).concat();
+                machine
+                    .write_all(&[answer, (1_u64 << 32).to_le_bytes().to_vec()].concat())
+                    .unwrap();
+            }
+        }
+        control.exists()
+    });
+    guest.wait_for("up\n");
+    assert!(guest.control().exists());
+    guest.signal(rustix::process::Signal::TERM);
+    assert!(!virtiofsd.join().unwrap(), "virtiofsd was left before the control socket was gone");
+    let (status, _, errors) = guest.end();
+    assert!(status.success(), "{errors}");
+}
+
 /// Name, number of filters of each thread of a process.
 fn filters(pid: u32) -> Vec<(String, u32)> {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
