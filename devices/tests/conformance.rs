@@ -11,7 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use devices::virtio::{VirtioDevice, registry::MODULES};
+use devices::virtio::{
+    VirtioDevice,
+    registry::{DeviceModule, MODULES},
+};
 use harness::{
     ACKNOWLEDGE, BUFFERS, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, DRIVER, DRIVER_OK, EVENT_IDX,
     FEATURES_OK, Guest, GuestQueue, HIGH_START, INDIRECT_DESC, LOW_MEMORY, Machine, NEEDS_RESET,
@@ -19,26 +22,26 @@ use harness::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
-/// Device types whose queues are served by another process or by the kernel, which have their own
-/// ways to complain about a broken ring: GPU, sockets and file system.
-const SERVED_ELSEWHERE: [u16; 3] = [16, 19, 26];
-
-fn sample(option: &str) -> Box<dyn VirtioDevice> {
-    let module = MODULES.iter().find(|module| module.option == option).unwrap();
-    (module.sample)().unwrap_or_else(|error| panic!("--{option}: {error}")).device
+fn sample(module: &DeviceModule) -> Box<dyn VirtioDevice> {
+    (module.sample)().unwrap_or_else(|error| panic!("--{}: {error}", module.option)).device
 }
 
 /// Runs `check` for every registered device, each in a machine of its own. A check that does not
 /// come back is reported with the device's name instead of hanging the suite.
 fn for_every_device(check: fn(&Machine, Guest<'_>)) {
+    for_every_module(move |_, machine, guest| check(machine, guest));
+}
+
+/// The same for a check that wants to know what the registry says of the device.
+fn for_every_module(check: impl Fn(&DeviceModule, &Machine, Guest<'_>) + Copy + Send + 'static) {
     for module in MODULES {
         let option = module.option;
         println!("device: {option}");
         let (done, finished) = mpsc::channel();
         let worker = thread::spawn(move || {
             let machine = Machine::new();
-            let guest = machine.add(sample(option));
-            check(&machine, guest);
+            let guest = machine.add(sample(module));
+            check(module, &machine, guest);
             let _ = done.send(());
         });
         match finished.recv_timeout(Duration::from_secs(60)) {
@@ -501,10 +504,10 @@ fn chains_that_break_the_rules_harm_nobody() {
 
 #[test]
 fn an_impossible_available_index_needs_a_reset() {
-    for_every_device(|_, guest| {
+    for_every_module(|module, _, guest| {
         guest.set_decoding(true);
         let mut seen = false;
-        let elsewhere = SERVED_ELSEWHERE.contains(&(guest.config(0x02, 2) as u16 - 0x1040));
+        let elsewhere = module.served_elsewhere;
         // Some queue must notice; which ones have no reason to look is the device's business. So each
         // gets a moment, and if that was too short on a busy machine each gets all the time it wants.
         let patience = Duration::from_millis(PATIENCE_MS as u64);
@@ -642,7 +645,7 @@ fn registers_can_move_while_the_device_is_active() {
 #[test]
 fn a_function_displaced_by_another_returns_when_it_can() {
     for_every_device(|machine, mut guest| {
-        let mut other = machine.add(sample("rng"));
+        let mut other = machine.add(sample(MODULES[0]));
         guest.set_decoding(true);
         let (home, away) = (guest.bar, other.bar);
         guest.set_status(ACKNOWLEDGE);

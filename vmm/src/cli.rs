@@ -5,7 +5,7 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use devices::{
     spec::{Spec, SpecError},
-    virtio::registry::{Count, DeviceConfig, MODULES},
+    virtio::registry::{Count, DeviceConfig, MODULES, Machines},
 };
 
 use crate::{
@@ -241,28 +241,6 @@ fn mebibytes(text: &str) -> Result<u64, String> {
     })
 }
 
-/// With which machines a device comes by itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum With {
-    All,
-    /// Those with `--spice` or `--vnc`.
-    Viewers,
-    /// Those with `--spice`.
-    Spice,
-}
-
-/// Devices a machine gets unless the option is given: option, value, which machines.
-const DEFAULTS: [(&str, &str, With); 7] = [
-    // Without it a guest without RDRAND waits for entropy for minutes.
-    ("rng", "", With::All),
-    ("gpu", "", With::Viewers),
-    ("input", "keyboard", With::Viewers),
-    ("input", "tablet", With::Viewers),
-    ("input", "mouse", With::Viewers),
-    ("console", "vdagent=on", With::Viewers),
-    ("sound", "on", With::Spice),
-];
-
 fn command() -> clap::Command {
     let mut command = Cli::command().next_help_heading("Devices");
     for module in MODULES {
@@ -320,10 +298,10 @@ fn machine(args: MachineArgs, matches: &ArgMatches) -> Result<VmConfig, CliError
         Some(text) => Some(VncConfig::parse(Spec::parse("vnc", text)?)?),
         None => None,
     };
-    let with = match (&spice, &vnc) {
-        (Some(_), _) => With::Spice,
-        (None, Some(_)) => With::Viewers,
-        (None, None) => With::All,
+    let kind = match (&spice, &vnc) {
+        (Some(_), _) => Machines::Heard,
+        (None, Some(_)) => Machines::Viewed,
+        (None, None) => Machines::All,
     };
     Ok(VmConfig {
         name: args.name,
@@ -341,7 +319,7 @@ fn machine(args: MachineArgs, matches: &ArgMatches) -> Result<VmConfig, CliError
         credentials: args.credential,
         panic_exit_code: args.panic_exit_code,
         sandbox: args.sandbox,
-        devices: devices(matches, with)?,
+        devices: devices(matches, kind)?,
         spice,
         web,
         vnc,
@@ -351,7 +329,7 @@ fn machine(args: MachineArgs, matches: &ArgMatches) -> Result<VmConfig, CliError
 type Devices = Vec<(&'static str, Box<dyn DeviceConfig>)>;
 
 /// The devices in registry order, those of one option in command line order.
-fn devices(matches: &ArgMatches, machine: With) -> Result<Devices, CliError> {
+fn devices(matches: &ArgMatches, kind: Machines) -> Result<Devices, CliError> {
     let mut devices = Devices::new();
     for module in MODULES {
         let mut values: Vec<&str> = matches
@@ -363,14 +341,10 @@ fn devices(matches: &ArgMatches, machine: With) -> Result<Devices, CliError> {
             values = values.split_off(values.len().saturating_sub(1));
         }
         if values.is_empty() {
-            values.extend(
-                DEFAULTS
-                    .iter()
-                    .filter(|(option, _, with)| *option == module.option && *with <= machine)
-                    .map(|(_, value, _)| *value),
-            );
+            let presets = module.presets.iter().filter(|preset| preset.on <= kind);
+            values.extend(presets.map(|preset| preset.value));
         }
-        if module.option == "sound" {
+        if module.can_be_off {
             values.retain(|value| *value != "off");
         }
         for value in values {

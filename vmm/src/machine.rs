@@ -192,7 +192,7 @@ impl Machine {
         mmio.insert(layout::ECAM.start, layout::ECAM.end - layout::ECAM.start, pci.ecam())?;
         let shared: Arc<dyn VmServices> = Arc::new(services);
         let mut handles = Handles::default();
-        let folders = config.devices.iter().any(|(option, _)| *option == "fs");
+        let connecting = config.devices.iter().any(|(_, device)| device.connects_later());
         for (option, mut device) in config.devices {
             device.set_sandbox(config.sandbox.name());
             let built = device.build()?;
@@ -242,7 +242,7 @@ impl Machine {
             _ => None,
         };
         // All files are open and all programs run: from here on less will do.
-        let filter = seccomp::close(config.sandbox, folders);
+        let filter = seccomp::close(config.sandbox, connecting);
         let processors = VcpuThreads::start(
             processors,
             &ports,

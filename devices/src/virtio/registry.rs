@@ -1,7 +1,8 @@
 //! The registry of virtio devices.
 //!
 //! Each device folder exports one [`DeviceModule`]; the command line, the machine builder and the
-//! conformance test all walk [`MODULES`] and know no device by name.
+//! conformance test all walk [`MODULES`] and know no device by name; the VMM knows those that it talks
+//! to at run time by the type of their handle.
 
 use std::{any::Any, fmt, io};
 
@@ -41,6 +42,26 @@ pub enum Count {
     Many,
 }
 
+/// Machines by what is connected with them; each kind includes those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Machines {
+    /// Every machine.
+    All,
+    /// Those whose display is served to viewers.
+    Viewed,
+    /// Those whose viewers also hear and speak.
+    Heard,
+}
+
+/// A device that is there without being asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Preset {
+    /// The value that the option would have.
+    pub value: &'static str,
+    /// On which machines.
+    pub on: Machines,
+}
+
 /// A device's configuration after parsing: complete, checked against itself, nothing opened yet.
 pub trait DeviceConfig: fmt::Debug + Send {
     /// Opens host resources and makes the device.
@@ -48,6 +69,12 @@ pub trait DeviceConfig: fmt::Debug + Send {
 
     /// Sets the sandbox (`on`, `off`, `log`) of a program of ours that the device starts.
     fn set_sandbox(&mut self, _mode: &'static str) {}
+
+    /// Whether the device connects with a socket again when the guest is running already, which
+    /// the sandbox must leave possible.
+    fn connects_later(&self) -> bool {
+        false
+    }
 }
 
 /// A device and, where the VMM talks to it at run time, the handle to do so.
@@ -78,6 +105,13 @@ pub struct DeviceModule {
     pub help: &'static str,
     /// How often it may be given.
     pub count: Count,
+    /// What there is unless the option is given.
+    pub presets: &'static [Preset],
+    /// Whether the value `off` means that there is none.
+    pub can_be_off: bool,
+    /// Whether the queues are served by another process or by the kernel, which have their own ways
+    /// to complain about a broken ring.
+    pub served_elsewhere: bool,
     /// Parses and validates one value of the flag.
     pub parse: fn(Spec) -> Result<Box<dyn DeviceConfig>, SpecError>,
     /// A working instance for the conformance test, made without any option.

@@ -78,8 +78,9 @@ impl VcpuFilter {
 }
 
 /// Closes the sandbox of the whole process. To be called when all that needs files and other
-/// programs is there, before the guest runs. `folders`: whether the guest has shared folders.
-pub fn close(mode: Mode, folders: bool) -> VcpuFilter {
+/// programs is there, before the guest runs. `connecting`: whether a device connects
+/// with its socket again later.
+pub fn close(mode: Mode, connecting: bool) -> VcpuFilter {
     let violation = match mode {
         Mode::Off => {
             tracing::warn!("no filter of system calls: --sandbox off");
@@ -88,7 +89,7 @@ pub fn close(mode: Mode, folders: bool) -> VcpuFilter {
         Mode::On => Violation::Kill,
         Mode::Log => Violation::Log,
     };
-    match try_close(violation, folders) {
+    match try_close(violation, connecting) {
         Ok(filter) => VcpuFilter(Some(filter)),
         Err(error) => {
             tracing::warn!(
@@ -100,19 +101,19 @@ pub fn close(mode: Mode, folders: bool) -> VcpuFilter {
     }
 }
 
-fn try_close(violation: Violation, folders: bool) -> Result<Filter, Box<dyn std::error::Error>> {
+fn try_close(violation: Violation, connecting: bool) -> Result<Filter, Box<dyn std::error::Error>> {
     threads::start_nursery()?;
     launcher::seal()?;
-    let process = process_filter(violation, folders)?;
+    let process = process_filter(violation, connecting)?;
     let vcpu = Filter::new(&[tables::RUNTIME, tables::VCPU], violation)?;
     process.install(Scope::Process)?;
     tracing::debug!(?process, ?vcpu, "sandbox closed");
     Ok(vcpu)
 }
 
-fn process_filter(violation: Violation, folders: bool) -> Result<Filter, Error> {
-    let folders = if folders { tables::FOLDERS } else { &[] };
-    Filter::new(&[tables::RUNTIME, tables::VCPU, tables::OTHERS, folders], violation)
+fn process_filter(violation: Violation, connecting: bool) -> Result<Filter, Error> {
+    let connecting = if connecting { tables::CONNECTING } else { &[] };
+    Filter::new(&[tables::RUNTIME, tables::VCPU, tables::OTHERS, connecting], violation)
 }
 
 #[cfg(test)]

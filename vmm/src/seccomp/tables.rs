@@ -175,9 +175,10 @@ pub(super) static OTHERS: &[Row] = &[
     allow(libc::SYS_getrusage, "measurements"),
 ];
 
-/// With `--fs` only: who can connect to a path can talk to other services of the user.
+/// With devices that connect again later (`--fs`) only: who can connect to a path can talk to other
+/// services of the user.
 #[rustfmt::skip]
-pub(super) static FOLDERS: &[Row] = &[
+pub(super) static CONNECTING: &[Row] = &[
     allow_if(libc::SYS_socket, 0, WORD, &[libc::AF_UNIX as u64], "virtiofsd, started again"),
     allow(libc::SYS_connect, "the same; only Unix sockets can be made"),
 ];

@@ -29,6 +29,9 @@ pub static MODULE: DeviceModule = DeviceModule {
     value_name: "[size=MIB][,deflate-on-oom=on|off]",
     help: "memory balloon: takes MIB of guest memory at first; reports free pages to the host",
     count: Count::One,
+    presets: &[],
+    can_be_off: false,
+    served_elsewhere: false,
     parse: BalloonConfig::parse,
     sample: BalloonConfig::sample,
 };

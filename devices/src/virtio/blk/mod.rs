@@ -42,6 +42,9 @@ pub static MODULE: DeviceModule = DeviceModule {
     value_name: "path=FILE[,ro=on][,direct=on][,serial=TEXT][,id=NAME][,format=raw]",
     help: "a disk: a raw image file or a block device; /dev/vda, /dev/vdb… in the given order",
     count: Count::Many,
+    presets: &[],
+    can_be_off: false,
+    served_elsewhere: false,
     parse,
     sample,
 };

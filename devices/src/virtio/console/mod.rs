@@ -30,7 +30,7 @@ mod worker;
 pub use config::ConsoleConfig;
 pub use port::{ConsoleHandle, PortHandle, PortListener};
 
-use crate::virtio::registry::{Count, DeviceModule};
+use crate::virtio::registry::{Count, DeviceModule, Machines, Preset};
 
 /// Name of port 0.
 pub const CONSOLE_PORT: &str = "hvc0";
@@ -45,6 +45,9 @@ pub static MODULE: DeviceModule = DeviceModule {
     value_name: "[hvc0=off|on|FILE|socket=PATH][,size=COLSxROWS][,vdagent=on|off][,qga=PATH][,port=NAME[:socket=PATH]…]",
     help: "virtio console and named ports: hvc0, SPICE agent, guest agent, any others",
     count: Count::One,
+    presets: &[Preset { value: "vdagent=on", on: Machines::Viewed }],
+    can_be_off: false,
+    served_elsewhere: false,
     parse: ConsoleConfig::parse,
     sample: ConsoleConfig::sample,
 };

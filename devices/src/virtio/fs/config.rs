@@ -45,6 +45,10 @@ impl FsConfig {
 }
 
 impl DeviceConfig for FsConfig {
+    fn connects_later(&self) -> bool {
+        true
+    }
+
     fn build(self: Box<Self>) -> Result<BuiltDevice, BuildError> {
         let supervisor = Supervisor::start(&self.tag, &self.socket)?;
         Ok(BuiltDevice { device: Box::new(Fs::new(&self.tag, Some(supervisor))), handle: None })

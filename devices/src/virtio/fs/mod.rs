@@ -34,6 +34,9 @@ pub static MODULE: DeviceModule = DeviceModule {
     value_name: "tag=TAG,socket=PATH",
     help: "shared folder: connects to virtiofsd, for which it waits up to a minute",
     count: Count::Many,
+    presets: &[],
+    can_be_off: false,
+    served_elsewhere: true,
     parse: FsConfig::parse,
     sample: config::sample,
 };

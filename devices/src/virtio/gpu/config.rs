@@ -9,7 +9,7 @@ use super::{device, handle::DisplayMode, recovery::RestartPolicy};
 use crate::{
     spec::{Spec, SpecError},
     virtio::{
-        registry::{BuildError, BuiltDevice, Count, DeviceConfig, DeviceModule},
+        registry::{BuildError, BuiltDevice, Count, DeviceConfig, DeviceModule, Machines, Preset},
         shared_memory::SIZES,
     },
 };
@@ -23,6 +23,9 @@ pub static MODULE: DeviceModule = DeviceModule {
            with vulkan=venus also Vulkan, whose memory the guest sees in a window of hostmem (256M); \
            served by drago-gpu, or by the vhost-user-gpu back end at socket=",
     count: Count::One,
+    presets: &[Preset { value: "", on: Machines::Viewed }],
+    can_be_off: false,
+    served_elsewhere: true,
     parse,
     sample: || Box::new(GpuConfig::default()).build(),
 };

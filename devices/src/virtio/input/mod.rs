@@ -19,7 +19,7 @@ mod tests;
 pub use config::InputKind;
 pub use device::{InputHandle, Leds};
 
-use crate::virtio::registry::{Count, DeviceModule};
+use crate::virtio::registry::{Count, DeviceModule, Machines, Preset};
 
 /// One event (§5.8.6): a key, a movement along an axis, a light.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -76,6 +76,13 @@ pub static MODULE: DeviceModule = DeviceModule {
     value_name: "keyboard|tablet|mouse[,serial=TEXT]",
     help: "virtio input device: keyboard, absolute pointer or relative mouse",
     count: Count::Many,
+    presets: &[
+        Preset { value: "keyboard", on: Machines::Viewed },
+        Preset { value: "tablet", on: Machines::Viewed },
+        Preset { value: "mouse", on: Machines::Viewed },
+    ],
+    can_be_off: false,
+    served_elsewhere: false,
     parse: config::InputConfig::parse,
     sample: config::InputConfig::sample,
 };

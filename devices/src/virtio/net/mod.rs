@@ -39,6 +39,9 @@ pub static MODULE: DeviceModule = DeviceModule {
     value_name: "user[,hostfwd=tcp:[ADDR]:PORT-:PORT…][,host-access=off][,passt=FILE]|tap=IFNAME[,queues=N][,vhost=on]|fd=N[:N…][,vhost=on][,mac=MAC][,mtu=N]",
     help: "virtio network card: user networking through passt, or a tap or macvtap interface",
     count: Count::Many,
+    presets: &[],
+    can_be_off: false,
+    served_elsewhere: false,
     parse: NetConfig::parse,
     sample: config::sample,
 };

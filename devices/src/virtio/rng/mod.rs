@@ -12,7 +12,7 @@ use vm_memory::Bytes;
 
 use super::{
     device::{ActivateError, Activation, DeviceType, RING_FEATURES, VirtioDevice},
-    registry::{BuildError, BuiltDevice, Count, DeviceConfig, DeviceModule},
+    registry::{BuildError, BuiltDevice, Count, DeviceConfig, DeviceModule, Machines, Preset},
     ring::{Chain, Ring},
     worker::Worker,
 };
@@ -27,6 +27,10 @@ pub static MODULE: DeviceModule = DeviceModule {
     value_name: "[source=FILE]",
     help: "entropy for the guest, from /dev/urandom unless another source is given",
     count: Count::One,
+    // Without it a guest without RDRAND waits for entropy for minutes.
+    presets: &[Preset { value: "", on: Machines::All }],
+    can_be_off: false,
+    served_elsewhere: false,
     parse,
     sample: || Box::new(RngConfig::default()).build(),
 };

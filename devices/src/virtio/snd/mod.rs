@@ -28,7 +28,7 @@ use std::time::Duration;
 pub use config::SoundConfig;
 pub use device::SoundHandle;
 
-use crate::virtio::registry::{Count, DeviceModule};
+use crate::virtio::registry::{Count, DeviceModule, Machines, Preset};
 
 /// Sound in the registry.
 pub static MODULE: DeviceModule = DeviceModule {
@@ -36,6 +36,9 @@ pub static MODULE: DeviceModule = DeviceModule {
     value_name: "[on|off]",
     help: "sound card: SPICE viewers hear the guest and may speak to it; on with --spice",
     count: Count::One,
+    presets: &[Preset { value: "on", on: Machines::Heard }],
+    can_be_off: true,
+    served_elsewhere: false,
     parse: SoundConfig::parse,
     sample: SoundConfig::sample,
 };

@@ -26,6 +26,9 @@ pub static MODULE: DeviceModule = DeviceModule {
     value_name: "cid=N[,notify=on]",
     help: "sockets between host and guest (AF_VSOCK); notify: systemd's readiness from the guest",
     count: Count::One,
+    presets: &[],
+    can_be_off: false,
+    served_elsewhere: true,
     parse: VsockConfig::parse,
     sample: config::sample,
 };
