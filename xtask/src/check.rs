@@ -255,14 +255,31 @@ fn deny() -> Result<()> {
 }
 
 fn single_versions() -> Result<()> {
-    let lock = fs::read_to_string(paths::workspace().join("Cargo.lock"))?;
-    let versions = locked_versions(&lock);
+    let lock = |name| {
+        let path = paths::workspace().join(name);
+        fs::read_to_string(&path).with_context(|| path.display().to_string())
+    };
+    // The fuzz targets are a workspace of their own, of the same code.
+    check_versions(&lock("Cargo.lock")?, &lock("tests/fuzz/Cargo.lock")?)
+}
+
+/// That the program is made of one version of each crate in [`RUST_VMM`], and the fuzz targets of none
+/// but that.
+fn check_versions(program: &str, fuzz: &str) -> Result<()> {
+    let (program, fuzz) = (locked_versions(program), locked_versions(fuzz));
     for name in RUST_VMM {
-        match versions.get(name).map(Vec::as_slice) {
+        let version = match program.get(name).map(Vec::as_slice) {
             None => bail!("{name} is not used any more: remove it from the list in {}", file!()),
-            Some([_]) => {}
+            Some([one]) => one,
             Some(several) => bail!("{name} is there in versions {}", several.join(" and ")),
-        }
+        };
+        let fuzzed = fuzz.get(name).map_or(&[][..], Vec::as_slice);
+        ensure!(
+            fuzzed.iter().all(|other| other == version),
+            "{name} is there in version {version}, for the fuzz targets in {}: run \
+             'cargo update -p {name}' in tests/fuzz",
+            fuzzed.join(" and ")
+        );
     }
     Ok(())
 }
@@ -303,5 +320,24 @@ mod tests {
         let versions = locked_versions(lock);
         assert_eq!(versions["a"], ["1.0", "2.0"]);
         assert_eq!(versions["b"], ["1.0"]);
+    }
+
+    #[test]
+    fn one_version_of_each_crate_of_rust_vmm_in_both_lock_files() {
+        let lock = |packages: &[(&str, &str)]| {
+            let package = |(name, version)| format!("name = \"{name}\"\nversion = \"{version}\"\n");
+            packages.iter().copied().map(package).collect::<String>()
+        };
+        let all: Vec<_> = RUST_VMM.iter().map(|name| (*name, "1.0.0")).collect();
+        check_versions(&lock(&all), &lock(&all)).unwrap();
+        check_versions(&lock(&all), "").unwrap();
+        let vhost = ("vhost", "2.0.0");
+        let two = lock(&[&all[..], &[vhost]].concat());
+        assert!(check_versions(&two, "").unwrap_err().to_string().contains("1.0.0 and 2.0.0"));
+        for fuzz in [lock(&[vhost]), two] {
+            let error = check_versions(&lock(&all), &fuzz).unwrap_err().to_string();
+            assert!(error.contains("vhost") && error.contains("2.0.0"), "{error}");
+        }
+        assert!(check_versions(&lock(&all[1..]), "").is_err());
     }
 }

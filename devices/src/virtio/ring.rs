@@ -1,7 +1,7 @@
 //! One virtqueue in service (VIRTIO 1.3 §2.7): what every device worker does with its rings,
 //! so that the workers speak about buffers and not about notification suppression.
 
-use std::{fmt::Display, os::fd::AsRawFd, sync::Arc};
+use std::{fmt::Display, sync::Arc};
 
 use event_manager::{EventOps, EventSet, Events};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT, Reader, Writer};
@@ -61,12 +61,6 @@ impl Ring {
     /// Position in the available ring of the next chain.
     pub(crate) fn next_avail(&self) -> u16 {
         self.queue.next_avail()
-    }
-
-    /// The raw descriptor of the notification, to tell events apart.
-    #[allow(dead_code, reason = "for devices whose rings are not numbered by event data")]
-    pub(crate) fn kick_fd(&self) -> std::os::fd::RawFd {
-        self.kick.as_raw_fd()
     }
 
     /// Takes the driver's notification after its event arrived.
