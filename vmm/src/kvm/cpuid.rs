@@ -286,10 +286,32 @@ mod tests {
             entry(0x8000_0002, 0, [0; 4]),
             entry(0x8000_0003, 0, [1, 2, 3, 4]),
             entry(0x8000_0008, 0, [0x3028, 0, 0x7007, 0]),
-            entry(0x8000_001e, 0, [7, 0x103, 5, 0]),
+            // A host with two threads in a core and sixteen under an L3 cache.
+            entry(0x8000_001d, 0, [0x0000_4121, 0x01c0_003f, 63, 0]),
+            entry(0x8000_001d, 1, [0x0000_4122, 0x00c0_003f, 255, 0]),
+            entry(0x8000_001d, 2, [0x0000_4143, 0x01c0_003f, 1023, 2]),
+            entry(0x8000_001d, 3, [0x0003_c163, 0x03c0_003f, 0x7fff, 1]),
+            entry(0x8000_001d, 4, [0; 4]),
+            entry(0x8000_001e, 0, [7, 0x103, 0x105, 0]),
             entry(0x8000_0026, 0, [1, 2, 3, 4]),
         ];
         Template::from_entries(&entries, count, true, |leaf| [leaf; 4])
+    }
+
+    fn intel(count: u32) -> Template {
+        let entries = [
+            entry(0, 0, [0x1f, u32::from_le_bytes(*b"Genu"), 0, 0]),
+            entry(1, 0, [0, 0x0708_0800, 0x0000_2008, 0]),
+            // A host with 16 cores of two threads.
+            entry(4, 0, [0x7c00_4121, 0x02c0_003f, 63, 0]),
+            entry(4, 1, [0x7c00_4122, 0x01c0_003f, 63, 0]),
+            entry(4, 2, [0x7c00_4143, 0x03c0_003f, 1023, 0]),
+            entry(4, 3, [0x7c07_c163, 0x02c0_003f, 0x7fff, 4]),
+            entry(6, 0, [0x77, 2, 9, 0]),
+            entry(0x1f, 0, [1, 2, 3, 4]),
+            entry(0x8000_0008, 0, [0x3028, 0, 0x7007, 0]),
+        ];
+        Template::from_entries(&entries, count, false, |leaf| [leaf; 4])
     }
 
     fn find(entries: &[kvm_cpuid_entry2], leaf: u32, index: u32) -> kvm_cpuid_entry2 {
@@ -307,6 +329,106 @@ mod tests {
             }
             assert_eq!(find(&entries, 0x8000_001e, 0).eax, id);
             assert!(!entries.iter().any(|e| e.function == 0x8000_0026));
+        }
+    }
+
+    /// APIC ids of the processors in the bytes of a MADT (ACPI 6.5 §5.2.12.2).
+    fn madt_ids(count: u32) -> Vec<u32> {
+        const HEADER: usize = 44;
+        const LOCAL_APIC: u8 = 0;
+        let platform = crate::acpi::Platform { cpus: count, mmio64: 0..0, serial: false };
+        let tables = crate::acpi::build(&platform);
+        let madt = tables.iter().find(|table| table.bytes.starts_with(b"APIC")).unwrap();
+        let mut rest = &madt.bytes[HEADER..];
+        let mut ids = Vec::new();
+        while let [kind, length, _, id, flags, ..] = *rest {
+            if kind == LOCAL_APIC {
+                assert_eq!((length, flags), (8, 1), "enabled");
+                ids.push(u32::from(id));
+            }
+            rest = &rest[usize::from(length)..];
+        }
+        ids
+    }
+
+    /// Where CPUID tells an APIC id (Linux `arch/x86/kernel/cpu/topology*.c` reads all of them).
+    fn told_ids(entries: &[kvm_cpuid_entry2]) -> Vec<u32> {
+        let told = |entry: &kvm_cpuid_entry2| match entry.function {
+            1 => Some(entry.ebx >> 24),
+            0xb | 0x1f => Some(entry.edx),
+            0x8000_001e => Some(entry.eax),
+            _ => None,
+        };
+        entries.iter().filter_map(told).collect()
+    }
+
+    #[test]
+    fn topology_leaves_agree_with_the_bytes_of_the_madt() {
+        for count in [1, 2, 3, 8, 254] {
+            let ids = madt_ids(count);
+            assert_eq!(ids.len(), count as usize);
+            for (template, places) in [(amd(count), 5), (intel(count), 4)] {
+                for (cpu, id) in (0..count).zip(&ids) {
+                    let entries = template.patched(cpu);
+                    let told = told_ids(&entries);
+                    assert_eq!(told, vec![*id; places], "processor {cpu} of {count}");
+                    // One package, one thread in each core: no id needs more bits than said.
+                    let package = find(&entries, 0xb, 1);
+                    assert_eq!(id >> package.eax, 0, "processor {cpu} of {count}");
+                    assert_eq!(package.ebx, count);
+                    assert_eq!(find(&entries, 0xb, 0).eax, 0);
+                }
+            }
+            for (cpu, id) in (0..count).zip(&ids) {
+                let entries = amd(count).patched(cpu);
+                let core = find(&entries, 0x8000_001e, 0);
+                assert_eq!(core.ebx & 0xff, *id & 0xff, "core id");
+                assert_eq!((core.ebx >> 8) & 0xff, 0, "one thread in a core");
+                assert_eq!(core.ecx & 0x7ff, 0, "one node");
+                let size = find(&entries, 0x8000_0008, 0).ecx;
+                assert_eq!((size & 0xff) + 1, count);
+                assert_eq!(id >> ((size >> 12) & 0xf), 0);
+            }
+        }
+    }
+
+    #[test]
+    fn caches_are_shared_by_nobody_but_the_last_level_by_all() {
+        for count in [1, 3, 16] {
+            let entries = amd(count).patched(count - 1);
+            let sharing = |index| (find(&entries, 0x8000_001d, index).eax >> 14) & 0xfff;
+            assert_eq!([0, 1, 2, 3].map(sharing), [0, 0, 0, count - 1], "AMD, {count}");
+            // Level, type and size are the host's.
+            assert_eq!(find(&entries, 0x8000_001d, 0).eax & 0x3fff, 0x0121);
+            let last = find(&entries, 0x8000_001d, 3);
+            assert_eq!((last.eax & 0x3fff, last.ebx, last.ecx), (0x0163, 0x03c0_003f, 0x7fff));
+            assert_eq!(find(&entries, 0x8000_001d, 4).eax, 0, "the list ends where it did");
+
+            let entries = intel(count).patched(count - 1);
+            let leaf = |index| find(&entries, 4, index).eax;
+            // Intel counts ids, which are a power of two (SDM volume 2, leaf 4).
+            let ids = count.next_power_of_two() - 1;
+            assert_eq!([0, 1, 2, 3].map(|i| (leaf(i) >> 14) & 0xfff), [0, 0, 0, ids]);
+            assert!((0..4).all(|index| leaf(index) >> 26 == count - 1), "cores, {count}");
+            assert_eq!(leaf(3) & 0x3fff, 0x0163);
+        }
+        let entries = intel(2).patched(0);
+        assert!(!entries.iter().any(|entry| entry.function == 0x1f));
+        assert_eq!(find(&entries, 6, 0).ecx, 1, "no energy bias, the rest as it was");
+        assert_eq!(find(&entries, 1, 0).ecx, 0x8000_2000, "no TSC deadline, no MONITOR");
+    }
+
+    /// A row for a leaf that no processor here has would be tested by nothing.
+    #[test]
+    fn every_row_meets_a_leaf_of_these_processors() {
+        for template in [amd(3), intel(3)] {
+            for row in TABLE.iter().filter(|row| [Any, template.vendor].contains(&row.vendor)) {
+                let meets = template.entries.iter().any(|entry| {
+                    entry.function == row.leaf && row.subleaf.is_none_or(|i| i == entry.index)
+                });
+                let elsewhere = row.vendor == Any && row.leaf == 6 && template.vendor == Amd;
+                assert!(meets || elsewhere, "{:#x}.{:?}: {}", row.leaf, row.subleaf, row.reason);
+            }
         }
     }
 
