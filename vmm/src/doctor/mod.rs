@@ -1,6 +1,7 @@
 //! `drago-vmm doctor`: what this machine can do, and how to mend what it cannot.
 
 mod kvm;
+mod node;
 
 use std::{
     env, fmt, fs,
@@ -11,9 +12,10 @@ use std::{
 
 use serde::Serialize;
 
-pub use kvm::{KvmClass, probe as probe_kvm};
+pub use kvm::{KvmClass, Unusable, probe as probe_kvm};
 
 use crate::huge;
+use node::Node;
 
 /// How much a finding matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -110,16 +112,8 @@ fn kvm_finding() -> Finding {
                 .to_owned(),
         ),
         KvmClass::None { reason } => {
-            let hint = match Path::new("/dev/kvm").try_exists() {
-                Ok(true) => {
-                    "add the user to the group that owns it: usermod -aG kvm USER, then log in again"
-                }
-                _ => {
-                    "enable virtualisation (SVM or VT-x) in the firmware and load kvm_amd or kvm_intel; \
-                      in a virtual machine, enable nested virtualisation on its host"
-                }
-            };
-            (Level::Broken, reason, hint.to_owned())
+            let hint = reason.hint(&Node::examine(Path::new("/dev/kvm")));
+            (Level::Broken, reason.to_string(), hint)
         }
     };
     Finding { name: "kvm", level, seen, hint }
@@ -265,10 +259,7 @@ fn access(name: &'static str, node: &Path, group: &str) -> Finding {
                     "load the kernel module that provides {} if the feature is wanted",
                     node.display()
                 ),
-                io::ErrorKind::PermissionDenied => format!(
-                    "add the user to the group that owns it (often '{group}'): \
-                     usermod -aG {group} USER, then log in again"
-                ),
+                io::ErrorKind::PermissionDenied => Node::examine(node).permission(group),
                 _ => "see the kernel log".to_owned(),
             };
             Finding::limited(name, format!("{}: {error}", node.display()), hint)

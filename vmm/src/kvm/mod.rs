@@ -14,7 +14,7 @@ pub mod vcpu;
 use crate::layout;
 
 /// The API version this is written for; it has not changed since 2007.
-const API_VERSION: i32 = 12;
+pub(crate) const API_VERSION: i32 = 12;
 /// What cannot be done without, with its name for the error message.
 const REQUIRED: [(Cap, &str); 7] = [
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
