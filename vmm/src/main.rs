@@ -1,6 +1,10 @@
 //! The `drago-vmm` program.
 
-use std::{error::Error, io, process::ExitCode};
+use std::{
+    error::Error,
+    io::{self, IsTerminal},
+    process::ExitCode,
+};
 
 use drago_vmm::{
     cli::{self, CliError, Invocation},
@@ -56,7 +60,12 @@ fn start_log(filter: &str) -> Result<(), Box<dyn Error>> {
     let filter = EnvFilter::builder()
         .parse(filter)
         .map_err(|error| format!("--log {filter}: {error}; expected something like debug"))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Log).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(|| Log)
+        .with_ansi(io::stderr().is_terminal())
+        .with_target(false)
+        .init();
     Ok(())
 }
 

@@ -338,6 +338,40 @@ fn signals_and_quit_end_an_idle_guest() {
     assert!(gone.success(), "shutting down what is gone already is a success");
 }
 
+/// However a machine ends, all its disks are flushed before the process does.
+#[test]
+fn every_end_flushes_the_disks() {
+    if no_kvm("every_end_flushes_the_disks") {
+        return;
+    }
+    let wait = [code::print("up\n"), code::HALT.to_vec()].concat();
+    let reset = [code::print("up\n"), code::out(0x602, 1), code::HALT.to_vec()].concat();
+    let off = [code::print("up\n"), code::power_off()].concat();
+    let disks = tempfile::tempdir().unwrap();
+    let path = |name: &str| disks.path().join(name).display().to_string();
+    for name in ["first", "second", "third"] {
+        std::fs::write(path(name), [0; 4096]).unwrap();
+    }
+    let disk = |name: &str, more: &str| format!("path={}{more}", path(name));
+    let (first, second, third) = (disk("first", ""), disk("second", ""), disk("third", ",ro=on"));
+    let options = ["--disk", &first, "--disk", &second, "--disk", &third, "--log", "debug"];
+    for (code, signal) in [(off, false), (reset, false), (wait, true)] {
+        let mut guest = Guest::start(&elf(&code, false), &options);
+        guest.wait_for("up\n");
+        if signal {
+            guest.signal(rustix::process::Signal::TERM);
+        }
+        let (status, _, errors) = guest.end();
+        assert!(status.success(), "{errors}");
+        let (before, _) = errors.split_once("the virtual machine ended").unwrap();
+        let stable = |name: &str| {
+            let mut lines = before.lines().filter(|line| line.contains("written is stable"));
+            lines.any(|line| line.contains(&path(name)) && line.contains("flushes=1"))
+        };
+        assert!(stable("first") && stable("second"), "{errors}");
+    }
+}
+
 /// As `microvm@.service` of microvm.nix does: hardly any environment, another name, no input.
 #[test]
 fn a_service_manager_is_told_and_finds_nothing_left_behind() {

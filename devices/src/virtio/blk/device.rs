@@ -64,6 +64,11 @@ impl Disk {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn image(&self) -> Arc<Image> {
+        self.image.clone()
+    }
+
     fn config(&self) -> [u8; CONFIG_SIZE] {
         let image = &self.image;
         let block_size = image.block_size();
@@ -174,8 +179,13 @@ impl VirtioDevice for Disk {
     }
 
     fn shutdown(&mut self) {
-        if let Err(error) = self.image.flush() {
-            self.image.report("the final flush", &error);
+        match self.image.flush() {
+            Ok(()) => tracing::debug!(
+                disk = self.image.name(),
+                flushes = self.image.flushes(),
+                "all that was written is stable"
+            ),
+            Err(error) => self.image.report("the final flush", &error),
         }
     }
 }

@@ -55,6 +55,7 @@ pub(super) struct Image {
     nowait_read: AtomicBool,
     nowait_write: AtomicBool,
     errors: AtomicU64,
+    flushes: AtomicU64,
 }
 
 /// How far a transfer got.
@@ -178,7 +179,13 @@ impl Image {
             nowait_read: AtomicBool::new(true),
             nowait_write: AtomicBool::new(true),
             errors: AtomicU64::new(0),
+            flushes: AtomicU64::new(0),
         })
+    }
+
+    /// What it is called in the log.
+    pub(super) fn name(&self) -> &str {
+        &self.name
     }
 
     /// Size in sectors; a partial one at the end counts and reads as if filled with zeros.
@@ -297,7 +304,14 @@ impl Image {
         if self.read_only {
             return Ok(());
         }
-        Ok(rustix::fs::fdatasync(&self.buffered)?)
+        rustix::fs::fdatasync(&self.buffered)?;
+        self.flushes.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// How often all writes were made stable.
+    pub(super) fn flushes(&self) -> u64 {
+        self.flushes.load(Ordering::Relaxed)
     }
 
     /// Gives the storage of a range back; it reads as zeros or as before.

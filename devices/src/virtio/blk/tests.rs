@@ -494,6 +494,27 @@ fn a_reset_in_the_middle_leaves_nothing_behind() {
     device.shutdown();
 }
 
+/// Poweroff, reboot and signals end in a shutdown of every device: what the guest wrote is stable then,
+/// also if it never asked for that.
+#[test]
+fn a_shutdown_makes_stable_what_was_written() {
+    let file = image(&pattern(MIB, 14));
+    let opened = Image::open(file.path(), &ImageOptions::default()).unwrap();
+    let mut disk = Disk::new(opened, "");
+    let image = disk.image();
+    let mut driver = Driver::start(&mut disk);
+    assert_eq!(ask(&mut driver, OUT, 0, &pattern(4096, 15), 0).0, OK);
+    assert_eq!(image.flushes(), 0, "the driver has a write cache");
+    disk.shutdown();
+    assert_eq!(image.flushes(), 1);
+    drop((disk, image));
+
+    let options = ImageOptions { read_only: true, ..ImageOptions::default() };
+    let mut disk = Disk::new(Image::open(file.path(), &options).unwrap(), "");
+    disk.shutdown();
+    assert_eq!(disk.image().flushes(), 0, "there is nothing to flush");
+}
+
 #[test]
 fn no_format_is_read_into_a_disk() {
     let mut content = pattern(MIB, 21);
