@@ -1,6 +1,7 @@
 //! Developer commands: `cargo xtask demo|test|testbed|bench`.
 
 mod bench;
+mod bench_bars;
 mod bench_gpu;
 mod build;
 mod check;

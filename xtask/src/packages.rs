@@ -72,8 +72,10 @@ const TESTS: &[Need] = &[
 ];
 
 /// What only `cargo xtask bench` needs.
-const BENCH: &[Need] =
-    &[("virgl-server", "virglrenderer's own server, to compare our device with")];
+const BENCH: &[Need] = &[
+    ("virgl-server", "virglrenderer's own server, to compare our device with"),
+    ("gcc", "compiles the guests that QEMU shows beside our SPICE server"),
+];
 
 /// What is about to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

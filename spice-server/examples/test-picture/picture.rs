@@ -185,6 +185,15 @@ fn noise(pixels: &mut [u8], step: u32) {
     }
 }
 
+fn texture(pixels: &mut [u8], width: u32, step: u32) {
+    for (y, row) in (0u32..).zip(pixels.chunks_exact_mut(width as usize * 4)) {
+        for (x, pixel) in (0u32..).zip(row.chunks_exact_mut(4)) {
+            let value = (x + step) ^ y;
+            pixel.copy_from_slice(&(value & 0x00ff_f8f8).to_le_bytes());
+        }
+    }
+}
+
 /// What the modes that look like real work are made of.
 pub struct Scene {
     mode: Mode,
@@ -286,6 +295,10 @@ impl Scene {
                 noise(&mut self.screen.pixels, step);
                 vec![all]
             }
+            Mode::Texture => {
+                texture(&mut self.screen.pixels, size.0, step);
+                vec![all]
+            }
             _ => vec![all],
         };
         if size.0 >= 128 && size.1 >= 8 {
@@ -384,13 +397,7 @@ impl Picture {
                 frame.pixels_mut().copy_from_slice(self.scene.pixels());
             }
             Mode::Texture => {
-                let (width, step) = (self.size.0 as usize, self.step);
-                for (y, row) in (0u32..).zip(frame.pixels_mut().chunks_exact_mut(width * 4)) {
-                    for (x, pixel) in (0u32..).zip(row.chunks_exact_mut(4)) {
-                        let value = (x + step) ^ y;
-                        pixel.copy_from_slice(&(value & 0x00ff_f8f8).to_le_bytes());
-                    }
-                }
+                texture(frame.pixels_mut(), self.size.0, self.step);
             }
         }
         self.display.present(shared.clone(), damage);
