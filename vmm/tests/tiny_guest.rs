@@ -195,6 +195,59 @@ fn pvh_start_info_is_where_ebx_points() {
     assert_eq!(output, "pvh");
 }
 
+/// On both sides of each boundary of the layout: the hole for devices begins at 3 GiB.
+#[test]
+fn ram_of_every_size_is_there_to_its_last_byte() {
+    if no_kvm("ram_of_every_size_is_there_to_its_last_byte") {
+        return;
+    }
+    #[rustfmt::skip]
+    let code = [
+        // rax: the page directory pointers. What lies behind 4 GiB gets a directory at 2 MiB.
+        &b"\x0f\x20\xd8"[..],                          // mov rax, cr3
+        b"\x48\x8b\x00",                               // mov rax, [rax]
+        b"\x48\x25\x00\xf0\xff\xff",                   // and rax, ~0xfff
+        b"\x48\xc7\x40\x20\x03\x00\x20\x00",           // mov qword [rax + 4 * 8], 0x200003
+        b"\xbf\x00\x00\x20\x00",                       // mov edi, 0x200000
+        b"\x48\xbb\x83\x00\x00\x00\x01\x00\x00\x00",   // mov rbx, 0x100000083
+        b"\xb9\x00\x02\x00\x00",                       // mov ecx, 512
+        b"\x48\x89\x1f",                               // fill: mov [rdi], rbx
+        b"\x48\x81\xc3\x00\x00\x20\x00",               // add rbx, 0x200000
+        b"\x48\x83\xc7\x08",                           // add rdi, 8
+        b"\xff\xc9\x75\xee",                           // dec ecx; jnz fill
+        // Each entry of the memory map in the zero page that is RAM; rbx: their lengths.
+        b"\x31\xdb",                                   // xor ebx, ebx
+        b"\x0f\xb6\x8e\xe8\x01\x00\x00",               // movzx ecx, byte [rsi + e820_entries]
+        b"\x48\x81\xc6\xd0\x02\x00\x00",               // add rsi, e820_table
+        b"\x83\x7e\x10\x01\x75\x1b",                   // entry: cmp dword [rsi + 16], 1; jne next
+        b"\x48\x8b\x3e\xe8\x32\x00\x00\x00",           // mov rdi, [rsi]; call touch
+        b"\x48\x8b\x3e\x48\x03\x7e\x08",               // mov rdi, [rsi]; add rdi, [rsi + 8]
+        b"\x48\xff\xcf\xe8\x23\x00\x00\x00",           // dec rdi; call touch
+        b"\x48\x03\x5e\x08",                           // add rbx, [rsi + 8]
+        b"\x48\x83\xc6\x14\xff\xc9\x75\xd7",           // next: add rsi, 20; dec ecx; jnz entry
+        // MiB, rounded up: there is a hole below 1 MiB.
+        b"\x48\x81\xc3\xff\xff\x0f\x00",               // add rbx, 0xfffff
+        b"\x48\xc1\xeb\x14",                           // shr rbx, 20
+        b"\x66\xba\xf8\x03\x88\xd8\xee\x88\xf8\xee",   // mov dx, COM1; out dx, bl; out dx, bh
+        b"\xeb\x14",                                   // jmp end
+        // Whether the byte at rdi is one that can be changed; it keeps what it was.
+        b"\x8a\x07\xf6\xd0\x88\x07",                   // touch: mov al, [rdi]; not al; mov [rdi], al
+        b"\x38\x07\x75\x05",                           // cmp [rdi], al; jne bad
+        b"\xf6\xd0\x88\x07\xc3",                       // not al; mov [rdi], al; ret
+        b"\x31\xdb\xff\xcb\xc3",                       // bad: mov ebx, -1; ret
+    ].concat();
+    let code = [code, code::power_off()].concat();
+    for mib in [64_u16, 2047, 2048, 2049, 3071, 3072, 3073, 4096] {
+        let memory = mib.to_string();
+        let mut guest = Guest::start(&elf(&code, false), &["--memory", &memory]);
+        let mut seen = [0; 2];
+        let read = guest.child.stdout.as_mut().unwrap().read_exact(&mut seen);
+        let (status, _, errors) = guest.end();
+        assert!(read.is_ok() && status.success(), "{mib} MiB: {errors}");
+        assert_eq!(u16::from_le_bytes(seen), mib, "{errors}");
+    }
+}
+
 #[test]
 fn every_way_to_reset_ends_the_process_with_success() {
     if no_kvm("every_way_to_reset_ends_the_process_with_success") {
