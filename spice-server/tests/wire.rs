@@ -155,6 +155,59 @@ fn nonsense_ends_the_session_and_nothing_else() {
     assert_eq!(main.message().0, 103);
 }
 
+/// A client without acknowledgements, ever: there is no window of messages that would fill up.
+#[test]
+fn frames_need_no_acknowledgement() {
+    let setup = setup(|builder| builder);
+    setup.show((64, 64), vec![0; 64 * 64 * 4]);
+    let mut main = Plain::link(setup.address(), 0, 1);
+    let session = word(&main.message().1, 0);
+    main.send(104, &[]);
+    let mut display = Plain::link(setup.address(), session, 2);
+    display.send(101, &[0; 14]);
+    while display.message().0 != 102 {}
+    for frame in 1..=200 {
+        setup.show((64, 64), vec![frame; 64 * 64 * 4]);
+        let kind = display.message().0;
+        assert!((302..=318).contains(&kind), "frame {frame}: {kind}");
+    }
+}
+
+#[test]
+fn a_pointer_is_sent_once() {
+    /// `FLAG_CACHE_ME` and `FLAG_FROM_CACHE`.
+    const FLAGS: [u16; 2] = [2, 4];
+    let setup = setup(|builder| builder);
+    setup.show_background((64, 64));
+    let arrow = support::picture::cursor();
+    let mut hand = arrow.clone();
+    hand.argb.iter_mut().for_each(|byte| *byte /= 2);
+    let mut main = Plain::link(setup.address(), 0, 1);
+    let session = word(&main.message().1, 0);
+    let mut cursor = Plain::link(setup.address(), session, 4);
+    assert_eq!(cursor.message().0, 101);
+    let mut seen = Vec::new();
+    for (image, flags) in [(&arrow, FLAGS[0]), (&hand, FLAGS[0]), (&arrow, FLAGS[1])] {
+        setup.display.set_cursor(image.clone());
+        let (kind, body) = loop {
+            match cursor.message() {
+                (104, _) => {}
+                message => break message,
+            }
+        };
+        assert_eq!(kind, 103);
+        // Behind the position and the visibility.
+        assert_eq!(u16::from_le_bytes([body[5], body[6]]), flags);
+        let number = body[7..15].to_vec();
+        let pixels = (image.width * image.height * 4) as usize;
+        let expected = 5 + 19 + if flags == FLAGS[0] { pixels } else { 0 };
+        assert_eq!(body.len(), expected);
+        seen.push(number);
+    }
+    assert_eq!(seen[0], seen[2]);
+    assert_ne!(seen[0], seen[1]);
+}
+
 /// A guest's port whose reader comes by when the test says so.
 #[derive(Default)]
 struct Gate {

@@ -66,6 +66,16 @@ impl Console {
     }
 }
 
+/// A console that ends with the program that writes to it: goes when that program's reader does.
+#[derive(Debug)]
+pub struct Sink(pub Console);
+
+impl Drop for Sink {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use crate::client::SpiceClient;
-use crate::console::Console;
+use crate::console::{Console, Sink};
 use crate::guest::Guest;
 use crate::paths;
 use crate::picture::{Picture, reads};
@@ -58,15 +58,6 @@ pub struct Vm {
     results: PathBuf,
     name: String,
     shots: u32,
-}
-
-/// A console that ends with the program that writes to it.
-struct Sink(Console);
-
-impl Drop for Sink {
-    fn drop(&mut self) {
-        self.0.end();
-    }
 }
 
 impl Host {

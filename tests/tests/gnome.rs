@@ -38,7 +38,7 @@ fn gnome_is_seen_and_used_by_a_real_client() {
     let host = Host::boot_with_disk("gnome", agent, 6144, &guest).unwrap();
     let disk = format!("path={GUEST_DISK}");
     let options = ["--cpus", "2", "--disk", &disk, "--net", "user,hostfwd=tcp::2223-:22"];
-    let options = [&options[..], &["--gpu", "2d", "--spice", "127.0.0.1:5900"]].concat();
+    let options = [&options[..], &["--spice", "127.0.0.1:5900"]].concat();
     let vm = host.start("gnome", &guest, &options).unwrap();
     vm.log.wait_for(0, "SPICE server listens", PATIENCE).unwrap();
     let client = host.spice().unwrap();

@@ -17,7 +17,10 @@ use drago_tests::{
     progress::{note, step},
 };
 
-use crate::packages::{self, For};
+use crate::{
+    packages::{self, For},
+    skips::Skips,
+};
 
 /// The crates whose types meet in our interfaces: two versions of one do not fit together.
 const RUST_VMM: &[&str] = &[
@@ -74,50 +77,71 @@ impl Suite {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     packages::install(For::Tests)?;
-    if args.suite.includes(Suite::Fast) {
-        fast()?;
-    }
-    if args.suite.includes(Suite::Nested) {
-        nested(&["minimal", "sound", "microvm", "units", "cycles", "peers", "weston"])?;
-    }
-    if args.suite.includes(Suite::Fuzz) {
-        fuzz()?;
-    }
-    if args.suite.includes(Suite::Slow) {
-        rust_back_end()?;
-        nested(&["vnc", "virgl", "gnome"])?;
-    }
+    let mut skips = Skips::default();
+    let done = suites(args.suite, &mut skips);
+    let missing = skips.report();
+    done?;
+    ensure!(missing == 0, "{missing} tests missed what was to be installed: see the list above");
     Ok(ExitCode::SUCCESS)
 }
 
-fn fast() -> Result<()> {
+fn suites(suite: Suite, skips: &mut Skips) -> Result<()> {
+    if suite.includes(Suite::Fast) {
+        fast(skips)?;
+    }
+    if suite.includes(Suite::Nested) {
+        nested(&["minimal", "sound", "microvm", "units", "cycles", "peers", "weston"], skips)?;
+    }
+    if suite.includes(Suite::Fuzz) {
+        fuzz()?;
+    }
+    if suite.includes(Suite::Slow) {
+        rust_back_end(skips)?;
+        nested(&["vnc", "virgl", "gnome"], skips)?;
+    }
+    Ok(())
+}
+
+fn fast(skips: &mut Skips) -> Result<()> {
     step("format", || cargo(&["fmt", "--all", "--check"]))?;
     step("one version of each rust-vmm crate", single_versions)?;
-    step("licences and sources", deny)?;
+    step("licences and sources", || deny(skips))?;
     step("lints", || {
         cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"])
     })?;
     // Binaries first: device tests start drago-gpu, which is not their crate's.
     step("build", || cargo(&["build", "--quiet", "--workspace", "--all-targets"]))?;
-    step("tests", || cargo(&["test", "--workspace", "--no-fail-fast"]))?;
-    step("OpenGL on Debian 13's libraries", newer_opengl)
+    step("tests", || tests(prepared(paths::cargo()), &["--workspace", "--no-fail-fast"], skips))?;
+    step("OpenGL on Debian 13's libraries", || newer_opengl(skips))
 }
 
-/// The same pictures as in the step before, with virglrenderer 1.1 and Mesa 25; Vulkan on lavapipe.
-fn newer_opengl() -> Result<()> {
-    let root = Release::open("trixie")?.graphics()?;
-    let status = prepared(paths::cargo())
-        .args(["test", "--quiet", "-p", "drago-gpu", "--test", "virgl", "--test", "venus"])
-        .env("DRAGO_TEST_ROOT", &root)
-        .env("DRAGO_TEST_DRIVER", "LLVM 19")
-        .status()
+/// `cargo test` with these arguments.
+fn tests(mut cargo: Command, arguments: &[&str], skips: &mut Skips) -> Result<()> {
+    let mut tests = cargo
+        .arg("test")
+        .args(arguments)
+        .args(["--", "--show-output"])
+        .stdout(Stdio::piped())
+        .spawn()
         .context("cannot run cargo")?;
-    ensure!(status.success(), "drago-gpu's tests failed on the libraries in {}", root.display());
+    if let Some(out) = tests.stdout.take() {
+        skips.relay(out, std::io::stdout());
+    }
+    ensure!(tests.wait()?.success(), "cargo test {} failed", arguments.join(" "));
     Ok(())
 }
 
+/// The same pictures as in the step before, with virglrenderer 1.1 and Mesa 25; Vulkan on lavapipe.
+fn newer_opengl(skips: &mut Skips) -> Result<()> {
+    let root = Release::open("trixie")?.graphics()?;
+    let mut cargo = prepared(paths::cargo());
+    cargo.env("DRAGO_TEST_ROOT", &root).env("DRAGO_TEST_DRIVER", "LLVM 19");
+    tests(cargo, &["-p", "drago-gpu", "--test", "virgl", "--test", "venus"], skips)
+        .with_context(|| format!("on the libraries in {}", root.display()))
+}
+
 /// Our front end with rust-vmm's GPU back end, which takes minutes to build.
-fn rust_back_end() -> Result<()> {
+fn rust_back_end(skips: &mut Skips) -> Result<()> {
     let root = paths::workspace().join("target/tools");
     if !root.join("bin/vhost-device-gpu").is_file() {
         step("cargo install vhost-device-gpu", || {
@@ -127,11 +151,12 @@ fn rust_back_end() -> Result<()> {
         })?;
     }
     step("rust-vmm's back end", || {
-        cargo(&["test", "--quiet", "-p", "drago-devices", "--lib", "vhost_device"])
+        let arguments = ["-p", "drago-devices", "--lib", "vhost_device"];
+        tests(prepared(paths::cargo()), &arguments, skips)
     })
 }
 
-fn nested(suites: &[&str]) -> Result<()> {
+fn nested(suites: &[&str], skips: &mut Skips) -> Result<()> {
     step("build", || {
         cargo(&["build", "--quiet", "-p", "drago-vmm", "-p", "drago-gpu", "-p", "drago-tests"])
     })?;
@@ -140,7 +165,7 @@ fn nested(suites: &[&str]) -> Result<()> {
     for suite in suites {
         step(format_args!("nested suite {suite}"), || {
             loop {
-                let (passed, sign) = nested_suite(suite)?;
+                let (passed, sign) = nested_suite(suite, skips)?;
                 match sign {
                     _ if passed => return Ok(()),
                     // That suite starts such guests again itself.
@@ -165,7 +190,7 @@ const ASTRAY: [&str; 4] =
     ["soft lockup", "detected stalls", "kthread starved", "KVM internal error"];
 
 /// Whether a suite passed, and the sign in its output that the emulator is to blame if it did not.
-fn nested_suite(suite: &str) -> Result<(bool, Option<&'static str>)> {
+fn nested_suite(suite: &str, skips: &mut Skips) -> Result<(bool, Option<&'static str>)> {
     let mut tests = prepared(paths::cargo())
         .args(["test", "-p", "drago-tests", "--test", suite, "--"])
         .args(["--ignored", "--nocapture", "--test-threads=1"])
@@ -174,22 +199,28 @@ fn nested_suite(suite: &str) -> Result<(bool, Option<&'static str>)> {
         .spawn()
         .context("cannot run cargo")?;
     let (out, log) = (tests.stdout.take(), tests.stderr.take());
+    let mut of_log = Skips::default();
     let sign = thread::scope(|scope| {
-        let log = scope.spawn(|| log.and_then(|log| relay(log, std::io::stderr())));
-        let sign = out.and_then(|out| relay(out, std::io::stdout()));
+        let log = scope.spawn(|| {
+            log.and_then(|log| relay(log, std::io::stderr(), |line| of_log.look(suite, line)))
+        });
+        let sign =
+            out.and_then(|out| relay(out, std::io::stdout(), |line| skips.look(suite, line)));
         sign.or(log.join().ok().flatten())
     });
+    skips.add(of_log);
     Ok((tests.wait()?.success(), sign))
 }
 
 /// Passes on what a suite says as it comes; the first of [`ASTRAY`] in it.
-fn relay(from: impl Read, mut to: impl Write) -> Option<&'static str> {
+fn relay(from: impl Read, mut to: impl Write, mut look: impl FnMut(&str)) -> Option<&'static str> {
     let mut from = BufReader::new(from);
     let mut found = None;
     let mut line = Vec::new();
     while from.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
         let _ = to.write_all(&line).and_then(|()| to.flush());
         let text = String::from_utf8_lossy(&line);
+        look(&text);
         found = found.or_else(|| ASTRAY.into_iter().find(|sign| text.contains(sign)));
         line.clear();
     }
@@ -241,7 +272,7 @@ fn tool(name: &str) -> Result<()> {
     })
 }
 
-fn deny() -> Result<()> {
+fn deny(skips: &mut Skips) -> Result<()> {
     tool("cargo-deny")?;
     cargo(&["deny", "--log-level", "error", "check", "licenses", "bans", "sources"])?;
     // The database of advisories lives on a server that not every machine reaches.
@@ -249,7 +280,7 @@ fn deny() -> Result<()> {
     if fetched.status.success() {
         cargo(&["deny", "--log-level", "error", "check", "advisories"])
     } else {
-        note("SKIPPED advisories: their database cannot be fetched here");
+        skips.look("cargo deny", "SKIPPED: the database of advisories cannot be fetched");
         Ok(())
     }
 }
@@ -308,9 +339,11 @@ mod tests {
     fn a_stuck_kernel_is_told_from_a_failed_test() {
         let mut shown = Vec::new();
         let said = "test a ... FAILED\n[  9.1] watchdog: BUG: soft lockup - CPU#0 stuck\nend";
-        assert_eq!(relay(said.as_bytes(), &mut shown), Some("soft lockup"));
+        let mut lines = 0;
+        assert_eq!(relay(said.as_bytes(), &mut shown, |_| lines += 1), Some("soft lockup"));
+        assert_eq!(lines, 3);
         assert_eq!(shown, said.as_bytes());
-        assert_eq!(relay(&b"test a ... FAILED\n"[..], &mut shown), None);
+        assert_eq!(relay(&b"test a ... FAILED\n"[..], &mut shown, |_| ()), None);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use drago_tests::{
     client::SpiceClient,
-    console::Console,
+    console::{Console, Sink},
     desktop,
     guest::Guest,
     paths,
@@ -81,6 +81,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     machine.log.wait_for(0, "SPICE server listens", PATIENCE).context("drago-vmm did not start")?;
     eprintln!();
     println!("look at it:  remote-viewer spice://127.0.0.1:{}", args.spice_port);
+    if !packages::in_path("remote-viewer") {
+        println!("             (of the package virt-viewer, which is not installed here)");
+    }
     if let Some(key) = &guest.ssh_key {
         println!(
             "log in:      ssh -i {} -p {} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
@@ -99,6 +102,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         }
         None => {
             println!("end it:      shut the guest down, or press Ctrl+C");
+            if let Some(prompt) = kind.prompt() {
+                step("the guest boots", || machine.serial.wait_for(0, prompt, PATIENCE).map(drop))?;
+            }
             let code = machine.wait()?;
             Ok(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)))
         }
@@ -168,64 +174,94 @@ fn shell_line(command: &[String]) -> String {
 /// A running drago-vmm, here or in the test host.
 struct Machine {
     log: Console,
+    serial: Console,
     place: Place,
 }
 
 enum Place {
-    Native(Child),
+    Native(Local),
     Nested { child: RemoteChild, _host: Box<Testbed> },
+}
+
+/// A drago-vmm on this machine, which does not outlive the demo.
+struct Local(Child);
+
+impl Local {
+    fn end(&self) -> Result<()> {
+        Command::new("kill").arg(self.0.id().to_string()).status().context("cannot run kill")?;
+        Ok(())
+    }
+}
+
+impl Drop for Local {
+    fn drop(&mut self) {
+        if matches!(self.0.try_wait(), Ok(None)) && self.end().is_ok() {
+            let _ = self.0.wait();
+        }
+    }
+}
+
+/// Keeps what a program writes.
+fn keep(mut from: impl Read + Send + 'static, file: &Path) -> Result<Console> {
+    let mut file = File::create(file)?;
+    let console = Console::default();
+    let to = console.clone();
+    thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        while let Ok(length @ 1..) = from.read(&mut bytes) {
+            to.push(&bytes[..length]);
+            // A full disk must not end the machine.
+            let _ = file.write_all(&bytes[..length]);
+        }
+        to.end();
+    });
+    Ok(console)
 }
 
 impl Machine {
     fn start_native(command: &[String], folder: &Path) -> Result<Self> {
-        let log = Console::default();
-        let mut child = Command::new(&command[0])
+        let child = Command::new(&command[0])
             .args(&command[1..])
             .stdin(Stdio::null())
-            .stdout(File::create(folder.join("serial.log"))?)
+            .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .context("cannot run drago-vmm")?;
-        let mut from = child.stderr.take().context("drago-vmm has no stderr")?;
-        let mut file = File::create(folder.join("vmm.log"))?;
-        let console = log.clone();
-        thread::spawn(move || {
-            let mut bytes = [0; 4096];
-            while let Ok(length @ 1..) = from.read(&mut bytes) {
-                console.push(&bytes[..length]);
-                let _ = file.write_all(&bytes[..length]);
-            }
-            console.end();
-        });
-        Ok(Self { log, place: Place::Native(child) })
+        let mut local = Local(child);
+        let serial = local.0.stdout.take().context("drago-vmm has no standard output")?;
+        let log = local.0.stderr.take().context("drago-vmm has no standard error")?;
+        Ok(Self {
+            log: keep(log, &folder.join("vmm.log"))?,
+            serial: keep(serial, &folder.join("serial.log"))?,
+            place: Place::Native(local),
+        })
     }
 
     fn start_nested(command: &[String], guest: &Guest, folder: &Path, args: &Args) -> Result<Self> {
-        let log = Console::default();
+        let (log, serial) = (Console::default(), Console::default());
         let mut options = Options::new(build::agent()?);
         options.memory_mib = 6144;
         options.disks.extend(guest.disk.clone());
         options.forward = vec![(args.spice_port, 5900), (args.ssh_port, 2223)];
         let host = Box::new(Testbed::boot(&options)?);
-        let mut serial = File::create(folder.join("serial.log"))?;
-        let mut file = File::create(folder.join("vmm.log"))?;
-        let console = log.clone();
+        let mut files =
+            [File::create(folder.join("serial.log"))?, File::create(folder.join("vmm.log"))?];
+        let (to_serial, to_log) = (Sink(serial.clone()), Sink(log.clone()));
         let child = host.command(&command[0]).args(&command[1..]).spawn(move |stream, bytes| {
-            // A full disk must not end the machine.
-            let _ = match stream {
-                Stream::Out => serial.write_all(bytes),
-                Stream::Err => {
-                    console.push(bytes);
-                    file.write_all(bytes)
-                }
+            let (console, file) = match stream {
+                Stream::Out => (&to_serial.0, &mut files[0]),
+                Stream::Err => (&to_log.0, &mut files[1]),
             };
+            console.push(bytes);
+            // A full disk must not end the machine.
+            let _ = file.write_all(bytes);
         })?;
-        Ok(Self { log, place: Place::Nested { child, _host: host } })
+        Ok(Self { log, serial, place: Place::Nested { child, _host: host } })
     }
 
     fn wait(&mut self) -> Result<i32> {
         match &mut self.place {
-            Place::Native(child) => Ok(child.wait()?.code().unwrap_or(1)),
+            Place::Native(local) => Ok(local.0.wait()?.code().unwrap_or(1)),
             Place::Nested { child, .. } => child.wait(),
         }
     }
@@ -233,9 +269,7 @@ impl Machine {
     /// Asks drago-vmm to end and waits for it.
     fn end(&mut self) -> Result<()> {
         match &mut self.place {
-            Place::Native(child) => {
-                Command::new("kill").arg(child.id().to_string()).status()?;
-            }
+            Place::Native(local) => local.end()?,
             Place::Nested { child, .. } => child.signal(15)?,
         }
         self.wait().map(drop)

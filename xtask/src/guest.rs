@@ -36,6 +36,15 @@ impl Kind {
             Self::Nixos => Guest::nixos(),
         }
     }
+
+    /// What its serial port says when people may log in, if they may.
+    pub(crate) fn prompt(self) -> Option<&'static str> {
+        match self {
+            Self::Minimal => Some("minimal# "),
+            Self::Weston | Self::Gnome | Self::Graphics => Some("login:"),
+            Self::Nixos => None,
+        }
+    }
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {

@@ -8,6 +8,7 @@ mod check;
 mod demo;
 mod guest;
 mod packages;
+mod skips;
 mod testbed;
 
 use std::process::ExitCode;

@@ -118,6 +118,12 @@ pub(crate) fn install(purpose: For) -> Result<()> {
     step("apt-get install", || apt(&arguments))
 }
 
+/// Whether there is such a program.
+pub(crate) fn in_path(program: &str) -> bool {
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&folders).any(|folder| folder.join(program).is_file())
+}
+
 fn installed(package: &str) -> Result<bool> {
     let out = Command::new("dpkg-query")
         .args(["-W", "-f", "${db:Status-Status}", package])

@@ -4,6 +4,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+mod devices;
+mod programs;
+
 use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
@@ -26,6 +29,14 @@ fn host() -> MutexGuard<'static, (Host, Guest)> {
     })
     .lock()
     .unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a command in the test host prints.
+fn on_host(host: &Host, script: &str) -> String {
+    let done = host.run(script).unwrap();
+    let said = String::from_utf8_lossy(&done.stdout).trim().to_owned();
+    assert_eq!(done.code, 0, "{script}: {said}{}", String::from_utf8_lossy(&done.stderr));
+    said
 }
 
 fn booted(host: &(Host, Guest), name: &str, options: &[&str]) -> Vm {
@@ -90,11 +101,12 @@ fn the_end_of_stdin_is_harmless() {
 #[ignore = "nested"]
 fn every_processor_and_all_memory_is_there() {
     let host = host();
-    let vm = booted(&host, "smp", &["--cpus", "4", "--memory", "1024"]);
+    // One more than lies below the hole for devices.
+    let vm = booted(&host, "smp", &["--cpus", "4", "--memory", "3073"]);
     assert_eq!(vm.serial_command("grep -c ^processor /proc/cpuinfo").unwrap(), "4");
     let total = vm.serial_command("awk '/MemTotal/{print $2}' /proc/meminfo").unwrap();
     let total: u32 = total.parse().unwrap();
-    assert!((880_000..1_048_576).contains(&total), "{total} KiB of 1 GiB");
+    assert!((2_900_000..3_073 * 1024).contains(&total), "{total} KiB of 3073 MiB");
 }
 
 /// The image may be a block device of the host: its size comes from the device, and what the guest
@@ -103,14 +115,12 @@ fn every_processor_and_all_memory_is_there() {
 #[ignore = "nested"]
 fn a_disk_may_be_a_block_device() {
     let host = host();
-    let made = host.0.run(
+    let device = on_host(
+        &host.0,
         "set -e; truncate -s 33M /tmp/image; printf 'from the host' | dd of=/tmp/image conv=notrunc \
          2>/dev/null; losetup --find --show /tmp/image",
     );
-    let made = made.unwrap();
-    assert_eq!(made.code, 0, "{}", String::from_utf8_lossy(&made.stderr));
-    let device = String::from_utf8(made.stdout).unwrap();
-    let disk = format!("path={}", device.trim());
+    let disk = format!("path={device}");
     let mut vm = booted(&host, "block-device", &["--disk", &disk]);
     assert_eq!(vm.serial_command("cat /sys/block/vda/size").unwrap(), (33 * 2048).to_string());
     assert_eq!(vm.serial_command("head -c 13 /dev/vda").unwrap(), "from the host");
@@ -120,12 +130,9 @@ fn a_disk_may_be_a_block_device() {
     vm.type_serial("poweroff").unwrap();
     assert_eq!(vm.wait().unwrap(), 0, "{}", vm.state());
 
-    let read = format!(
-        "dd if={0} bs=512 skip=67583 2>/dev/null | head -c 14; losetup -d {0}",
-        device.trim()
-    );
-    let read = host.0.run(&read).unwrap();
-    assert_eq!(String::from_utf8_lossy(&read.stdout), "from the guest");
+    let read =
+        format!("dd if={device} bs=512 skip=67583 2>/dev/null | head -c 14; losetup -d {device}");
+    assert_eq!(on_host(&host.0, &read), "from the guest");
 }
 
 #[test]
