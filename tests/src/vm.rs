@@ -109,6 +109,8 @@ impl Host {
         let mut options = Options::new(agent.to_path_buf());
         options.memory_mib = memory_mib;
         options.disks = disks;
+        // The cache, which may lie elsewhere, for the project's own tools.
+        options.rw = vec![paths::cache("debian")?, paths::cache("guests")?];
         options.forward = vec![(0, SPICE_PORT), (0, VNC_PORT), (0, SSH_PORT)];
         let testbed = Testbed::boot(&options)?;
         // Not below the checkout: a socket's path has room for 108 bytes.

@@ -16,10 +16,13 @@ fn consoles_and_the_guest_agents_port_carry_text() {
     assert_eq!(on_host(&host.0, read), "through hvc0");
 
     // A guest agent of one line: it gets nothing before somebody has connected.
-    let agent = "(exec 3<>/dev/virtio-ports/org.qemu.guest_agent.0; \
-                 until read -r line <&3; do usleep 100000; done; echo \"answer to $line\" >&3) &";
+    let agent = "{ (exec 3<>/dev/virtio-ports/org.qemu.guest_agent.0; \
+                 until read -r line <&3; do usleep 100000; done; echo \"answer to $line\" >&3) & }";
     vm.serial_command(agent).unwrap();
-    let ask = r#"echo '{"execute":"guest-ping"}' | socat -t 240 - UNIX-CONNECT:/run/qga.sock | head -n 1"#;
+    // Who shuts the connection down, if only his side, has gone.
+    let ask = r#"touch /tmp/said; (echo '{"execute":"guest-ping"}'
+        until grep -q answer /tmp/said; do sleep 0.2; done) | socat - UNIX-CONNECT:/run/qga.sock \
+        >/tmp/said; cat /tmp/said"#;
     assert_eq!(on_host(&host.0, ask), r#"answer to {"execute":"guest-ping"}"#);
 }
 

@@ -25,7 +25,7 @@ fn host() -> MutexGuard<'static, (Host, Guest)> {
     HOST.get_or_init(|| {
         let guest = Guest::minimal().unwrap();
         let agent = Path::new(env!("CARGO_BIN_EXE_drago-testbed-agent"));
-        Mutex::new((Host::boot("minimal", agent, 3072).unwrap(), guest))
+        Mutex::new((Host::boot("minimal", agent, 4096).unwrap(), guest))
     })
     .lock()
     .unwrap_or_else(PoisonError::into_inner)
