@@ -153,7 +153,7 @@ fn keep(socket: &UnixStream, recipe: &Recipe<'_>) -> io::Result<()> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     rustix::thread::set_name(c"drago-servers")?;
     // Above all not the VMM's socket: whoever has it is the VMM's back end.
-    sys::close_all_but(socket.as_fd())?;
+    sys::close_all_but(Some(socket.as_fd()))?;
     let mut fds = VecDeque::new();
     while socket_io::receive(socket, &mut [0], &mut fds, RecvFlags::empty())? == 1 {
         // Those that ended before.
@@ -214,8 +214,31 @@ fn become_server(recipe: &Recipe<'_>, socket: &OwnedFd) -> io::Error {
         arguments.chain(["--socket-fd".into(), OsString::from(socket.as_raw_fd().to_string())]);
     let mut command = Command::new(program);
     command.args(arguments).stdin(nothing);
-    drop(Sandbox::enter(*mode, needs, *max_memory).close());
+    let sandbox = Sandbox::enter(*mode, needs, *max_memory);
+    if sandbox.has_own_processes() {
+        // The first process of the namespace is the one that is made next. When it ends, the kernel ends
+        // all others in there, whatever they are stuck in.
+        match sys::fork() {
+            Ok(Fork::Parent) => wait_for_server(),
+            Ok(Fork::Child) => {}
+            Err(error) => return error,
+        }
+        let bound = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+        if let Err(error) = bound {
+            return error.into();
+        }
+    }
+    drop(sandbox.close());
     command.exec()
+}
+
+/// Stands between the keeper and a server in a namespace of its own: ends with either.
+fn wait_for_server() -> ! {
+    let _ = rustix::thread::set_name(c"drago-server");
+    // Above all not the server's end of its connection.
+    let closed = sys::close_all_but(None);
+    let ended = rustix::process::wait(WaitOptions::empty());
+    std::process::exit(i32::from(closed.is_err() || ended.is_err()))
 }
 
 #[cfg(test)]

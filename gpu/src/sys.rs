@@ -52,10 +52,10 @@ pub fn close_on_exec() -> io::Result<()> {
 
 /// For a copy of this process made by [`fork`] that never returns to whom it was copied from: closes what
 /// it inherited, but for `kept`, standard output and standard errors. Standard input reads nothing.
-pub fn close_all_but(kept: BorrowedFd<'_>) -> io::Result<()> {
+pub fn close_all_but(kept: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let nothing = std::fs::File::open("/dev/null")?;
-    let kept = kept.as_raw_fd();
-    if kept <= libc::STDERR_FILENO {
+    let kept = kept.map(|fd| fd.as_raw_fd());
+    if kept.is_some_and(|fd| fd <= libc::STDERR_FILENO) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     // SAFETY: whoever owns standard input is in frames of the stack that are not returned to.
@@ -65,7 +65,7 @@ pub fn close_all_but(kept: BorrowedFd<'_>) -> io::Result<()> {
     drop(nothing);
     let numbers = std::fs::read_dir("/proc/self/fd")?
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<RawFd>().ok())
-        .filter(|fd| *fd > libc::STDERR_FILENO && *fd != kept)
+        .filter(|fd| *fd > libc::STDERR_FILENO && Some(*fd) != kept)
         .collect::<Vec<_>>();
     for fd in numbers {
         // SAFETY: the same; the folder's own descriptor is closed already, which does no harm.

@@ -271,6 +271,10 @@ fn nothing_is_left_behind() {
     }
     let family = descendants(vulkan.front.child.id());
     assert!(family.len() >= 9, "a server, and a process for each context: {family:?}");
+    // Nor do those stay that have no part in it.
+    for pid in &family[family.len() - 4..] {
+        signal(*pid, rustix::process::Signal::STOP);
+    }
     drop(vulkan);
     // They end by themselves; how fast is the kernel's business.
     wait_until("the processes' end", || family.iter().all(|pid| !is_running(*pid)));
@@ -396,8 +400,12 @@ fn no_server_follows_where_none_can() {
 }
 
 fn kill(pid: u32) {
+    signal(pid, rustix::process::Signal::KILL);
+}
+
+fn signal(pid: u32, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
-    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    let _ = rustix::process::kill_process(pid, signal);
 }
 
 fn is_running(pid: u32) -> bool {

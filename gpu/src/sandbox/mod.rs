@@ -81,6 +81,7 @@ pub struct Sandbox {
     needs: Needs,
     done: Vec<String>,
     refused: Vec<String>,
+    own_processes: bool,
 }
 
 impl Sandbox {
@@ -88,7 +89,8 @@ impl Sandbox {
     /// most of this is inherited by threads and reaches none that exists. `max_memory` is what the
     /// guest's resources may take, in bytes.
     pub fn enter(mode: Mode, needs: Needs, max_memory: u64) -> Self {
-        let mut sandbox = Self { mode, needs, done: Vec::new(), refused: Vec::new() };
+        let mut sandbox =
+            Self { mode, needs, done: Vec::new(), refused: Vec::new(), own_processes: false };
         if mode == Mode::Off {
             return sandbox;
         }
@@ -112,6 +114,11 @@ impl Sandbox {
             Needs::RenderServer { .. } => sys::tell_driver(None),
         }
         sandbox
+    }
+
+    /// Whether the next process that is made is the first one of a PID namespace.
+    pub fn has_own_processes(&self) -> bool {
+        self.own_processes
     }
 
     /// Filters the system calls of all threads; logs and returns what stands.

@@ -2,9 +2,8 @@
 //!
 //! An unprivileged process gets them inside a user namespace of its own, where that is permitted; a
 //! privileged one (root in a chroot, where user namespaces are refused) also without. There is
-//! no PID namespace: it would concern children only. drago-gpu makes none (the filter of system calls
-//! permits threads only) but the render server, before this; that one makes a process for each context,
-//! which are not in a PID namespace of their own.
+//! no PID namespace, which would concern children only and drago-gpu makes none (the filter of system calls
+//! permits threads only), but for the render server: that one makes a process for each context.
 
 use std::{fs, io};
 
@@ -21,8 +20,14 @@ const PLACES: [&str; 3] = ["/tmp", "/run", "/"];
 
 /// Enters them.
 pub(super) fn enter(sandbox: &mut Sandbox) {
-    let inner =
+    let mut inner =
         UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWNS;
+    let is_server = matches!(sandbox.needs, Needs::RenderServer { .. });
+    inner.set(UnshareFlags::NEWPID, is_server);
+    let what = match is_server {
+        true => "network, IPC, UTS, PID and mount namespaces",
+        false => "network, IPC, UTS and mount namespaces",
+    };
     let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
     let mounts = match sys::unshare(inner | UnshareFlags::NEWUSER) {
         Ok(()) => {
@@ -34,17 +39,18 @@ pub(super) fn enter(sandbox: &mut Sandbox) {
             if let Err(error) = mapped {
                 sandbox.note("mapping of the user", Err(error));
             }
-            sandbox.note("network, IPC, UTS and mount namespaces", Ok(()));
+            sandbox.note(what, Ok(()));
             true
         }
         Err(error) => {
             sandbox.note("user namespace", Err(error));
             let result = sys::unshare(inner);
             let mounts = result.is_ok();
-            sandbox.note("network, IPC, UTS and mount namespaces", result);
+            sandbox.note(what, result);
             mounts
         }
     };
+    sandbox.own_processes = mounts && is_server;
     if !mounts {
         return;
     }
