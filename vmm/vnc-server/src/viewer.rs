@@ -16,6 +16,10 @@ use crate::{
 /// Time between two updates.
 const PACE: Duration = Duration::from_micros(16_600);
 
+/// Least time between two turns with texts: clipboards may change, and be asked for, as fast as somebody
+/// likes, and a text may be a megabyte.
+const TEXT_PACE: Duration = Duration::from_millis(100);
+
 /// What the client said it can do.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Abilities {
@@ -86,6 +90,15 @@ struct State {
     /// The client has not been told so.
     blank: bool,
     clipboard: ClipboardNews,
+    last_said: Option<Instant>,
+}
+
+/// What [`State::next`] finds.
+#[derive(Debug)]
+enum Next {
+    Turn(Turn),
+    /// Nothing before then, or before something changes.
+    Wait(Option<Instant>),
 }
 
 /// What the client has to be told about clipboards.
@@ -102,6 +115,10 @@ struct ClipboardNews {
 }
 
 impl ClipboardNews {
+    fn is_empty(&self) -> bool {
+        !self.abilities && !self.request && self.text.is_none() && self.asked.is_none()
+    }
+
     /// The messages; nothing is news any more then.
     fn take(&mut self, extended: bool) -> Vec<u8> {
         let news = std::mem::take(self);
@@ -178,6 +195,7 @@ impl Viewer {
                 off: false,
                 blank: false,
                 clipboard: ClipboardNews::default(),
+                last_said: None,
             }),
             changed: Condvar::new(),
         }
@@ -282,21 +300,10 @@ impl Viewer {
             if state.closed {
                 return None;
             }
-            let extended = state.abilities.extended_clipboard;
-            let messages = state.clipboard.take(extended);
-            if !messages.is_empty() {
-                return Some(Turn::Say(messages));
-            }
             let now = Instant::now();
-            let earliest = state.last_update.map_or(now, |last| last + PACE);
-            let ready = match (state.requested, state.has_news()) {
-                (false, _) => None,
-                (true, true) => Some(earliest),
-                (true, false) => rest.map(|rest| rest.max(earliest)),
-            };
-            let deadline = match ready {
-                Some(at) if at <= now => return Some(Turn::Paint(Box::new(state.take(now)))),
-                later => later,
+            let deadline = match state.next(rest, now) {
+                Next::Turn(turn) => return Some(turn),
+                Next::Wait(until) => until,
             };
             state = match deadline {
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
@@ -328,6 +335,33 @@ impl Viewer {
 }
 
 impl State {
+    /// What is to be done now. Texts wait for their time, pictures never wait for texts.
+    fn next(&mut self, rest: Option<Instant>, now: Instant) -> Next {
+        let mut texts_at = None;
+        if !self.clipboard.is_empty() {
+            let at = self.last_said.map_or(now, |last| last + TEXT_PACE);
+            if at > now {
+                texts_at = Some(at);
+            } else {
+                let messages = self.clipboard.take(self.abilities.extended_clipboard);
+                if !messages.is_empty() {
+                    self.last_said = Some(now);
+                    return Next::Turn(Turn::Say(messages));
+                }
+            }
+        }
+        let earliest = self.last_update.map_or(now, |last| last + PACE);
+        let picture_at = match (self.requested, self.has_news()) {
+            (false, _) => None,
+            (true, true) => Some(earliest),
+            (true, false) => rest.map(|rest| rest.max(earliest)),
+        };
+        match picture_at {
+            Some(at) if at <= now => Next::Turn(Turn::Paint(Box::new(self.take(now)))),
+            at => Next::Wait([at, texts_at].into_iter().flatten().min()),
+        }
+    }
+
     fn has_news(&self) -> bool {
         let size = self.announce_size || self.resize_status.is_some();
         let cursor = self.cursor && (self.abilities.cursor || self.abilities.alpha_cursor);
@@ -354,5 +388,52 @@ impl State {
         self.damage.clear();
         self.forced.clear();
         work
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_texts_holds_no_picture_up() {
+        let viewer = Viewer::new((64, 64));
+        let start = Instant::now();
+        let (mut said, mut painted) = (0, 0);
+        // For a second everything changes as fast as it can.
+        for millisecond in 0..1000 {
+            let now = start + Duration::from_millis(millisecond);
+            viewer.clipboard_changed("a text".into());
+            viewer.damaged((64, 64), &[Rect::new(0, 0, 64, 64)]);
+            viewer.request(None);
+            let mut state = viewer.lock();
+            match state.next(None, now) {
+                Next::Turn(Turn::Say(messages)) => {
+                    assert!(!messages.is_empty());
+                    said += 1;
+                }
+                Next::Turn(Turn::Paint(_)) => painted += 1,
+                Next::Wait(until) => {
+                    assert!(until.is_some_and(|until| until > now), "at {millisecond} ms");
+                }
+            }
+        }
+        assert_eq!(said, 10);
+        assert!((55..=61).contains(&painted), "{painted}");
+        // The newest text is not lost.
+        let later = start + Duration::from_secs(2);
+        assert!(matches!(viewer.lock().next(None, later), Next::Turn(Turn::Say(_))));
+        let Next::Turn(Turn::Paint(_)) = viewer.lock().next(None, later) else {
+            panic!("and then the picture")
+        };
+        assert!(matches!(viewer.lock().next(None, later), Next::Wait(None)));
+    }
+
+    #[test]
+    fn what_a_client_does_not_know_is_no_news() {
+        let viewer = Viewer::new((64, 64));
+        viewer.request_clipboard();
+        viewer.clipboard_asked("a text".into());
+        assert!(matches!(viewer.lock().next(None, Instant::now()), Next::Wait(None)));
     }
 }
