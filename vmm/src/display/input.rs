@@ -1,6 +1,6 @@
 //! Keyboard and pointer: from SPICE clients to the virtio input devices.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use devices::virtio::input::{
     InputEvent, InputHandle, InputKind,
@@ -12,6 +12,8 @@ use devices::virtio::input::{
 };
 use spice_server::{Button, InputSink, KeyEvent, PointerPosition, Scancode, ScancodePrefix};
 
+use super::screen::Screen;
+
 /// Bit of a set 1 scancode that makes it a release.
 const BREAK: u8 = 0x80;
 
@@ -20,16 +22,23 @@ const CTRL_ALT_DEL: [Scancode; 3] =
     [Scancode::plain(0x1d), Scancode::plain(0x38), Scancode::extended(0x53)];
 
 /// The input devices of a machine; each may be missing.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Inputs {
     keyboard: Option<InputHandle>,
     tablet: Option<InputHandle>,
     mouse: Option<InputHandle>,
     /// The device that had the last movement: buttons and wheel belong to it.
     pointer: Mutex<Option<InputKind>>,
+    /// What the tablet spans.
+    screens: Vec<Arc<Screen>>,
 }
 
 impl Inputs {
+    /// The tablet spans these, which the guest has side by side.
+    pub(super) fn span(&mut self, screens: &[Arc<Screen>]) {
+        self.screens = screens.to_vec();
+    }
+
     /// Takes the first device of each kind.
     pub(super) fn add(&mut self, handle: &InputHandle) {
         let slot = match handle.kind() {
@@ -76,6 +85,27 @@ impl Inputs {
     }
 }
 
+/// A place on one of several screens as one on the guest's desktop, on which they are side by side as
+/// the GPU's display information has them: along each axis, where it is and how long that is.
+fn on_desktop(
+    sizes: impl Iterator<Item = Option<(u32, u32)>>,
+    position: PointerPosition,
+) -> ((u32, u32), (u32, u32)) {
+    let (mut left, mut width, mut height) = (0, 0, position.surface_height);
+    for (screen, size) in (0..).zip(sizes) {
+        let own = screen == position.display;
+        if own {
+            left = width;
+        }
+        // What the client points at may be older than what the guest shows.
+        let size = if own { Some((position.surface_width, position.surface_height)) } else { size };
+        let (screen_width, screen_height) = size.unwrap_or_default();
+        width += screen_width;
+        height = height.max(screen_height);
+    }
+    ((left + position.x, width.max(position.surface_width)), (position.y, height))
+}
+
 fn key_event(scancode: Scancode, down: bool) -> Option<InputEvent> {
     let release = if down { 0 } else { BREAK };
     let mut decoder = ScancodeDecoder::new();
@@ -106,9 +136,11 @@ impl InputSink for Inputs {
     fn pointer_absolute(&self, position: PointerPosition) {
         let Some(tablet) = &self.tablet else { return };
         self.moved(InputKind::Tablet);
+        let sizes = self.screens.iter().map(|screen| screen.size());
+        let ((x, width), (y, height)) = on_desktop(sizes, position);
         tablet.send(&[
-            InputEvent::absolute(ABS_X, tablet_position(position.x, position.surface_width)),
-            InputEvent::absolute(ABS_Y, tablet_position(position.y, position.surface_height)),
+            InputEvent::absolute(ABS_X, tablet_position(x, width)),
+            InputEvent::absolute(ABS_Y, tablet_position(y, height)),
         ]);
     }
 
@@ -152,6 +184,26 @@ mod tests {
         assert_eq!(code(Scancode::PAUSE, true), Some((119, 1)));
         assert_eq!(code(Scancode::PAUSE, false), Some((119, 0)));
         assert_eq!(code(Scancode::extended(0x00), true), None);
+    }
+
+    #[test]
+    fn the_tablet_spans_all_screens() {
+        let position = |display, x, y| PointerPosition {
+            display,
+            x,
+            y,
+            surface_width: 800,
+            surface_height: 600,
+        };
+        let place =
+            |sizes: &[Option<(u32, u32)>], position| on_desktop(sizes.iter().copied(), position);
+        assert_eq!(place(&[], position(0, 5, 7)), ((5, 800), (7, 600)));
+        assert_eq!(place(&[Some((800, 600))], position(0, 5, 7)), ((5, 800), (7, 600)));
+        // The second one is off.
+        let sizes = [Some((1024, 768)), None, Some((800, 600)), Some((640, 480))];
+        assert_eq!(place(&sizes, position(0, 5, 7)), ((5, 2240), (7, 600)));
+        assert_eq!(place(&sizes, position(2, 5, 7)), ((1029, 2464), (7, 768)));
+        assert_eq!(place(&sizes, position(3, 5, 7)), ((1829, 2624), (7, 768)));
     }
 
     #[test]

@@ -248,8 +248,9 @@ pub fn start(
             (None, None) => Ok(None),
         };
     };
-    let inputs = Arc::new(inputs);
     let screens: Vec<Arc<Screen>> = (0..gpu.scanouts()).map(|id| Screen::new(id, &gpu)).collect();
+    inputs.span(&screens);
+    let inputs = Arc::new(inputs);
     let (builder, spice_socket) = doors.spice.unzip();
     let spice_socket = spice_socket.flatten();
     let server = match builder {

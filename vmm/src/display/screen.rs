@@ -77,6 +77,11 @@ impl Screen {
         self.id
     }
 
+    /// Size of the guest's picture; `None` while the guest shows nothing.
+    pub(super) fn size(&self) -> Option<(u32, u32)> {
+        self.state().size
+    }
+
     /// Where frames go; set once, before the first one.
     pub(super) fn set_viewer(&self, viewer: Option<DisplayHandle>) {
         if let Some(viewer) = viewer {
