@@ -28,6 +28,8 @@ class Client:
         self.watch_stamps = False
         self.stamp = None
         self.latencies = []
+        self.changes = []
+        self.stream_at = None
         self.data = None
         self.first_frame = None
         self.size = (0, 0)
@@ -59,6 +61,9 @@ class Client:
     def invalidate(self, channel, x, y, width, height):
         if self.first_frame is None:
             self.first_frame = time.perf_counter() - self.started
+        elif self.stream_at is None and height > 128:
+            # Pictures come in rows of 64 pixels.
+            self.stream_at = time.perf_counter()
         self.pixels += width * height
         if self.watch_stamps and x < 128 and y < 8:
             self.read_stamp()
@@ -79,6 +84,14 @@ class Client:
             self.stamp = stamp
             now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1_000_000
             self.latencies.append((now - stamp) % 4096)
+            self.changes.append(time.perf_counter())
+
+    def start_gap(self):
+        """Milliseconds the picture stood still at most while the first video stream began."""
+        if self.stream_at is None:
+            return None
+        near = [at for at in self.changes if abs(at - self.stream_at) < 1.5]
+        return round(max((b - a for a, b in zip(near, near[1:])), default=0) * 1000)
 
     def bytes_read(self):
         return sum(int(c.get_property("total-read-bytes")) for c in self.channels.values())

@@ -48,11 +48,11 @@ def build_guest(folder, size):
 class Ours:
     cpu_prefix = "spice-"
 
-    def __init__(self, bin_dir, mode, size, fps, codec="auto", whole=True):
+    def __init__(self, bin_dir, mode, size, fps, codec="auto", whole=True, host="127.0.0.1"):
         more = ["--whole"] if whole else []
         more += ["--video-codec", codec]
         self.server = Process(
-            os.path.join(bin_dir, "test-picture"), "--listen", "127.0.0.1:0", "--mode", mode,
+            os.path.join(bin_dir, "test-picture"), "--listen", f"{host}:0", "--mode", mode,
             "--size", f"{size[0]}x{size[1]}", "--fps", str(fps), "--quiet", *more)
         self.address, self.pid = self.server.address, self.server.pid
 
@@ -63,18 +63,18 @@ class Ours:
 class Qemu:
     cpu_prefix = ""
 
-    def __init__(self, bin_dir, mode, size, fps, guest, port, streaming):
+    def __init__(self, bin_dir, mode, size, fps, guest, port, streaming, host="127.0.0.1"):
         self.memory = f"/dev/shm/spice-bench-{os.getpid()}-{port}"
         self.qemu = subprocess.Popen(
             ["qemu-system-x86_64", "-M", "pc", "-accel", "tcg", "-m", str(MEMORY_MIB),
              "-object", f"memory-backend-file,id=m,size={MEMORY_MIB}M,share=on,mem-path={self.memory}",
              "-machine", "memory-backend=m", "-nodefaults", "-vga", "none", "-device", "ramfb",
              "-display", "none", "-kernel", guest, "-spice",
-             f"port={port},addr=127.0.0.1,disable-ticketing=on,image-compression=auto_lz,"
+             f"port={port},addr={host},disable-ticketing=on,image-compression=auto_lz,"
              f"streaming-video={streaming}"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.painter = None
-        self.pid, self.address = self.qemu.pid, ("127.0.0.1", port)
+        self.pid, self.address = self.qemu.pid, (host, port)
         # Until the guest has told QEMU where the frame buffer is.
         time.sleep(4)
         if mode != "static":
@@ -93,10 +93,12 @@ class Qemu:
 
 def measure_row(side, address, seconds):
     client = Client(address)
+    client.watch_stamps = True
     client.run(until=lambda: client.first_frame is not None, limit=40)
     # Streams begin, estimates settle.
     client.run(seconds=3)
-    client.watch_stamps, client.latencies, client.stamp = True, [], None
+    start_gap = client.start_gap()
+    client.latencies, client.stamp = [], None
     read, cpu = client.bytes_read(), cpu_seconds(side.pid, side.cpu_prefix)
     begin = time.perf_counter()
     client.run(seconds=seconds)
@@ -109,6 +111,8 @@ def measure_row(side, address, seconds):
     if client.latencies:
         result["latency_ms"] = {"p50": percentile(client.latencies, 0.5),
                                 "p95": percentile(client.latencies, 0.95)}
+    if start_gap is not None:
+        result["start_gap_ms"] = start_gap
     if result["fps"]:
         result["cpu_ms_per_frame"] = round(result["cpu"] * 1000 / result["fps"], 2)
     client.close()
@@ -130,12 +134,13 @@ def measure(options):
                     if which.startswith("ours"):
                         # "ours-mjpeg": with another codec for films than the best one.
                         codec = which.partition("-")[2] or "auto"
-                        side = Ours(options.bin_dir, mode, size, fps, codec)
+                        side = Ours(options.bin_dir, mode, size, fps, codec, host=options.host)
                     else:
                         guest = build_guest(folder, size)
                         if not guest or not shutil.which("qemu-system-x86_64"):
                             continue
-                        side = Qemu(options.bin_dir, mode, size, fps, guest, 5961, streaming)
+                        side = Qemu(options.bin_dir, mode, size, fps, guest, 5961, streaming,
+                                    options.host)
                     label = which + (" stream" if streaming == "all" else "")
                     try:
                         for link in links:
@@ -164,14 +169,15 @@ def through(options, side, name, label, link):
 
 def format_row(row):
     latency = row.get("latency_ms", {})
-    return "{:<9} {:<12} {:>4g} ms {:>4} {:>9} Mbit/s {:>5} fps {:>5} {:>5} ms  cpu {:>6}".format(
+    return "{:<9} {:<12} {:>4g} ms {:>4} {:>9} Mbit/s {:>5} fps {:>5} {:>5} ms  cpu {:>6} {:>5}".format(
         row["row"], row["side"], row["rtt_ms"], f"{row['limit_mbit']:g}" if row["limit_mbit"] else "-",
         row.get("mbit_per_s", row.get("error", "")), row.get("fps", ""), latency.get("p50", "-"),
-        latency.get("p95", "-"), row.get("cpu", ""))
+        latency.get("p95", "-"), row.get("cpu", ""), row.get("start_gap_ms", ""))
 
 
 def print_table(rows):
-    print("\nrow       side         round trip, limit, rate, frames shown, latency p50 p95, cores",
+    print("\nrow       side         round trip, limit, rate, frames shown, latency p50 p95, cores, "
+          "standstill when a stream begins",
           file=sys.stderr)
     for row in rows:
         print(format_row(row), file=sys.stderr)

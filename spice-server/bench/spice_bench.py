@@ -275,6 +275,9 @@ def main():
     parser.add_argument("--rows", help="of the content bench, for example scroll,film")
     parser.add_argument("--links", help="of the content bench: RTT_MS:MBIT, 0 for no limit")
     parser.add_argument("--sides", default="ours,qemu")
+    parser.add_argument("--host", default="127.0.0.1",
+                        help="where the servers listen; over another address of this machine than "
+                        "loopback ours takes clients for distant ones, and sends them films as streams")
     options = parser.parse_args()
     if options.address:
         host, port = options.address.rsplit(":", 1)

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::Peer;
+use crate::{Peer, VideoCodec};
 
 /// Why somebody did not get in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +38,32 @@ impl Refusal {
             Self::NotSecure => "not-secure",
             Self::Occupied => "occupied",
             Self::ForeignPage => "foreign-page",
+        }
+    }
+}
+
+/// Why films go to a client with this codec from now on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum VideoChange {
+    /// It is the best one that both sides have.
+    Chosen,
+    /// The client reported that it cannot show the one before.
+    NotShown,
+    /// The host was too slow for the one before.
+    TooSlow,
+    /// The encoder of the one before failed.
+    Failed,
+}
+
+impl VideoChange {
+    /// Its name in logs and events.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Chosen => "chosen",
+            Self::NotShown => "not-shown",
+            Self::TooSlow => "too-slow",
+            Self::Failed => "failed",
         }
     }
 }
@@ -86,6 +112,17 @@ pub enum ServerEvent {
     Agent {
         /// Whether it is there.
         open: bool,
+    },
+    /// Films go to a client with another codec than before.
+    VideoCodec {
+        /// Number of its session.
+        session: u32,
+        /// The display.
+        display: u32,
+        /// The codec; `None`: as pictures.
+        codec: Option<VideoCodec>,
+        /// Why.
+        why: VideoChange,
     },
     /// A client asked for another size of a display.
     Resize {

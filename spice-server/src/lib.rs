@@ -1,8 +1,8 @@
 //! A SPICE server for any program that has a picture to show.
 //!
 //! The server shows frames and plays sound to clients such as remote-viewer and hands their keyboard,
-//! pointer, microphone, resize requests and guest agent data to the program. It knows nothing of virtual machines. How it works
-//! and what its limits are is told in `docs/spice.md`.
+//! pointer, microphone, resize requests and guest agent data to the program. It knows nothing of
+//! virtual machines. How it works and what its limits are is told in `docs/spice.md`.
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -43,7 +43,7 @@ pub use display::{
     MonitorConfig, PixelFormat, Rect, Snapshot, SurfaceInfo,
 };
 pub use error::Error;
-pub use events::{EventSink, Refusal, ServerEvent};
+pub use events::{EventSink, Refusal, ServerEvent, VideoChange};
 pub use input::{
     Button, InputSink, KeyEvent, Leds, MouseMode, PointerPosition, Scancode, ScancodePrefix,
 };

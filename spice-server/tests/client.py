@@ -20,7 +20,9 @@ host, port = sys.argv[1], sys.argv[2]
 password = next((word for word in sys.argv[3:] if "=" not in word), None)
 loop = GLib.MainLoop()
 channels = {}
-primary = None
+# Display channels and what they show, by number.
+displays = {}
+primaries = {}
 
 
 def say(ev, **fields):
@@ -55,15 +57,14 @@ def channel_event(channel, event):
 
 
 def primary_create(channel, fmt, width, height, stride, shmid, data):
-    global primary
-    primary = (width, height, stride, data)
-    say("primary", width=width, height=height)
+    number = channel.get_property("channel-id")
+    primaries[number] = (width, height, stride, data)
+    say("primary", display=number, width=width, height=height)
 
 
 def primary_destroy(channel):
-    global primary
-    primary = None
-    say("primary-destroy")
+    primaries.pop(channel.get_property("channel-id"), None)
+    say("primary-destroy", display=channel.get_property("channel-id"))
 
 
 def cursor_set(channel, width, height, hot_x, hot_y, rgba):
@@ -78,7 +79,9 @@ def cursor_set(channel, width, height, hot_x, hot_y, rgba):
 
 def new_channel(session, channel):
     name = type(channel).__name__
-    channels[name] = channel
+    number = channel.get_property("channel-id")
+    if number == 0 or name not in channels:
+        channels[name] = channel
     on(channel, "channel-event", channel_event)
     if name == "MainChannel":
         on(channel, "main-mouse-update",
@@ -95,7 +98,8 @@ def new_channel(session, channel):
     elif name == "DisplayChannel":
         on(channel, "display-primary-create", primary_create)
         on(channel, "display-primary-destroy", primary_destroy)
-        on(channel, "display-mark", lambda c, mark: say("mark", mark=mark))
+        displays[number] = channel
+        on(channel, "display-mark", lambda c, mark: say("mark", display=number, mark=mark))
         on(channel, "display-invalidate",
            lambda c, x, y, w, h: say("invalidate", rect=[x, y, w, h]))
     elif name == "InputsChannel":
@@ -146,6 +150,14 @@ def command(line):
         main.update_display_enabled(0, True, False)
         main.update_display(0, 0, 0, numbers[0], numbers[1], False)
         main.send_monitor_config()
+    elif name == "monitors":
+        # WIDTH HEIGHT X Y of every monitor that is wanted; the others are off.
+        wanted = [numbers[at:at + 4] for at in range(0, len(numbers), 4)]
+        for number in range(len(displays)):
+            main.update_display_enabled(number, number < len(wanted), False)
+        for number, (width, height, x, y) in enumerate(wanted):
+            main.update_display(number, x, y, width, height, False)
+        main.send_monitor_config()
     elif name == "compression":
         channels["DisplayChannel"].display_channel_change_preferred_compression(S_COMPRESSIONS[words[1]])
     elif name == "copy":
@@ -154,17 +166,18 @@ def command(line):
     elif name == "paste":
         main.clipboard_selection_request(0, 1)
     elif name == "pixels":
-        if primary is None:
+        number = numbers[0] if numbers else 0
+        if number not in primaries:
             say("pixels", hash=None)
         else:
-            width, height, stride, data = primary
+            width, height, stride, data = primaries[number]
             raw = bytearray(ctypes.string_at(data, stride * height))
             raw[3::4] = bytes(len(raw) // 4)
             say("pixels", hash=hashlib.sha1(raw).hexdigest())
     elif name == "codecs":
         channels["DisplayChannel"].display_channel_change_preferred_video_codec_types(numbers)
     elif name == "save":
-        width, height, stride, data = primary
+        width, height, stride, data = primaries[0]
         with open(words[1], "wb") as file:
             file.write(ctypes.string_at(data, stride * height))
         say("saved")

@@ -16,7 +16,7 @@ use super::{
     tiles::{REFINE_AFTER, Tiles, bounds},
 };
 use crate::{
-    VideoCodec,
+    VideoChange, VideoCodec,
     proto::{
         display::{
             Surface, put_copy, put_copy_bits, put_fill, put_forget_images, put_mark,
@@ -28,8 +28,9 @@ use crate::{
     video::Video,
 };
 
-/// Quality of lossy parts, 1 to 100.
+/// Quality of lossy parts, 1 to 100, and of those that change all the time.
 const JPEG_QUALITY: u8 = 80;
+const WARM_QUALITY: u8 = 50;
 /// Smallest part, in bytes of pixels, that may be lossy.
 const MIN_LOSSY: usize = 1024 * 4;
 /// Seconds the line may be busy with exact pixels before lossy ones are considered.
@@ -60,6 +61,8 @@ pub(crate) struct Line {
     pub(crate) slow: bool,
     /// Bytes per second, if known.
     pub(crate) rate: Option<f64>,
+    /// Seconds until it has taken what was sent, if its rate is right.
+    pub(crate) waiting: f64,
     /// The multimedia clock, in milliseconds.
     pub(crate) clock: u32,
 }
@@ -71,6 +74,8 @@ pub(crate) struct Encoder {
     pub(crate) out: Vec<u8>,
     /// Some of them hold lossy pictures.
     pub(crate) lossy: bool,
+    /// They are to be sent before anything else is encoded.
+    pub(crate) urgent: bool,
     abilities: Abilities,
     /// LZ4 is allowed.
     lz4: bool,
@@ -87,11 +92,18 @@ pub(crate) struct Encoder {
     video: Arc<Video>,
     video_codecs: Vec<VideoCodec>,
     streams: Vec<Stream>,
+    resting: Option<streams::Resting>,
+    /// The codec films were sent with last, and what the program has not been told about that.
+    noted_codec: Option<VideoCodec>,
+    news: Option<(Option<VideoCodec>, VideoChange)>,
     next_stream: u32,
     look_at: Option<Instant>,
     source: SourceRate,
     pixels: Vec<u8>,
     stats: Arc<Counters>,
+    /// What encoding takes longer than it does.
+    #[cfg(test)]
+    handicap: std::time::Duration,
 }
 
 impl Encoder {
@@ -100,6 +112,7 @@ impl Encoder {
             framer,
             out: Vec::new(),
             lossy: false,
+            urgent: false,
             abilities,
             lz4: abilities.modern,
             shown: None,
@@ -111,11 +124,16 @@ impl Encoder {
             video: Arc::default(),
             video_codecs: if abilities.streams { vec![VideoCodec::Mjpeg] } else { Vec::new() },
             streams: Vec::new(),
+            resting: None,
+            noted_codec: None,
+            news: None,
             next_stream: 0,
             look_at: None,
             source: SourceRate::new(),
             pixels: Vec::new(),
             stats,
+            #[cfg(test)]
+            handicap: std::time::Duration::ZERO,
         }
     }
 
@@ -233,6 +251,7 @@ impl Encoder {
     ) {
         let dirty = self.tiles.take_in(frame, rects);
         self.source.frames(frames, now);
+        self.heat.look(frames, now);
         count(&self.stats.frames, 1);
         if dirty.is_empty() {
             count(&self.stats.unchanged, 1);
@@ -276,7 +295,7 @@ impl Encoder {
         transfer: impl Fn(usize) -> f64,
         now: Instant,
     ) -> bool {
-        if let Some(at) = self.streams.iter().position(|stream| stream.dirty) {
+        if let Some(at) = self.streams.iter().position(Stream::is_dirty) {
             self.send_frame(at, line, transfer, now);
             return true;
         }
@@ -303,7 +322,7 @@ impl Encoder {
         self.tiles.has_todo()
             || self.staging.is_some()
             || self.mark_due
-            || self.streams.iter().any(|stream| stream.dirty)
+            || self.streams.iter().any(Stream::is_dirty)
     }
 
     /// When [`timer`](Self::timer) has something to do.
@@ -354,7 +373,10 @@ impl Encoder {
                     });
                     Codec::Cached
                 }
-                _ => self.put_pixels(rect, &pixels, keep, may_lose),
+                _ => {
+                    let quality = if warm { WARM_QUALITY } else { JPEG_QUALITY };
+                    self.put_pixels(rect, &pixels, keep, may_lose.then_some(quality))
+                }
             }
         };
         let lossy = (codec == Codec::Jpeg).then_some(now);
@@ -371,14 +393,15 @@ impl Encoder {
         self.stats.encoded(codec, self.out.len() - before, start);
     }
 
-    /// Whether exact pixels of what has to be drawn would keep the line busy for long. Sending a
-    /// little exactly is cheaper than sending it twice.
+    /// Whether exact pixels of what has to be drawn would keep the line busy for long, after what it
+    /// has not taken yet. Sending a little exactly is cheaper than sending it twice.
     fn is_behind(&self, line: &Line) -> bool {
         let bytes = self.tiles.todo_pixels() as f64 * 4.0;
-        bytes > line.rate.unwrap_or(SLOW_RATE) * LOSSY_AFTER
+        bytes / line.rate.unwrap_or(SLOW_RATE).max(1.0) + line.waiting > LOSSY_AFTER
     }
 
-    fn put_pixels(&mut self, rect: Rect, pixels: &[u8], keep: Keep, may_lose: bool) -> Codec {
+    /// `lossy`: it may be a JPEG of this quality.
+    fn put_pixels(&mut self, rect: Rect, pixels: &[u8], keep: Keep, lossy: Option<u8>) -> Codec {
         let (surface, size) = (self.target(), (rect.width, rect.height));
         let wanted = if self.lz4 { Coding::Lz4 } else { Coding::Raw };
         let message_at = self.out.len();
@@ -389,9 +412,12 @@ impl Encoder {
             coding = put_image(out, size, pixels, wanted, keep);
             // What LZ4 cannot shrink is a photograph or a film, where JPEG is at its best; text and
             // other flat pictures never come here.
-            if may_lose && out.len() - start > pixels.len() / 10 * 6 && !is_flat(pixels) {
+            if let Some(quality) = lossy
+                && out.len() - start > pixels.len() / 10 * 6
+                && !is_flat(pixels)
+            {
                 out.truncate(start);
-                coding = put_image(out, size, pixels, Coding::Jpeg(JPEG_QUALITY), Keep::No);
+                coding = put_image(out, size, pixels, Coding::Jpeg(quality), Keep::No);
             }
             encoded = out.len() - start;
         });

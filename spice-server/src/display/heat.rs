@@ -6,6 +6,10 @@ use super::{Rect, tiles::bounds};
 
 /// Longest pause between two changes of a film.
 const PAUSE: Duration = Duration::from_millis(200);
+/// The same when it is the line that keeps us from looking more often.
+const LONG_PAUSE: Duration = Duration::from_millis(1500);
+/// Changes that one counts for at most, when frames were skipped.
+const MAX_WEIGHT: u16 = 3;
 /// Changes in a row that make a tile part of a film.
 const HOT: u16 = 8;
 /// Tiles a film has at least.
@@ -30,6 +34,10 @@ pub(crate) struct HeatMap {
     columns: usize,
     tiles: Vec<Heat>,
     hot: usize,
+    /// When it was last looked, the pause that is allowed now, and what a change counts for.
+    looked: Option<Instant>,
+    pause: Duration,
+    weight: u16,
 }
 
 /// A rectangle that changes at video rate.
@@ -43,19 +51,37 @@ pub(crate) struct Film {
 impl HeatMap {
     /// Everything is cold in a grid of this many columns and rows.
     pub(crate) fn new((columns, rows): (usize, usize)) -> Self {
-        Self { columns, tiles: vec![Heat::default(); columns * rows], hot: 0 }
+        let tiles = vec![Heat::default(); columns * rows];
+        Self { columns, tiles, hot: 0, looked: None, pause: PAUSE, weight: 1 }
+    }
+
+    /// A frame is looked at that is so many newer than the one before: on a thin line most of a film's
+    /// are never seen.
+    pub(crate) fn look(&mut self, frames: u64, now: Instant) {
+        let interval = self.looked.map(|at| now.saturating_duration_since(at));
+        self.looked = Some(now);
+        let frames = u32::try_from(frames).unwrap_or(u32::MAX).max(1);
+        let is_fast = interval.is_some_and(|interval| interval / frames <= PAUSE);
+        (self.pause, self.weight) = match interval {
+            Some(interval) if is_fast && frames > 1 => (
+                (interval * 2).clamp(PAUSE, LONG_PAUSE),
+                u16::try_from(frames).unwrap_or(MAX_WEIGHT).min(MAX_WEIGHT),
+            ),
+            _ => (PAUSE, 1),
+        };
     }
 
     /// A part of a tile changed, and not by a move.
     pub(crate) fn changed(&mut self, index: usize, part: Rect, now: Instant) {
+        let (pause, weight) = (self.pause, self.weight);
         let Some(tile) = self.tiles.get_mut(index) else { return };
         let was_hot = tile.changes >= HOT;
-        let continues = tile.last.is_some_and(|last| now.saturating_duration_since(last) <= PAUSE);
+        let continues = is_recent(tile, pause, now);
         if !continues {
             *tile = Heat { photo: tile.photo, ..Heat::default() };
         }
         if part.width * part.height >= MIN_CHANGE {
-            tile.changes = tile.changes.saturating_add(1);
+            tile.changes = tile.changes.saturating_add(weight);
         }
         tile.since.get_or_insert(now);
         tile.last = Some(now);
@@ -79,7 +105,9 @@ impl HeatMap {
 
     /// Whether a tile changes often.
     pub(crate) fn is_warm(&self, index: usize, now: Instant) -> bool {
-        self.tiles.get(index).is_some_and(|tile| tile.changes >= 3 && is_recent(tile, now))
+        self.tiles
+            .get(index)
+            .is_some_and(|tile| tile.changes >= 3 && is_recent(tile, self.pause, now))
     }
 
     /// The films now running, largest first.
@@ -87,7 +115,8 @@ impl HeatMap {
         if self.hot < MIN_TILES {
             return Vec::new();
         }
-        let is_hot = |tile: &Heat| tile.changes >= HOT && tile.photo && is_recent(tile, now);
+        let pause = self.pause;
+        let is_hot = |tile: &Heat| tile.changes >= HOT && tile.photo && is_recent(tile, pause, now);
         let mut left: Vec<bool> = self.tiles.iter().map(is_hot).collect();
         self.hot = left.iter().filter(|hot| **hot).count().max(self.count_hot());
         let mut films = Vec::new();
@@ -144,8 +173,8 @@ impl HeatMap {
     }
 }
 
-fn is_recent(tile: &Heat, now: Instant) -> bool {
-    tile.last.is_some_and(|last| now.saturating_duration_since(last) <= PAUSE)
+fn is_recent(tile: &Heat, pause: Duration, now: Instant) -> bool {
+    tile.last.is_some_and(|last| now.saturating_duration_since(last) <= pause)
 }
 
 #[cfg(test)]
@@ -176,6 +205,28 @@ mod tests {
         assert_eq!(films[0].rect, Rect::new(202, 128, 246, 188));
         assert!((25.0..40.0).contains(&films[0].rate), "{films:?}");
         assert_eq!(map.films(now + Duration::from_secs(1)), []);
+    }
+
+    #[test]
+    fn a_film_of_which_a_thin_line_shows_little_is_one_none_the_less() {
+        let start = Instant::now();
+        let find = |milliseconds: u64, frames: u64| {
+            let mut map = HeatMap::new((10, 10));
+            (0..8).find(|look| {
+                let now = start + Duration::from_millis(look * milliseconds);
+                map.look(frames, now);
+                for index in 0..20 {
+                    map.changed(index, Rect::new(0, 0, 64, 64), now);
+                    map.coded(index, true);
+                }
+                !map.films(now).is_empty()
+            })
+        };
+        // Every frame; one in fifteen; slides, of which all are seen or some.
+        assert_eq!(find(33, 1), Some(7));
+        assert_eq!(find(500, 15), Some(3));
+        assert_eq!(find(900, 1), None);
+        assert_eq!(find(1000, 3), None);
     }
 
     #[test]

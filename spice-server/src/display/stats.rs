@@ -96,6 +96,13 @@ pub struct DisplayStats {
     pub refined_parts: u64,
     /// Video streams begun.
     pub streams: u64,
+    /// The codec films are sent with, once there was one.
+    pub video_codec: Option<VideoCodec>,
+    /// How often another codec, or pictures, had to take over.
+    pub video_fallbacks: u64,
+    /// How often a stream's frames became half as wide and high, because the line or the host could
+    /// not cope.
+    pub halved_streams: u64,
     /// Stream frames that the client says came too late.
     pub late_stream_frames: u64,
     /// Bytes on their way: sent and not yet known to have been drawn.
@@ -126,6 +133,10 @@ pub(crate) struct Counters {
     pub(crate) compare_nanoseconds: AtomicU64,
     pub(crate) refined: AtomicU64,
     pub(crate) streams: AtomicU64,
+    /// Its place in [`VideoCodec::ALL`] and 1.
+    pub(crate) video_codec: AtomicU64,
+    pub(crate) fallbacks: AtomicU64,
+    pub(crate) halved: AtomicU64,
     pub(crate) late: AtomicU64,
     pub(crate) in_flight: AtomicU64,
     pub(crate) round_trip_microseconds: AtomicU64,
@@ -169,6 +180,11 @@ impl Counters {
             compare_time: Duration::from_nanos(read(&self.compare_nanoseconds)),
             refined_parts: read(&self.refined),
             streams: read(&self.streams),
+            video_codec: usize::try_from(read(&self.video_codec))
+                .ok()
+                .and_then(|number| VideoCodec::ALL.get(number.checked_sub(1)?).copied()),
+            video_fallbacks: read(&self.fallbacks),
+            halved_streams: read(&self.halved),
             late_stream_frames: read(&self.late),
             bytes_in_flight: read(&self.in_flight),
             round_trip: Duration::from_micros(read(&self.round_trip_microseconds)),

@@ -18,6 +18,8 @@ use super::{
 const PIXEL: usize = 4;
 /// Most tiles in one run: 1024 by 64 pixels, 256 KiB.
 const MAX_RUN: u32 = 16;
+/// Widest strip that is looked for in several rows of tiles.
+const MAX_STRIP: u8 = 24;
 /// Pixels of a run that may be sent in vain to save a message.
 const JOIN_WASTE: u32 = 2048;
 /// Changed pixels worth looking for a move.
@@ -365,7 +367,30 @@ impl Tiles {
             count += 1;
         }
         self.next = (index + count as usize) % self.tiles.len().max(1);
+        if count == 1 {
+            joined.height += self.strip_below(index, span(column), joined.bottom());
+        }
         Some(joined)
+    }
+
+    /// Height of what continues a narrow strip in the tiles below it: what comes in at the side of a
+    /// picture that pans would be many small messages otherwise.
+    fn strip_below(&self, index: usize, strip: Span, bottom: u32) -> u32 {
+        let (mut height, mut below) = (0, index);
+        if strip.x1 - strip.x0 > MAX_STRIP {
+            return 0;
+        }
+        for _ in 1..MAX_RUN {
+            below += self.columns as usize;
+            let Some(tile) = self.tiles.get(below).filter(|tile| tile.drawable()) else { break };
+            let part = at(self.rect_of(below), tile.todo);
+            let continues = (tile.todo.x0, tile.todo.x1) == (strip.x0, strip.x1);
+            if !continues || part.y != bottom + height {
+                break;
+            }
+            height += part.height;
+        }
+        height
     }
 
     /// The next run of tiles whose lossy version has been shown since before `before`.

@@ -37,6 +37,11 @@ const RETRY: Duration = Duration::from_secs(6);
 const AHEAD: Duration = Duration::from_millis(8);
 /// Seconds of waiting on the line that mean something.
 const WAITED: f64 = 0.01;
+/// Seconds that everything waits on the line, and bytes, after which it is full, though more might be
+/// under way.
+const STANDING: (f64, u64) = (0.3, 64 * 1024);
+/// What counts as waiting there: so many seconds, or this share of the round trip if that is more.
+const STANDS: (f64, f64) = (0.03, 0.25);
 
 /// A client that has not answered its first ping after this long will answer none.
 pub(crate) const MUTE: Duration = Duration::from_secs(3);
@@ -85,6 +90,8 @@ pub(crate) struct Flow {
     lossy: bool,
     /// The line's rate is still being found out.
     growing: bool,
+    /// Since when everything has waited on the line, and what had been delivered then.
+    standing: Option<(Instant, u64)>,
     /// When the line will have taken everything, if its rate is right.
     busy_until: Instant,
     /// The first ping of the round after this one, the rate before it, and rounds without growth.
@@ -110,6 +117,7 @@ impl Flow {
             exact_rate: None,
             lossy: false,
             growing: true,
+            standing: None,
             busy_until: now,
             round: (0, 0.0, 0),
         }
@@ -190,7 +198,11 @@ impl Flow {
         let time = now.saturating_duration_since(ping.since).as_secs_f64();
         self.delivered = ping.bytes;
         self.delivered_at = now;
-        let rate = if ping.alone {
+        let standing = self.standing_rate(trip, now);
+        let rate = if let Some(rate) = standing {
+            self.growing = false;
+            rate
+        } else if ping.alone {
             // How much later the end of it came than a ping alone would have.
             let spread = trip - self.round_trip.unwrap_or(trip);
             if spread < WAITED {
@@ -230,6 +242,21 @@ impl Flow {
         {
             (*at, *old) = (now, rate);
         }
+    }
+
+    /// The line's rate, if it is still being found out and a queue stands on it: who sends a little
+    /// more than it carries, and less than might be under way, would keep that queue for ever.
+    fn standing_rate(&mut self, trip: f64, now: Instant) -> Option<f64> {
+        let shortest = self.round_trip.unwrap_or(trip);
+        if !self.growing || trip <= shortest + STANDS.0.max(shortest * STANDS.1) {
+            self.standing = None;
+            return None;
+        }
+        let (since, before) = *self.standing.get_or_insert((now, self.delivered));
+        let time = now.saturating_duration_since(since).as_secs_f64();
+        let bytes = self.delivered - before;
+        let is_long = time >= STANDING.0.max(shortest * 3.0) && bytes >= STANDING.1;
+        is_long.then(|| bytes as f64 / time)
     }
 
     /// Looks once per round trip whether more sent was more delivered.
@@ -335,6 +362,39 @@ mod tests {
             assert!((0.8..1.3).contains(&(measured / rate)), "{rate} {trip}: {measured}");
             assert!(wait < 0.08 + trip * 1.3, "{rate} {trip}: waits {wait}");
             assert_eq!(flow.is_slow(flow.delivered_at), rate < SLOW, "{rate}");
+        }
+    }
+
+    #[test]
+    fn a_source_about_as_fast_as_the_line_makes_no_standing_queue() {
+        // 30 pictures per second of these bytes on a line that takes 41,667 of them.
+        for bytes in [38_000, 42_000, 43_000] {
+            let (line, trip, start) = (1.25e6, 0.1, Instant::now());
+            let mut flow = Flow::new(start);
+            let (mut free, mut worst) = (0.0f64, 0.0f64);
+            let mut answers: VecDeque<(f64, u32)> = VecDeque::new();
+            for tick in 0..300_u32 {
+                let now = f64::from(tick) / 30.0;
+                let at = |seconds: f64| start + Duration::from_secs_f64(seconds);
+                while let Some((when, id)) = answers.pop_front_if(|(when, _)| *when <= now) {
+                    flow.pong(id, at(when));
+                }
+                // Something else now and then takes from the line.
+                if tick % 50 == 10 {
+                    free = free.max(now) + 0.05;
+                }
+                if !flow.has_room(at(now)) {
+                    flow.blocked();
+                    continue;
+                }
+                flow.queued(bytes, false, at(now));
+                free = free.max(now) + bytes as f64 / line;
+                answers.extend(flow.ping(true, at(now)).map(|id| (free + trip, id)));
+                if tick > 200 {
+                    worst = worst.max(free - now);
+                }
+            }
+            assert!(worst < 0.15, "{bytes}: waits {worst}");
         }
     }
 

@@ -138,8 +138,8 @@ pub(crate) struct Session {
     channels: Mutex<Vec<Arc<Traffic>>>,
     sent: AtomicU64,
     received: AtomicU64,
-    /// What its display channels count.
-    pub(crate) displays: Mutex<Vec<(u8, Arc<Counters>)>>,
+    /// What its display channels count; of one that was opened again, what it counts now.
+    displays: Mutex<Vec<(u8, Arc<Counters>)>>,
 }
 
 /// What goes through one of its channels.
@@ -206,6 +206,13 @@ impl Session {
 
     pub(crate) fn has_open(&self, kind: ChannelType, id: u8) -> bool {
         lock(&self.channels).iter().any(|open| (open.kind, open.id) == (kind, id))
+    }
+
+    /// A display channel counts here. A client may open and close them as often as it likes.
+    pub(crate) fn count_display(&self, number: u8, counters: Arc<Counters>) {
+        let mut displays = lock(&self.displays);
+        displays.retain(|(other, _)| *other != number);
+        displays.push((number, counters));
     }
 
     /// A channel ends.

@@ -18,12 +18,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{
     flow::{Flow, MUTE},
-    shared::{Command, Session, Shared, Traffic, lock},
+    shared::{Command, Session, Shared, Traffic},
     stream::Stream,
     wake::Wake,
 };
 use crate::{
-    VideoCodec,
+    ServerEvent, VideoCodec,
     display::{
         encoder::{Abilities, Encoder, Line},
         state::{DisplayShared, HasWork, Work},
@@ -103,7 +103,7 @@ fn run(new: NewViewer, handle: ViewerHandle) {
     let _registration =
         Registration { shared: shared.clone(), source: source.clone(), id, session, number };
     let stats = Arc::<Counters>::default();
-    lock(&new.session.displays).push((number, stats.clone()));
+    new.session.count_display(number, stats.clone());
     let has = |cap| new.caps.has(cap);
     let abilities = Abilities {
         // Whoever knows LZ4 is spice-gtk or a relative; browsers' clients know neither.
@@ -123,8 +123,10 @@ fn run(new: NewViewer, handle: ViewerHandle) {
     let now = Instant::now();
     let mut viewer = Viewer {
         id,
+        number,
         source,
         clock: shared.clock,
+        shared,
         deframer: Deframer::new(new.header),
         session: new.session,
         traffic: new.traffic,
@@ -184,6 +186,9 @@ pub(crate) fn is_hangup(error: &io::Error) -> bool {
 
 struct Viewer {
     id: u64,
+    /// Of its display.
+    number: u8,
+    shared: Arc<Shared>,
     source: Arc<DisplayShared>,
     /// When the multimedia clock was 0.
     clock: Instant,
@@ -231,6 +236,10 @@ impl Viewer {
             }
             if room && self.encoder.has_work() {
                 self.step(now);
+                if std::mem::take(&mut self.encoder.urgent) && !self.write()? {
+                    self.flow.blocked();
+                    self.wait(true, None)?;
+                }
                 continue;
             }
             if !room && paced.is_none() && (self.encoder.has_work() || due.is_some()) {
@@ -286,6 +295,7 @@ impl Viewer {
         Line {
             slow: self.flow.is_slow(now),
             rate: self.flow.rate(),
+            waiting: self.flow.transfer(0, now),
             clock: now.saturating_duration_since(self.clock).as_millis() as u32,
         }
     }
@@ -343,6 +353,10 @@ impl Viewer {
         if bytes > 0 {
             self.flow.queued(bytes, std::mem::take(&mut self.encoder.lossy), now);
             self.ping(false, now);
+        }
+        if let Some((codec, why)) = self.encoder.take_news() {
+            let (session, display) = (self.session.id, self.number.into());
+            self.shared.emit(ServerEvent::VideoCodec { session, display, codec, why });
         }
     }
 

@@ -23,6 +23,9 @@ pub enum VideoCodec {
 }
 
 impl VideoCodec {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Mjpeg, Self::Vp8];
+
     /// Its name in options and counters.
     pub fn name(self) -> &'static str {
         match self {
@@ -131,8 +134,11 @@ pub(crate) struct Picture<'a> {
 
 /// An encoder of one stream, whose frames build on one another.
 pub(crate) trait VideoEncoder: Send {
-    /// Appends the next frame.
+    /// Appends the next frame. Pictures may become smaller than the first, and as large again.
     fn encode(&mut self, picture: Picture<'_>, out: &mut Vec<u8>) -> Result<(), VideoError>;
+
+    /// How coarse the last frame was, from 0 to 63; `None` where that is not known.
+    fn quantizer(&mut self) -> Option<u32>;
 }
 
 /// The codecs a server has.
@@ -174,8 +180,8 @@ impl Video {
         &self.codecs
     }
 
-    /// An encoder for pictures of this even size, so many per second; `None` for MJPEG, whose frames do not build on one
-    /// another.
+    /// An encoder for pictures of this even size, so many per second; `None` for MJPEG, whose frames
+    /// do not build on one another.
     pub(crate) fn encoder(
         &self,
         codec: VideoCodec,

@@ -51,6 +51,7 @@ const VPX_FRAME_IS_KEY: u32 = 1;
 const VP8E_SET_CPUUSED: c_int = 13;
 const VP8E_SET_STATIC_THRESHOLD: c_int = 17;
 const VP8E_SET_TOKEN_PARTITIONS: c_int = 18;
+const VP8E_GET_LAST_QUANTIZER_64: c_int = 20;
 const VP8E_SET_MAX_INTRA_BITRATE_PCT: c_int = 26;
 
 /// A loaded library; never unloaded.
@@ -311,6 +312,8 @@ pub(super) struct VpxEncoder {
     /// The library keeps pointers into it.
     context: Box<VpxContext>,
     config: Box<VpxConfig>,
+    /// Size it was made for.
+    largest: (u32, u32),
 }
 
 // SAFETY: an encoder may be used by one thread after the other; the library has no thread-local state
@@ -364,8 +367,13 @@ impl VpxEncoder {
         let result = unsafe {
             (functions.init)(&raw mut *context, interface, &raw const *config, flags, abi)
         };
+        let largest = (config.width, config.height);
         // After a failure there is nothing to destroy.
-        if result == VPX_CODEC_OK { Ok(Self { functions, context, config }) } else { Err(result) }
+        if result == VPX_CODEC_OK {
+            Ok(Self { functions, context, config, largest })
+        } else {
+            Err(result)
+        }
     }
 
     fn control(&mut self, what: c_int, value: c_int) -> Result<(), VideoError> {
@@ -374,16 +382,45 @@ impl VpxEncoder {
         check(code, "a setting")
     }
 
+    /// Pictures of this even size from now on, none larger than the first; the next one is whole.
+    pub(super) fn set_size(&mut self, size: (u32, u32)) -> Result<(), VideoError> {
+        if (self.config.width, self.config.height) == size {
+            return Ok(());
+        }
+        if size.0 == 0 || size.1 == 0 || size.0 > self.largest.0 || size.1 > self.largest.1 {
+            return Err(VideoError::Size);
+        }
+        (self.config.width, self.config.height) = size;
+        self.reconfigure("a size")
+    }
+
+    /// The quantizer of the last frame, 0 to 63.
+    pub(super) fn quantizer(&mut self) -> Result<u32, VideoError> {
+        let mut value: c_int = 0;
+        // SAFETY: the encoder is alive; this control takes a pointer to an int and writes to it.
+        let code = unsafe {
+            let value = &raw mut value;
+            (self.functions.control)(&raw mut *self.context, VP8E_GET_LAST_QUANTIZER_64, value)
+        };
+        check(code, "its quantizer")?;
+        Ok(u32::try_from(value).unwrap_or(0))
+    }
+
     /// Kilobits per second from now on, and the best quality.
     pub(super) fn set_rate(&mut self, rate: u32) -> Result<(), VideoError> {
         if self.config.target_bitrate == rate {
             return Ok(());
         }
         self.config.target_bitrate = rate;
+        self.reconfigure("a bit rate")
+    }
+
+    /// The configuration has changed.
+    fn reconfigure(&mut self, what: &'static str) -> Result<(), VideoError> {
         // SAFETY: encoder and configuration are alive, and of the size and version it was made with.
         let code =
             unsafe { (self.functions.config_set)(&raw mut *self.context, &raw const *self.config) };
-        check(code, "a bit rate")
+        check(code, what)
     }
 
     /// Encodes a picture of the encoder's size, shown from `time` for `duration` milliseconds, and

@@ -114,23 +114,33 @@ fn vp8_keeps_to_its_rate_and_begins_with_a_key_frame() {
 }
 
 #[test]
-fn another_size_is_refused() {
+fn smaller_pictures_are_taken_and_larger_ones_are_refused() {
     let Ok(video) = Video::load(VideoCodecs::Prefer(VideoCodec::Vp8)) else { return };
     let mut encoder = video.encoder(VideoCodec::Vp8, (64, 64), 30.0).unwrap().unwrap();
-    let picture = Picture {
-        pixels: &ramps((32, 32), 0),
-        size: (32, 32),
-        clock: 0,
-        duration: Duration::from_millis(33),
-        rate: 1e6,
+    let mut encode = |size: (u32, u32)| {
+        let mut out = Vec::new();
+        let duration = Duration::from_millis(33);
+        let picture = Picture { pixels: &ramps(size, 0), size, clock: 0, duration, rate: 1e6 };
+        let result = encoder.encode(picture, &mut out);
+        assert!(result.is_err() || encoder.quantizer().is_some_and(|quantizer| quantizer < 64));
+        result.map(|()| out)
     };
-    assert_eq!(encoder.encode(picture, &mut Vec::new()), Err(VideoError::Size));
+    for size in [(0, 0), (1, 1), (64, 66), (66, 64), (640, 480)] {
+        assert_eq!(encode(size), Err(VideoError::Size), "{size:?}");
+    }
+    // Smaller ones are taken, and begin with a key frame of their size; so does what follows.
+    let size_of = |frame: &[u8]| (frame[0] & 1 == 0).then(|| (frame[6], frame[8]));
+    for size in [(64, 64), (32, 32), (64, 64)] {
+        let frame = encode(size).unwrap();
+        assert_eq!(size_of(&frame), Some((size.0 as u8, size.1 as u8)));
+        assert_eq!(size_of(&encode(size).unwrap()), None, "no key frame");
+    }
     assert!(video.encoder(VideoCodec::Vp8, (20_000, 64), 30.0).is_err());
 }
 
 #[test]
 fn names() {
-    for codec in [VideoCodec::Mjpeg, VideoCodec::Vp8] {
+    for codec in VideoCodec::ALL {
         assert_eq!(codec.name().parse(), Ok(VideoCodecs::Prefer(codec)));
     }
     assert_eq!("auto".parse(), Ok(VideoCodecs::Auto));

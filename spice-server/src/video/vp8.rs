@@ -9,14 +9,13 @@ use super::{
 /// to see.
 const QUANTIZERS: (u32, u32) = (4, 60);
 /// A stream's first frame, in percent of the others.
-const KEY_PERCENT: u32 = 600;
+const KEY_PERCENT: u32 = 300;
 /// Change of the rate worth telling the library.
 const RATE_STEP: f64 = 0.05;
 
 /// An encoder.
 pub(super) struct Vp8 {
     encoder: VpxEncoder,
-    matrix: Matrix,
     picture: I420,
     /// Bits per second it was told.
     rate: f64,
@@ -47,8 +46,7 @@ impl Vp8 {
             key_percent: KEY_PERCENT,
         };
         let encoder = VpxEncoder::new(vpx, settings)?;
-        let matrix = Matrix::of_height(size.1);
-        Ok(Self { encoder, matrix, picture: I420::default(), rate, last: None })
+        Ok(Self { encoder, picture: I420::default(), rate, last: None })
     }
 }
 
@@ -58,7 +56,9 @@ impl VideoEncoder for Vp8 {
             self.encoder.set_rate(kilobits(picture.rate))?;
             self.rate = picture.rate;
         }
-        self.picture.convert(picture.pixels, picture.size, self.matrix);
+        let matrix = Matrix::of_height(picture.size.1);
+        self.picture.convert(picture.pixels, picture.size, matrix);
+        self.encoder.set_size(self.picture.size())?;
         let duration = u32::try_from(picture.duration.as_millis()).unwrap_or(1000).max(1);
         let time = match self.last {
             // The clock wraps around, and may show the same time twice. After a pause no frame may be
@@ -71,6 +71,10 @@ impl VideoEncoder for Vp8 {
         self.last = Some((time, picture.clock));
         self.encoder.encode(&self.picture, (time, duration), false, out)?;
         Ok(())
+    }
+
+    fn quantizer(&mut self) -> Option<u32> {
+        self.encoder.quantizer().ok()
     }
 }
 

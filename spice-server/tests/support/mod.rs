@@ -254,7 +254,12 @@ impl Client {
 
     /// SHA-1 of the pixels the client shows, unused bytes 0.
     pub fn pixels(&mut self) -> String {
-        self.tell("pixels");
+        self.pixels_of(0)
+    }
+
+    /// The same of another display than the first.
+    pub fn pixels_of(&mut self, display: u32) -> String {
+        self.tell(&format!("pixels {display}"));
         self.named("pixels")["hash"].as_str().unwrap_or("none").to_owned()
     }
 

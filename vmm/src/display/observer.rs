@@ -44,6 +44,15 @@ impl EventSink for Observer {
                 ("spice-refused", json!({ "peer": peer.to_string(), "reason": reason.name() }))
             }
             ServerEvent::Agent { open } => ("spice-agent", json!({ "open": open })),
+            ServerEvent::VideoCodec { session, display, codec, why } => (
+                "spice-video-codec",
+                json!({
+                    "session": session,
+                    "display": display,
+                    "codec": codec.map(|codec| codec.name()),
+                    "why": why.name(),
+                }),
+            ),
             ServerEvent::Resize { display, width, height } => {
                 ("spice-resize", json!({ "display": display, "width": width, "height": height }))
             }

@@ -115,6 +115,34 @@ fn long_messages_flow_both_ways() {
     assert_eq!(got, long);
 }
 
+/// `VD_AGENT_AUDIO_VOLUME_SYNC`, and its capability.
+const VOLUME_SYNC: u32 = 15;
+const CAP_VOLUME_SYNC: u32 = 1 << 11;
+
+#[test]
+fn volumes_pass_between_the_owner_and_the_guest_and_from_nobody_else() {
+    let mut bridge = bridge(true);
+    // Is for playback, muted, two channels.
+    let volume = [1, 0, 2, 0xff, 0x7f, 0xff, 0x7f];
+    // Both hear that the other can do it.
+    let announce = message(ANNOUNCE_CAPABILITIES, &[0, 0, 0, 0, 0, 8, 0, 0]);
+    bridge.guest_data(&chunked(&announce));
+    assert_ne!(announced(&drain_client(&mut bridge, 1)) & CAP_VOLUME_SYNC, 0);
+    bridge.client_data(1, &announce).unwrap();
+    assert_ne!(announced(&drain_guest(&mut bridge)[0].1) & CAP_VOLUME_SYNC, 0);
+    let sync = message(VOLUME_SYNC, &volume);
+    bridge.client_data(1, &sync).unwrap();
+    assert_eq!(drain_guest(&mut bridge), [(PORT_CLIENT, sync.clone())]);
+    bridge.guest_data(&chunked(&sync));
+    assert_eq!(drain_client(&mut bridge, 1), sync);
+    // Who only watches sets no volume.
+    bridge.attach(2);
+    bridge.start(2, u32::MAX);
+    bridge.client_data(2, &sync).unwrap();
+    assert_eq!(drain_guest(&mut bridge), []);
+    assert_eq!(drain_client(&mut bridge, 2), []);
+}
+
 #[test]
 fn a_guest_agents_capabilities_gain_the_servers() {
     let mut bridge = bridge(true);

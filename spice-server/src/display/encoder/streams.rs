@@ -7,11 +7,11 @@ use std::{
 
 use super::{Encoder, Line, touch};
 use crate::{
-    VideoCodec,
+    VideoChange, VideoCodec,
     display::{
         Rect,
-        stats::{Codec, count},
-        stream::{REPORT_WINDOW, Stream},
+        stats::{Codec, Counters, count, set},
+        stream::{REPORT_WINDOW, Stream, Turn},
         tiles::bounds,
     },
     proto::{
@@ -19,6 +19,7 @@ use crate::{
             PreferredCodecs, StreamReport, put_stream_create, put_stream_data, put_stream_destroy,
             put_stream_report_wanted,
         },
+        framing::Framer,
         image::put_jpeg,
     },
     video::{Picture, Video, VideoError},
@@ -30,6 +31,11 @@ const MAX_STREAMS: usize = 4;
 const STREAM_IDS: u32 = 32;
 /// How often it is looked for films.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// For how long a codec is not used that the host was too slow for: at first, and at most.
+const FIRST_REST: Duration = Duration::from_secs(30);
+const LONGEST_REST: Duration = Duration::from_secs(600);
+/// How often an MJPEG frame is encoded at most.
+const MAX_TRIES: u32 = 3;
 /// Age at which a stream may become a part of a larger one, and the part of that it is at most.
 const GROW_AFTER: Duration = Duration::from_millis(500);
 const GROWTH: (u64, u64) = (4, 5);
@@ -54,25 +60,74 @@ impl Encoder {
         self.video_codecs.sort_by_key(|codec| wanted.place(*codec).unwrap_or(usize::MAX));
     }
 
+    /// The codec for a film that begins now.
+    fn codec(&self, now: Instant) -> Option<VideoCodec> {
+        let rests =
+            |codec| self.resting.is_some_and(|rest| rest.codec == codec && now < rest.until);
+        self.video_codecs.iter().copied().find(|codec| !rests(*codec))
+    }
+
     /// The client reports on a stream.
     pub(crate) fn report(&mut self, report: StreamReport, now: Instant) {
-        let known = |stream: &&mut Stream| {
+        let known = |stream: &Stream| {
             stream.id == report.stream && (stream.unique == report.unique || report.frames == 0)
         };
-        let Some(stream) = self.streams.iter_mut().find(known) else { return };
-        let codec = stream.codec;
-        if stream.report(report) {
-            count(&self.stats.late, report.drops.into());
-        } else {
-            tracing::info!(%codec, "the client cannot show such streams");
-            self.give_up(codec, now);
+        let mut streams = self.streams.iter_mut();
+        let Some(codec) = streams.find_map(|stream| {
+            if known(stream) {
+                return Some((stream.codec, stream.report(report)));
+            }
+            let opener = stream.opener.as_deref_mut()?;
+            known(opener).then(|| (opener.codec, opener.report(report)))
+        }) else {
+            return;
+        };
+        match codec {
+            (_, true) => count(&self.stats.late, report.drops.into()),
+            (codec, false) => {
+                tracing::info!(%codec, "the client cannot show such streams");
+                self.give_up(codec, VideoChange::NotShown, now);
+            }
         }
     }
 
     /// A codec does not work: no more of it.
-    fn give_up(&mut self, codec: VideoCodec, now: Instant) {
+    fn give_up(&mut self, codec: VideoCodec, why: VideoChange, now: Instant) {
         self.video_codecs.retain(|other| *other != codec);
-        self.end_streams(|stream| stream.codec == codec, now);
+        if codec == VideoCodec::Mjpeg {
+            self.close_openers(|_| true);
+        }
+        self.replace_streams(codec, why, now);
+    }
+
+    /// The host is too slow for a codec: none of it for a while, which is longer each time.
+    fn set_aside(&mut self, codec: VideoCodec, now: Instant) {
+        let pause = match self.resting.filter(|rest| rest.codec == codec) {
+            Some(rest) => (rest.pause * 2).min(LONGEST_REST),
+            None => FIRST_REST,
+        };
+        tracing::info!(%codec, ?pause, "the host is too slow for this video codec");
+        self.resting = Some(Resting { codec, pause, until: now + pause });
+        self.replace_streams(codec, VideoChange::TooSlow, now);
+    }
+
+    /// Streams of a codec go on with the next one, or end.
+    fn replace_streams(&mut self, codec: VideoCodec, why: VideoChange, now: Instant) {
+        while let Some(at) = self.streams.iter().position(|stream| stream.codec == codec) {
+            let stream = self.streams.remove(at);
+            let rect = stream.rect;
+            self.close(stream);
+            match self.open(rect, now) {
+                Some(mut stream) => {
+                    if why == VideoChange::TooSlow {
+                        stream.relieve(self.abilities.sized);
+                    }
+                    self.streams.insert(at, stream);
+                }
+                None => self.tiles.release(rect, now),
+            }
+        }
+        self.note_codec(why, now);
     }
 
     /// Turns films into streams, when exact pictures of them are more than the line should carry.
@@ -128,47 +183,66 @@ impl Encoder {
     }
 
     fn begin_stream(&mut self, rect: Rect, now: Instant) {
-        let Some(codec) = self.video_codecs.first().copied() else { return };
+        let Some(codec) = self.codec(now) else { return };
         let rect = match codec {
             VideoCodec::Mjpeg => rect,
             // Its chroma has half the width and height.
             VideoCodec::Vp8 => even(rect, self.size().unwrap_or_default()),
         };
-        let size = (rect.width, rect.height);
-        // A number comes back late, because the client may still report on the stream that had it.
-        let used = |id: &u32| self.streams.iter().any(|stream| stream.id == *id);
-        let mut ids = (0..STREAM_IDS).map(|n| self.next_stream.wrapping_add(n) % STREAM_IDS);
-        let Some(id) = ids.find(|id| !used(id)) else { return };
         if rect.is_empty() || !self.tiles.hold(rect, now) {
             return;
         }
-        let encoder = match self.video.encoder(codec, size, self.source.rate()) {
-            Ok(encoder) => encoder,
-            Err(error) => {
-                self.tiles.release(rect, now);
-                return self.fail(codec, &error, now);
-            }
+        match self.open(rect, now) {
+            Some(stream) => self.streams.push(stream),
+            None => self.tiles.release(rect, now),
+        }
+        self.note_codec(VideoChange::Chosen, now);
+    }
+
+    /// A stream of the best codec there is, which the client is told of.
+    fn open(&mut self, rect: Rect, now: Instant) -> Option<Stream> {
+        let codec = self.codec(now)?;
+        let (id, unique) = self.announce(codec, rect, &[])?;
+        let mut stream = Stream::new(id, unique, rect, now);
+        stream.codec = codec;
+        // Of the decoders of clients only that of MJPEG is there at once.
+        if codec != VideoCodec::Mjpeg && self.video_codecs.contains(&VideoCodec::Mjpeg) {
+            let opener = self.announce(VideoCodec::Mjpeg, rect, &[id]);
+            stream.opener = opener.map(|(id, unique)| {
+                Box::new(Stream::new_opener(id, unique, rect, self.abilities.sized, now))
+            });
+        }
+        count(&self.stats.streams, 1);
+        Some(stream)
+    }
+
+    /// Tells the client of a stream, and asks for reports; its numbers, none of `used`.
+    fn announce(&mut self, codec: VideoCodec, rect: Rect, used: &[u32]) -> Option<(u32, u32)> {
+        // A number comes back late, because the client may still report on the stream that had it.
+        let taken = |id: &u32| {
+            let opener = |stream: &Stream| stream.opener.as_ref().map(|opener| opener.id);
+            let mut streams = self.streams.iter();
+            used.contains(id) || streams.any(|one| one.id == *id || opener(one) == Some(*id))
         };
+        let mut ids = (0..STREAM_IDS).map(|n| self.next_stream.wrapping_add(n) % STREAM_IDS);
+        let id = ids.find(|id| !taken(id))?;
         self.next_stream = self.next_stream.wrapping_add(1);
         let unique = self.next_stream;
         let (framer, out) = (&mut self.framer, &mut self.out);
-        put_stream_create(framer, out, id, codec, size, rect);
+        put_stream_create(framer, out, id, codec, (rect.width, rect.height), rect);
         if self.abilities.reports {
             put_stream_report_wanted(framer, out, id, unique, REPORT_WINDOW);
         }
-        let mut stream = Stream::new(id, unique, rect, now);
-        (stream.codec, stream.encoder) = (codec, encoder);
-        self.streams.push(stream);
-        count(&self.stats.streams, 1);
+        Some((id, unique))
     }
 
-    /// An encoder does not work.
+    /// An encoder does not work: no more of it.
     fn fail(&mut self, codec: VideoCodec, error: &VideoError, now: Instant) {
         tracing::warn!(%codec, %error, "cannot encode a video stream: this viewer gets no more of them");
-        self.give_up(codec, now);
+        self.give_up(codec, VideoChange::Failed, now);
     }
 
-    /// Encodes a stream's next frame.
+    /// Does what a stream has to do next: mostly, encodes a frame.
     pub(super) fn send_frame(
         &mut self,
         at: usize,
@@ -176,47 +250,64 @@ impl Encoder {
         transfer: impl Fn(usize) -> f64,
         now: Instant,
     ) {
-        let (fps, streams) = (self.source.rate(), self.streams.len());
+        let fps = self.source.rate();
+        let parts: usize = self.streams.iter().map(Stream::count).sum();
+        let can_scale = self.abilities.sized;
         let Some(stream) = self.streams.get_mut(at) else { return };
-        let (start, before) = (Instant::now(), self.out.len());
-        let size = (stream.rect.width, stream.rect.height);
-        // Of the line, for this stream.
-        let share = line.rate.map(|rate| rate / streams as f64);
-        self.tiles.pixels(stream.rect, &mut self.pixels);
-        let mut sent_size = size;
-        let mut data = Vec::new();
-        let rate = stream.bit_rate(share);
-        if let Some(encoder) = &mut stream.encoder {
-            let picture = Picture {
-                pixels: &self.pixels,
-                size,
-                clock: line.clock,
-                duration: Duration::from_secs_f64(1.0 / fps),
-                rate,
-            };
-            let codec = stream.codec;
-            if let Err(error) = encoder.encode(picture, &mut data) {
-                return self.fail(codec, &error, now);
-            }
-        } else {
-            sent_size = stream.frame_size();
-            if sent_size != size {
-                halve(&mut self.pixels, size);
-            }
-            put_jpeg(&mut data, sent_size, &self.pixels, stream.quality());
-        }
-        let spent = start.elapsed();
-        let clock = line.clock.wrapping_add(spent.as_millis() as u32);
-        let time = stream.time(clock, transfer(data.len()));
-        let sized = (sent_size != size).then_some((sent_size, stream.rect));
-        put_stream_data(&mut self.framer, &mut self.out, stream.id, time, sized, |out| {
-            out.extend_from_slice(&data);
-        });
-        stream.encoded(data.len(), share.map(|rate| rate / fps), self.abilities.sized);
         let (rect, codec) = (stream.rect, stream.codec);
+        let size = (rect.width, rect.height);
+        let turn = stream.next_turn();
+        if turn == Turn::Encoder {
+            match self.video.encoder(codec, size, fps) {
+                Ok(encoder) => stream.encoder = encoder,
+                Err(error) => self.fail(codec, &error, now),
+            }
+            return;
+        }
+        self.tiles.pixels(rect, &mut self.pixels);
+        let mut frame = FrameOf {
+            pixels: &self.pixels,
+            size,
+            halved: None,
+            line,
+            // Of the line, for this stream.
+            share: line.rate.map(|rate| rate / parts as f64),
+            fps,
+            can_scale,
+        };
+        let mut wire = Wire { framer: &mut self.framer, out: &mut self.out, stats: &self.stats };
+        let start = Instant::now();
+        let sent = match (turn, stream.opener.as_deref_mut()) {
+            (Turn::Opener, Some(opener)) => {
+                // Before the other frame takes its time.
+                self.urgent = true;
+                frame.send(opener, &mut wire, &transfer)
+            }
+            _ => frame.send(stream, &mut wire, &transfer),
+        };
+        let bytes = match sent {
+            Ok(bytes) => bytes,
+            Err(error) => return self.fail(codec, &error, now),
+        };
+        if turn == Turn::Frame {
+            stream.arrives(transfer(bytes), now);
+        }
+        // While there are two it costs more.
+        let slow = turn == Turn::Frame && stream.opener.is_none() && {
+            let spent = start.elapsed();
+            #[cfg(test)]
+            let spent = spent + self.handicap;
+            stream.effort.spent(spent, fps, now)
+        };
+        let hopeless = slow && !stream.relieve(can_scale) && stream.encoder.is_some();
+        if let Some(opener) = stream.take_opener(now) {
+            put_stream_destroy(&mut self.framer, &mut self.out, opener.id);
+        }
         self.tiles.streamed(rect, now);
         self.lossy = true;
-        self.stats.encoded(Codec::from(codec), self.out.len() - before, start);
+        if hopeless {
+            self.set_aside(codec, now);
+        }
     }
 
     /// Ends streams. Frames the client has not shown yet are dropped by it, so that what is drawn
@@ -228,11 +319,127 @@ impl Encoder {
                 at += 1;
                 continue;
             }
-            put_stream_destroy(&mut self.framer, &mut self.out, stream.id);
+            let stream = self.streams.remove(at);
             let rect = stream.rect;
-            self.streams.remove(at);
+            self.close(stream);
             self.tiles.release(rect, now);
         }
+    }
+
+    /// The client is told that a stream is over.
+    fn close(&mut self, stream: Stream) {
+        let ids = [Some(stream.id), stream.opener.map(|opener| opener.id)];
+        for id in ids.into_iter().flatten() {
+            put_stream_destroy(&mut self.framer, &mut self.out, id);
+        }
+    }
+
+    fn close_openers(&mut self, which: impl Fn(&Stream) -> bool) {
+        for stream in self.streams.iter_mut().filter(|stream| which(stream)) {
+            if let Some(opener) = stream.opener.take() {
+                put_stream_destroy(&mut self.framer, &mut self.out, opener.id);
+            }
+        }
+    }
+
+    /// Notes with which codec films are sent now, if that is another one than before.
+    fn note_codec(&mut self, why: VideoChange, now: Instant) {
+        let codec = self.streams.last().map_or_else(|| self.codec(now), |one| Some(one.codec));
+        // Who never had one has lost none.
+        if codec == self.noted_codec {
+            return;
+        }
+        self.noted_codec = codec;
+        if why != VideoChange::Chosen {
+            count(&self.stats.fallbacks, 1);
+        }
+        set(&self.stats.video_codec, codec.map_or(0, |codec| codec as u64 + 1));
+        self.news = Some((codec, why));
+    }
+
+    /// The codec films are sent with, `None` for pictures, if that has changed.
+    pub(crate) fn take_news(&mut self) -> Option<(Option<VideoCodec>, VideoChange)> {
+        self.news.take()
+    }
+}
+
+/// A codec that the host is too slow for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Resting {
+    codec: VideoCodec,
+    pause: Duration,
+    until: Instant,
+}
+
+/// Where messages go.
+struct Wire<'a> {
+    framer: &'a mut Framer,
+    out: &'a mut Vec<u8>,
+    stats: &'a Counters,
+}
+
+/// A frame of a film, for one or two streams.
+struct FrameOf<'a> {
+    pixels: &'a [u8],
+    size: (u32, u32),
+    /// The same, half as wide and high, once somebody wants it.
+    halved: Option<Vec<u8>>,
+    line: &'a Line,
+    /// Bytes per second of the line, for each of its streams.
+    share: Option<f64>,
+    fps: f64,
+    can_scale: bool,
+}
+
+impl FrameOf<'_> {
+    /// Encodes it for a stream; the bytes it became.
+    fn send(
+        &mut self,
+        stream: &mut Stream,
+        wire: &mut Wire<'_>,
+        transfer: &impl Fn(usize) -> f64,
+    ) -> Result<usize, VideoError> {
+        let (start, before) = (Instant::now(), wire.out.len());
+        let was_whole = stream.frame_size() == self.size;
+        let per_frame = self.share.map(|rate| rate / self.fps);
+        let mut data = Vec::new();
+        let mut tries = 0;
+        let size = loop {
+            let size = stream.frame_size();
+            let whole = size == self.size;
+            let pixels = match whole {
+                true => self.pixels,
+                false => self.halved.get_or_insert_with(|| halve(self.pixels, self.size)),
+            };
+            let rate = stream.bit_rate(self.share);
+            let Some(encoder) = &mut stream.encoder else {
+                put_jpeg(&mut data, size, pixels, stream.quality());
+                tries += 1;
+                if tries < MAX_TRIES && stream.refit(data.len(), per_frame, self.can_scale) {
+                    data.clear();
+                    continue;
+                }
+                stream.encoded(data.len(), per_frame, self.can_scale);
+                break size;
+            };
+            let (clock, duration) = (self.line.clock, Duration::from_secs_f64(1.0 / self.fps));
+            encoder.encode(Picture { pixels, size, clock, duration, rate }, &mut data)?;
+            let quantizer = encoder.quantizer();
+            stream.coded(data.len(), quantizer, per_frame, self.can_scale);
+            // The decoder finds the size in the frame.
+            break self.size;
+        };
+        let clock = self.line.clock.wrapping_add(start.elapsed().as_millis() as u32);
+        let time = stream.time(clock, transfer(data.len()));
+        let sized = (size != self.size).then_some((size, stream.rect));
+        put_stream_data(wire.framer, wire.out, stream.id, time, sized, |out| {
+            out.extend_from_slice(&data);
+        });
+        if was_whole && stream.frame_size() != self.size {
+            count(&wire.stats.halved, 1);
+        }
+        wire.stats.encoded(Codec::from(stream.codec), wire.out.len() - before, start);
+        Ok(wire.out.len() - before)
     }
 }
 
@@ -249,8 +456,8 @@ fn even(rect: Rect, (width, height): (u32, u32)) -> Rect {
     Rect::new(x, y, width, height)
 }
 
-/// Halves a picture in both directions, in place; odd ends are left out.
-fn halve(pixels: &mut Vec<u8>, (width, height): (u32, u32)) {
+/// A picture of half the width and height; odd ends are left out.
+fn halve(pixels: &[u8], (width, height): (u32, u32)) -> Vec<u8> {
     let stride = width as usize * 4;
     let (columns, rows) = (width as usize / 2, height as usize / 2);
     let mut half = Vec::with_capacity(columns * rows * 4);
@@ -266,5 +473,5 @@ fn halve(pixels: &mut Vec<u8>, (width, height): (u32, u32)) {
             half.extend_from_slice(&[sum(0), sum(1), sum(2), 0]);
         }
     }
-    *pixels = half;
+    half
 }

@@ -80,6 +80,7 @@ impl Model {
             316 => {
                 assert_eq!(rect_at(body, 16), self.streams[&u32_at(body, 0)]);
                 assert_eq!(body[36..38], [0xff, 0xd8]);
+                *self.frames.entry(self.codecs[&u32_at(body, 0)]).or_default() += 1;
             }
             125 => assert!(self.streams.remove(&u32_at(body, 0)).is_some()),
             302 => {
@@ -180,7 +181,7 @@ impl Bench {
             encoder: Encoder::new(framer, abilities, stats.clone()),
             model: Model::default(),
             stats,
-            line: Line { slow: false, rate: None, clock: 0 },
+            line: Line { slow: false, rate: None, waiting: 0.0, clock: 0 },
             now: Instant::now(),
             state: seed,
         };
@@ -541,53 +542,167 @@ fn films_become_streams_and_end_exactly() {
     bench.settle("pictures");
 }
 
-#[test]
-fn films_are_vp8_until_the_client_cannot_show_it() {
+/// A picture on a thin line that may have films as VP8; `None` without libvpx.
+fn with_vp8(size: (u32, u32)) -> Option<Bench> {
     let video = Video::load(crate::VideoCodecs::Auto).unwrap();
     if video.codecs() == [VideoCodec::Mjpeg] {
         eprintln!("SKIPPED: libvpx is not installed");
-        return;
+        return None;
     }
-    let mut bench = Bench::new((801, 601), 9);
+    let mut bench = Bench::new(size, 9);
     bench.encoder.set_video(Arc::new(video), |_| true);
     bench.settle("black");
     bench.line = Line { slow: false, rate: Some(2e6), ..bench.line };
-    // Of odd size, at an odd place.
-    let film = Rect::new(91, 101, 485, 271);
-    let play = |bench: &mut Bench, frames| {
+    Some(bench)
+}
+
+const MJPEG: u8 = 1;
+const VP8: u8 = 2;
+
+impl Bench {
+    /// Plays so many frames of a film.
+    fn play(&mut self, film: Rect, frames: usize) {
         for _ in 0..frames {
-            bench.noise(film);
-            bench.show(&[Rect::new(0, 0, 801, 601)]);
-            bench.steps(u32::MAX);
-            bench.pass(33);
+            self.noise(film);
+            self.show(&[Rect::new(0, 0, self.size.0, self.size.1)]);
+            self.steps(u32::MAX);
+            self.pass(33);
         }
-    };
-    let refuse = |bench: &mut Bench| {
-        let id = *bench.model.streams.keys().next().unwrap();
+    }
+
+    /// The codecs of the streams that run.
+    fn running(&self) -> Vec<u8> {
+        let mut codecs: Vec<u8> =
+            self.model.streams.keys().map(|id| self.model.codecs[id]).collect();
+        codecs.sort_unstable();
+        codecs
+    }
+
+    /// The client says that it cannot show a codec.
+    fn refuse(&mut self, codec: u8) {
+        let mut ids = self.model.streams.keys().copied();
+        let id = ids.find(|id| self.model.codecs[id] == codec).unwrap();
         let drops = u32::MAX;
         let report = StreamReport { stream: id, unique: 0, frames: 0, drops, last_delay: 0 };
         // Clients say it for every frame that was on its way.
         for _ in 0..3 {
-            bench.encoder.report(report, bench.now);
+            self.encoder.report(report, self.now);
         }
-        bench.deliver();
-        assert_eq!(bench.model.streams.len(), 0);
-    };
-    play(&mut bench, 40);
+        self.deliver();
+        assert!(!self.running().contains(&codec));
+    }
+}
+
+#[test]
+fn films_are_vp8_until_the_client_cannot_show_it() {
+    let Some(mut bench) = with_vp8((801, 601)) else { return };
+    // Of odd size, at an odd place.
+    let film = Rect::new(91, 101, 485, 271);
+    bench.play(film, 40);
     let rect = *bench.model.streams.values().next().unwrap();
     assert_eq!((rect.width % 2, rect.height % 2), (0, 0), "{rect:?}");
     assert_eq!(super::super::tiles::bounds(rect, film), rect);
-    assert!(bench.model.frames[&2] > 20 && bench.sent(Codec::Vp8) > 20);
+    assert!(bench.model.frames[&VP8] > 20 && bench.sent(Codec::Vp8) > 20);
+    assert_eq!(
+        bench.encoder.take_news(),
+        Some((Some(VideoCodec::Vp8), VideoChange::Chosen)),
+        "the program is told"
+    );
     bench.settle("the end of VP8");
-    play(&mut bench, 30);
-    refuse(&mut bench);
-    play(&mut bench, 40);
-    assert!(bench.model.frames[&1] > 10);
-    refuse(&mut bench);
+    bench.play(film, 30);
+    assert_eq!(bench.encoder.take_news(), None, "nothing new");
+    let drawn = bench.model.kinds[&304];
+    bench.refuse(VP8);
+    // The film goes on where it was.
+    assert_eq!(bench.running(), [MJPEG]);
+    bench.play(film, 20);
+    assert_eq!(bench.model.kinds[&304], drawn, "no pictures between");
+    assert_eq!(bench.encoder.take_news(), Some((Some(VideoCodec::Mjpeg), VideoChange::NotShown)));
+    bench.play(film, 20);
+    bench.refuse(MJPEG);
+    assert_eq!(bench.encoder.take_news(), Some((None, VideoChange::NotShown)));
     let before = bench.stats.stats(0).streams;
-    play(&mut bench, 40);
-    assert_eq!(bench.stats.stats(0).streams, before, "pictures only");
+    bench.play(film, 40);
+    let stats = bench.stats.stats(0);
+    assert_eq!(stats.streams, before, "pictures only");
+    assert_eq!((stats.video_codec, stats.video_fallbacks), (None, 2));
     bench.settle("pictures");
+}
+
+#[test]
+fn mjpeg_shows_a_film_until_the_client_can_have_built_a_decoder() {
+    let Some(mut bench) = with_vp8((800, 600)) else { return };
+    let film = Rect::new(100, 100, 480, 320);
+    while bench.running().is_empty() {
+        bench.play(film, 1);
+    }
+    // Half a second after the first frame.
+    for frame in 0..14 {
+        assert_eq!(bench.running(), [MJPEG, VP8], "frame {frame}");
+        assert_eq!(bench.model.frames[&MJPEG], bench.model.frames[&VP8], "each frame twice");
+        bench.play(film, 1);
+    }
+    bench.play(film, 4);
+    assert_eq!(bench.running(), [VP8]);
+    let mjpeg = bench.model.frames[&MJPEG];
+    bench.play(film, 10);
+    assert_eq!(bench.model.frames[&MJPEG], mjpeg);
+    bench.settle("the end");
+    // A client that cannot show MJPEG has nothing to look at meanwhile, and VP8 none the less.
+    while bench.running().is_empty() {
+        bench.play(film, 1);
+    }
+    bench.refuse(MJPEG);
+    assert_eq!(bench.running(), [VP8]);
+    bench.settle("its end");
+    // One that ends early takes both with it.
+    let mut bench = with_vp8((800, 600)).unwrap();
+    while bench.running().is_empty() {
+        bench.play(film, 1);
+    }
+    bench.settle("a short film");
+    assert_eq!(bench.running(), []);
+}
+
+#[test]
+fn a_host_that_is_too_slow_for_vp8_sends_smaller_frames_then_mjpeg_for_a_while() {
+    let Some(mut bench) = with_vp8((800, 600)) else { return };
+    let film = Rect::new(100, 100, 480, 320);
+    bench.play(film, 60);
+    assert_eq!(bench.running(), [VP8]);
+    let whole = bench.encoder.streams[0].frame_size();
+    let half = (whole.0 / 2, whole.1 / 2);
+    bench.encoder.take_news();
+    bench.encoder.handicap = Duration::from_millis(50);
+    bench.play(film, 100);
+    assert_eq!(bench.running(), [VP8]);
+    assert_eq!(bench.encoder.streams[0].frame_size(), half);
+    // Not even these: the film goes on as MJPEG, whose frames stay small.
+    bench.play(film, 100);
+    assert_eq!(bench.running(), [MJPEG]);
+    assert_eq!(bench.encoder.streams[0].frame_size(), half);
+    assert_eq!(bench.encoder.take_news(), Some((Some(VideoCodec::Mjpeg), VideoChange::TooSlow)));
+    bench.settle("slow");
+    bench.encoder.handicap = Duration::ZERO;
+    bench.play(film, 40);
+    assert_eq!(bench.running(), [MJPEG], "not at once");
+    bench.settle("fast again");
+    bench.pass(30_000);
+    bench.play(film, 40);
+    assert!(bench.running().contains(&VP8), "later");
+    bench.settle("the end");
+}
+
+#[test]
+fn what_vp8_cannot_make_small_enough_is_sent_in_half_its_size() {
+    let Some(mut bench) = with_vp8((1280, 720)) else { return };
+    // 4 Mbit/s for noise.
+    bench.line.rate = Some(5e5);
+    let film = Rect::new(0, 0, 1280, 720);
+    bench.play(film, 60);
+    assert_eq!(bench.encoder.streams[0].frame_size(), (640, 360));
+    assert!(bench.running().contains(&VP8));
+    bench.settle("the end");
 }
 
 #[test]
