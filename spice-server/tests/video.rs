@@ -6,10 +6,16 @@ mod support;
 use std::{
     collections::VecDeque,
     process::Command,
+    sync::{
+        Arc,
+        mpsc::{Sender, channel},
+    },
     time::{Duration, Instant},
 };
 
-use spice_server::{Codec, Error, SpiceServer, VideoCodec, VideoCodecs};
+use spice_server::{
+    Codec, Error, EventSink, ServerEvent, SpiceServer, VideoChange, VideoCodec, VideoCodecs,
+};
 use support::{
     Client, PATIENCE, Setup, SlowLine, eventually, hash, have_client,
     picture::{Mode, Scene},
@@ -184,21 +190,48 @@ fn what_vp8_cannot_make_small_enough_is_halved_and_looks_right() {
     film.stop(&mut client);
 }
 
+/// Hands events to a channel.
+struct Observer(Sender<ServerEvent>);
+
+impl EventSink for Observer {
+    fn event(&self, event: ServerEvent) {
+        let _ = self.0.send(event);
+    }
+}
+
 #[test]
 fn a_client_that_cannot_decode_after_all_gets_mjpeg() {
     if !(have_client() && have_libvpx() && have_decoder()) {
         return;
     }
-    let setup = setup(|builder| builder);
+    let (sender, events) = channel();
+    let setup = setup(|builder| builder.observer(Arc::new(Observer(sender))));
     let mut film = Film::new(&setup);
     let line = SlowLine::to(setup.address(), LINE);
     // spice-gtk finds the decoder and says that it knows VP8; its player does not take it.
     let refusing = [("GST_PLUGIN_FEATURE_RANK", "vp8dec:NONE,vp8alphadecodebin:NONE")];
     let mut client = Client::with_environment(line.address, &refusing);
     client.wait_ready();
-    film.play(&setup, "MJPEG", |_| messages(&setup, Codec::Stream) > 20);
+    let fallbacks = |setup: &Setup| setup.server.status().clients[0].displays[0].video_fallbacks;
+    film.play(&setup, "a fall-back", |_| fallbacks(&setup) > 0);
+    let before = messages(&setup, Codec::Stream);
+    film.play(&setup, "MJPEG", |_| messages(&setup, Codec::Stream) > before + 20);
     assert!(messages(&setup, Codec::Vp8) > 0, "it was tried");
     film.stop(&mut client);
+    // The program has heard of both.
+    let changes: Vec<_> = events
+        .try_iter()
+        .filter_map(|event| match event {
+            ServerEvent::VideoCodec { display: 0, codec, why, .. } => Some((codec, why)),
+            _ => None,
+        })
+        .collect();
+    let wanted = [
+        (Some(VideoCodec::Vp8), VideoChange::Chosen),
+        (Some(VideoCodec::Mjpeg), VideoChange::NotShown),
+    ];
+    assert_eq!(changes, wanted);
+    assert_eq!(setup.server.status().clients[0].displays[0].video_codec, Some(VideoCodec::Mjpeg));
 }
 
 #[test]
