@@ -490,6 +490,51 @@ fn a_signal_ends_the_wait_for_virtiofsd() {
     assert!(guest.child.wait().unwrap().success());
 }
 
+/// As upstream's checks run in the sandbox of a Nix build: no `/sys`, no terminal, no network, of `/dev` only
+/// what every build has and KVM; no user by name, no folder of temporary files that is written to.
+#[test]
+fn a_machine_runs_in_the_sandbox_of_a_nix_build() {
+    const TEST: &str = "a_machine_runs_in_the_sandbox_of_a_nix_build";
+    if no_kvm(TEST) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let code = [code::print("up\n"), code::power_off()].concat();
+    std::fs::write(at("guest.elf"), elf(&code, true)).unwrap();
+    std::fs::write(at("output.img"), [0; 4096]).unwrap();
+    std::fs::create_dir(at("dev")).unwrap();
+    let script = "set -e
+        cd \"$1\"
+        mount -t tmpfs dev dev
+        for node in kvm null zero full random urandom; do
+            touch dev/$node
+            mount --bind /dev/$node dev/$node
+        done
+        mount --rbind dev /dev
+        mount -t tmpfs sys /sys
+        mount -t tmpfs etc /etc
+        [ ! -e /sys/class ] && [ ! -e /dev/tty ] && [ ! -e /dev/shm ]
+        echo prepared
+        exec env -i \"$2\" --kernel guest.elf --memory 64 --control microvm.sock \\
+            --disk path=output.img </dev/null";
+    let output = Command::new("unshare")
+        .args(["--mount", "--net", "--ipc", "--map-root-user", "sh", "-c", script, "sh"])
+        .arg(folder.path())
+        .arg(env!("CARGO_BIN_EXE_drago-vmm"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    if !said.starts_with("prepared\n") {
+        println!("SKIPPED {TEST}: no namespaces here: {errors}");
+        return;
+    }
+    assert_eq!(said, "prepared\nup\n", "{errors}");
+    assert!(output.status.success(), "{errors}");
+    assert!(!at("microvm.sock").exists());
+}
+
 /// A virtiofsd that loses its machine ends: what is shared is to be there until the last write to a disk.
 #[test]
 fn virtiofsd_is_left_last() {

@@ -28,6 +28,8 @@ pub struct Options {
     pub memory_mib: u32,
     /// Number of virtual CPUs.
     pub cpus: u32,
+    /// What they are, in QEMU's words; they need SVM.
+    pub cpu: String,
     /// Folders that are writable inside, under the same path. The checkout always is.
     pub rw: Vec<PathBuf>,
     /// Disk images, inside `/dev/vda` and so on. What is written to them is lost at the end. (Files in
@@ -44,6 +46,7 @@ impl Options {
             agent,
             memory_mib: 4096,
             cpus: 2,
+            cpu: image::CPU.to_owned(),
             rw: Vec::new(),
             disks: Vec::new(),
             forward: Vec::new(),
@@ -118,7 +121,7 @@ impl Testbed {
         for (outer, inner) in &forward {
             net.push_str(&format!(",hostfwd=tcp:127.0.0.1:{outer}-127.0.0.1:{inner}"));
         }
-        let mut qemu = image::qemu(kernel, &both, options.memory_mib, options.cpus)?;
+        let mut qemu = image::qemu(kernel, &both, options)?;
         qemu.args(["-netdev", &net, "-device", "virtio-net-pci,netdev=n,romfile="])
             .args([
                 "-fsdev",

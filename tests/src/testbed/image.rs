@@ -5,6 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use super::Options;
 use crate::cpio::Archive;
 use crate::debian::{self, Kernel, Release};
 use crate::modules::ModuleTree;
@@ -35,7 +36,7 @@ const MODULES: &[&str] = &[
 
 /// The emulated CPU. With AVX, llvmpipe inside crashes under TCG; with XSAVE, guests of the test host
 /// lose their FPU state now and then ("bad frame in rt_sigreturn") and the test host itself may die.
-const CPU: &str = "EPYC,+svm,+npt,-avx,-avx2,-fma,-f16c,-xsave";
+pub(super) const CPU: &str = "EPYC,+svm,+npt,-avx,-avx2,-fma,-f16c,-xsave";
 
 /// Options of modules, by file name.
 const OPTIONS: &[(&str, &str)] = &[("kvm-amd.ko", "nested=0")];
@@ -123,15 +124,11 @@ fn version(said: &str) -> Option<(u32, u32)> {
 }
 
 /// QEMU's command line for the test host, without network and folders.
-pub(crate) fn qemu(
-    kernel: &Kernel,
-    initramfs: &Path,
-    memory_mib: u32,
-    cpus: u32,
-) -> Result<Command> {
+pub(crate) fn qemu(kernel: &Kernel, initramfs: &Path, options: &Options) -> Result<Command> {
+    let Options { memory_mib, cpus, cpu, .. } = options;
     let mut qemu = qemu_program()?;
     qemu.args(["-accel", "tcg,thread=multi", "-M", "q35"])
-        .args(["-cpu", CPU])
+        .args(["-cpu", cpu])
         .args(["-smp", &cpus.to_string(), "-m", &memory_mib.to_string()])
         .args(["-nodefaults", "-nographic", "-serial", "stdio", "-no-reboot"])
         .args(["-object", "rng-random,id=rng,filename=/dev/urandom"])
