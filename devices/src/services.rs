@@ -8,7 +8,7 @@ use std::{io, sync::Arc};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::virtio::shared_memory::SharedMemory;
+use crate::{vfio::DeviceMemory, virtio::shared_memory::SharedMemory};
 
 /// An MSI message as the guest programmed it (PCI Local Bus 3.0, §6.8.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,4 +51,14 @@ pub trait VmServices: Send + Sync {
         window: &Arc<SharedMemory>,
         address: Option<u64>,
     ) -> io::Result<()>;
+
+    /// The same for registers of a device of the host.
+    fn place_device_memory(
+        &self,
+        memory: &Arc<DeviceMemory>,
+        address: Option<u64>,
+    ) -> io::Result<()> {
+        let _ = (memory, address);
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }

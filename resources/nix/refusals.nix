@@ -75,10 +75,10 @@ optional (system != "x86_64-linux")
 ) shares
 
 ++ concatMap ({ bus, path, ... }:
-  optional (bus == "pci")
-    "microvm.devices: ${path}: drago-vmm passes no PCI devices through; use cloud-hypervisor or qemu"
+  optional (bus == "pci" && microvmConfig.balloon)
+    "microvm.devices: ${path}: may use any of the guest's memory at any time, so none of it can be given back; set microvm.balloon = false"
   ++ optional (bus == "usb")
-    "microvm.devices: ${path}: drago-vmm passes no USB devices through; use qemu"
+    "microvm.devices: ${path}: drago-vmm passes no USB devices through; pass a whole USB controller through with bus = \"pci\", or use qemu"
 ) devices
 
 ++ concatMap (name:

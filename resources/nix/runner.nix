@@ -95,6 +95,10 @@ let
       "--fs" (device [ "tag=${tag}" "socket=${toString socket}" ])
     ]) shares
     ++ concatMap (interface: [ "--net" (net interface) ]) interfaces
+    # The host's units have given them to vfio-pci.
+    ++ concatMap ({ bus, path, ... }:
+      optionals (bus == "pci") [ "--vfio" (toString path) ]
+    ) microvmConfig.devices
     ++ optionals (vsock.cid != null) [
       "--vsock" (device [ "cid=${toString vsock.cid}" "notify=${switch cfg.notify}" ])
     ]

@@ -67,7 +67,22 @@ impl Host {
     /// # Errors
     /// If the programs are not built or the test host does not boot.
     pub fn boot(suite: &str, agent: &Path, memory_mib: u32) -> Result<Self> {
-        Self::boot_with(suite, agent, memory_mib, Vec::new())
+        Self::boot_with(suite, agent, Options::new(agent.to_path_buf()), memory_mib)
+    }
+
+    /// The same with an IOMMU and devices for a guest ([`Options::spare_devices`]).
+    ///
+    /// # Errors
+    /// As above.
+    pub fn boot_with_spare_devices(
+        suite: &str,
+        agent: &Path,
+        memory_mib: u32,
+        devices: Vec<String>,
+    ) -> Result<Self> {
+        let mut options = Options::new(agent.to_path_buf());
+        options.spare_devices = devices;
+        Self::boot_with(suite, agent, options, memory_mib)
     }
 
     /// The same with a guest's disk, which is [`GUEST_DISK`] in the test host. What the guest writes to
@@ -81,11 +96,12 @@ impl Host {
         memory_mib: u32,
         guest: &Guest,
     ) -> Result<Self> {
-        let disk = guest.disk.clone().context("this guest has no disk")?;
-        Self::boot_with(suite, agent, memory_mib, vec![disk])
+        let mut options = Options::new(agent.to_path_buf());
+        options.disks = vec![guest.disk.clone().context("this guest has no disk")?];
+        Self::boot_with(suite, agent, options, memory_mib)
     }
 
-    fn boot_with(suite: &str, agent: &Path, memory_mib: u32, disks: Vec<PathBuf>) -> Result<Self> {
+    fn boot_with(suite: &str, agent: &Path, mut options: Options, memory_mib: u32) -> Result<Self> {
         let programs = match std::env::var_os("DRAGO_PROGRAMS") {
             Some(dir) => PathBuf::from(dir),
             None => agent.parent().context("the agent has no folder")?.to_path_buf(),
@@ -106,9 +122,7 @@ impl Host {
             ));
             lock.lock().context("cannot lock the suite's folder")?;
         }
-        let mut options = Options::new(agent.to_path_buf());
         options.memory_mib = memory_mib;
-        options.disks = disks;
         // The cache, which may lie elsewhere, for the project's own tools.
         options.rw = vec![paths::cache("debian")?, paths::cache("guests")?];
         options.forward = vec![(0, SPICE_PORT), (0, VNC_PORT), (0, SSH_PORT)];

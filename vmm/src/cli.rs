@@ -5,6 +5,7 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use devices::{
     spec::{Spec, SpecError},
+    vfio::HostAddress,
     virtio::registry::{Count, DeviceConfig, MODULES, Machines},
 };
 
@@ -132,6 +133,10 @@ struct MachineArgs {
         value_name = "ADDRESS:PORT[,password-file=FILE][,copy-paste=on|off|to-guest|to-client]"
     )]
     vnc: Option<String>,
+    /// PCI devices of the host for the guest, by address or path in /sys (repeatable)
+    #[arg(long, value_name = "ADDRESS[,ADDRESS…]", action = ArgAction::Append)]
+    #[arg(value_delimiter = ',', help_heading = "Devices")]
+    vfio: Vec<HostAddress>,
     /// End with this status when the guest's kernel panics
     #[arg(long, value_name = "STATUS")]
     panic_exit_code: Option<u8>,
@@ -179,8 +184,14 @@ const REFUSED: &[(&[&str], &str)] = &[
         "no bridge is joined; make a tap interface, put it into the bridge, and use --net tap=IFNAME",
     ),
     (
-        &["--usb", "--usb-host", "--usbredir", "--device", "--vfio", "--host-device"],
-        "devices of the host cannot be passed through",
+        &["--usb", "--usb-host", "--usbredir"],
+        "USB devices of the host cannot be passed through; a whole USB controller can, as a PCI \
+         device: --vfio 0000:01:00.0",
+    ),
+    (
+        &["--device", "--host-device", "--pci"],
+        "a PCI device of the host is passed through with --vfio 0000:01:00.0; virtio devices have \
+         options of their own, see --help",
     ),
     (
         &["--user", "--run-with", "--uid", "--gid"],
@@ -320,6 +331,7 @@ fn machine(args: MachineArgs, matches: &ArgMatches) -> Result<VmConfig, CliError
         panic_exit_code: args.panic_exit_code,
         sandbox: args.sandbox,
         devices: devices(matches, kind)?,
+        host_devices: args.vfio,
         spice,
         web,
         vnc,
@@ -393,6 +405,21 @@ mod tests {
     }
 
     #[test]
+    fn devices_of_the_host_add_up() {
+        let config =
+            run("--kernel a --vfio 0000:01:00.0,02:00.1 --vfio /sys/bus/pci/devices/0000:03:00.0");
+        let config = config.unwrap();
+        let names: Vec<_> = config.host_devices.iter().map(ToString::to_string).collect();
+        assert_eq!(names, ["0000:01:00.0", "0000:02:00.1", "0000:03:00.0"]);
+        config.validate().unwrap();
+        let error = run("--kernel a --vfio nvme0").unwrap_err().to_string();
+        assert!(error.contains("'nvme0'") && error.contains("lspci -D"), "{error}");
+        let refused = |arguments| run(arguments).unwrap().validate().unwrap_err().to_string();
+        assert!(refused("--kernel a --vfio 01:00.0,0000:01:00.0").contains("twice"));
+        assert!(refused("--kernel a --vfio 01:00.0 --balloon").contains("--balloon cannot"));
+    }
+
+    #[test]
     fn entropy_is_always_there_and_positionals_are_refused() {
         let config = run("--kernel a").unwrap();
         let rng = |config: &VmConfig| config.devices.iter().filter(|d| d.0 == "rng").count();
@@ -446,7 +473,7 @@ mod tests {
         let text = |arguments| run(arguments).unwrap_err().to_string();
         assert!(text("--kernel a --9p tag=x,path=y").contains("virtiofsd"));
         assert!(text("--kernel a --virtio-mem size=1").contains("--balloon"));
-        assert!(text("--kernel a --usb 1:2").starts_with("--usb: devices of the host"));
+        assert!(text("--kernel a --usb 1:2").starts_with("--usb: USB devices of the host"));
         assert!(text("--kernel a --bridge=br0").contains("tap"));
         assert!(text("--kernel a --net bridge=br0").contains("tap=IFNAME"));
         assert!(text("--kernel a --user nobody").contains("group kvm"));

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use devices::virtio::registry::DeviceConfig;
+use devices::{vfio::HostAddress, virtio::registry::DeviceConfig};
 
 use crate::{
     acpi,
@@ -46,6 +46,8 @@ pub struct VmConfig {
     pub sandbox: seccomp::Mode,
     /// Virtio devices in the order of their places on the PCI bus, with their option's name.
     pub devices: Vec<(&'static str, Box<dyn DeviceConfig>)>,
+    /// Devices of the host, behind those on the bus.
+    pub host_devices: Vec<HostAddress>,
 }
 
 /// Options that contradict the host or each other.
@@ -65,6 +67,15 @@ pub enum ConfigError {
         /// MiB of RAM.
         memory: u64,
     },
+    /// A device of the host twice.
+    #[error("--vfio {0} is given twice")]
+    HostDevice(HostAddress),
+    /// Memory that a device of the host may use at any time cannot be given back.
+    #[error(
+        "--balloon cannot be combined with --vfio: a device that is passed through may use any of \
+         the guest's memory at any time, so none of it can be given back"
+    )]
+    BalloonAndHostDevice,
     /// A bad amount of RAM.
     #[error(transparent)]
     Memory(#[from] memory::Error),
@@ -78,6 +89,15 @@ impl VmConfig {
         }
         if self.web.is_some() && self.spice.is_none() {
             return Err(ConfigError::Web);
+        }
+        for (index, address) in self.host_devices.iter().enumerate() {
+            if self.host_devices[..index].contains(address) {
+                return Err(ConfigError::HostDevice(*address));
+            }
+        }
+        let shrinks = self.devices.iter().any(|(_, device)| device.gives_memory_back());
+        if shrinks && !self.host_devices.is_empty() {
+            return Err(ConfigError::BalloonAndHostDevice);
         }
         memory::validate(self.memory_mib, self.huge_pages)?;
         Ok(())

@@ -14,6 +14,7 @@ use devices::{
     },
     pci::{PciError, PciRoot, PciWindows},
     services::VmServices,
+    vfio::{self, VfioError, function::FunctionError},
     virtio::{balloon::BalloonHandle, registry::BuildError, vsock::VsockHandle},
 };
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -74,6 +75,12 @@ pub enum Error {
     /// A device.
     #[error(transparent)]
     Device(#[from] BuildError),
+    /// A device of the host.
+    #[error(transparent)]
+    HostDevice(#[from] VfioError),
+    /// A device of the host that the guest cannot have.
+    #[error("--vfio {0}: it cannot be passed through")]
+    Passthrough(String, #[source] FunctionError),
     /// The PCI bus.
     #[error(transparent)]
     Pci(#[from] PciError),
@@ -192,6 +199,7 @@ impl Machine {
         mmio.insert(layout::ECAM.start, layout::ECAM.end - layout::ECAM.start, pci.ecam())?;
         let shared: Arc<dyn VmServices> = Arc::new(services);
         let mut handles = Handles::default();
+        let host_devices = !config.host_devices.is_empty();
         let connecting = config.devices.iter().any(|(_, device)| device.connects_later());
         for (option, mut device) in config.devices {
             device.set_sandbox(config.sandbox.name());
@@ -202,6 +210,16 @@ impl Machine {
             match handle.downcast::<VsockHandle>() {
                 Ok(vsock) => strings.extend(readiness.report_by(*vsock)),
                 Err(handle) => handles.by_option.push((option, handle)),
+            }
+        }
+        if host_devices {
+            let hypervisor = Some(kvm::passthrough(&vm)?);
+            for device in vfio::open(&config.host_devices, &memory, hypervisor)? {
+                let device: Arc<dyn vfio::Physical> = Arc::new(device);
+                let address = pci
+                    .add_passthrough(device.clone(), shared.clone())
+                    .map_err(|error| Error::Passthrough(device.name(), error))?;
+                tracing::info!(device = %device.name(), %address, "passed through");
             }
         }
         smbios::write(&memory, config.uuid, &strings).map_err(Error::Tables)?;
@@ -242,7 +260,8 @@ impl Machine {
             _ => None,
         };
         // All files are open and all programs run: from here on less will do.
-        let filter = seccomp::close(config.sandbox, connecting);
+        let extras = seccomp::Extras { connecting, host_devices };
+        let filter = seccomp::close(config.sandbox, extras);
         let processors = VcpuThreads::start(
             processors,
             &ports,

@@ -6,11 +6,13 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
-use devices::{GuestMemory, virtio::shared_memory::SharedMemory};
+use devices::GuestMemory;
 use kvm_bindings::{kvm_run, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::pipe::PipeFlags;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+use crate::kvm::services::Content;
 
 /// Lets the kernel back guest memory with huge pages where it is allowed to; saves page faults
 /// during boot. Refusal is of no consequence.
@@ -110,10 +112,10 @@ pub fn map_guest_memory(vm: &VmFd, memory: &GuestMemory) -> io::Result<()> {
 
 /// Tells KVM where the guest sees a window for memory of the host; `None`: nowhere. The window must be
 /// kept until then.
-pub fn set_window(
+pub(crate) fn set_window(
     vm: &VmFd,
     slot: u32,
-    window: &SharedMemory,
+    window: &Content,
     address: Option<u64>,
 ) -> io::Result<()> {
     let slot = kvm_userspace_memory_region {

@@ -88,7 +88,7 @@ fn serve() {
         Err(error) => panic!("{error}"),
     };
     let display = server.display(0).unwrap();
-    let vcpu = seccomp::close(seccomp::Mode::On, false);
+    let vcpu = seccomp::close(seccomp::Mode::On, seccomp::Extras::default());
     // In proc(5): 2 is a filter.
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     drop(vcpu);

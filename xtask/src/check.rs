@@ -30,6 +30,8 @@ const RUST_VMM: &[&str] = &[
     "kvm-ioctls",
     "linux-loader",
     "seccompiler",
+    "vfio-bindings",
+    "vfio-ioctls",
     "vhost",
     "vhost-user-backend",
     "virtio-bindings",
@@ -90,7 +92,10 @@ fn suites(suite: Suite, skips: &mut Skips) -> Result<()> {
         fast(skips)?;
     }
     if suite.includes(Suite::Nested) {
-        nested(&["minimal", "sound", "microvm", "units", "cycles", "peers", "weston"], skips)?;
+        nested(
+            &["minimal", "sound", "vfio", "microvm", "units", "cycles", "peers", "weston"],
+            skips,
+        )?;
     }
     if suite.includes(Suite::Fuzz) {
         fuzz()?;

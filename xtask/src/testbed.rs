@@ -23,6 +23,10 @@ pub(crate) struct Args {
     /// A further folder that is writable inside (repeatable); the checkout always is
     #[arg(long, value_name = "DIR")]
     rw: Vec<PathBuf>,
+    /// Add an IOMMU, and a device behind it that is free to be passed through: a further argument of
+    /// QEMU (repeatable)
+    #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
+    spare_device: Vec<String>,
     /// Set an environment variable inside (repeatable)
     #[arg(long, value_name = "NAME=VALUE")]
     env: Vec<String>,
@@ -43,6 +47,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     options.cpus = args.cpus;
     options.rw.clone_from(&args.rw);
     options.forward.clone_from(&args.forward);
+    options.spare_devices.clone_from(&args.spare_device);
     let host = Testbed::boot(&options)?;
 
     let mut command = host.command(&args.command[0]).args(&args.command[1..]);

@@ -31,6 +31,10 @@ use crate::{
     bus::{Bus, BusDevice},
     legacy::{SystemEvent, SystemEventSink},
     services::VmServices,
+    vfio::{
+        Physical,
+        function::{FunctionError, VfioPci},
+    },
     virtio::{device::VirtioDevice, pci::VirtioPci},
 };
 
@@ -162,6 +166,26 @@ impl PciRoot {
         tracing::debug!(%address, device = %function.device_type(), bar = format_args!("{bar:#x}"), "PCI function added");
         self.slots.set(slot, function);
         Ok(address)
+    }
+
+    /// Puts a device of the host into the next free slot.
+    pub fn add_passthrough(
+        &self,
+        device: Arc<dyn Physical>,
+        services: Arc<dyn VmServices>,
+    ) -> Result<PciAddress, FunctionError> {
+        let slot = self.slots.first_free().ok_or(PciError::NoFreeSlot)?;
+        let allocate = |size: u64, low| {
+            let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+            // Whole pages, so that they can be mapped.
+            let place = size.max(0x1000);
+            let found = if low { free.allocate_low(place) } else { free.allocate(place) };
+            found.ok_or(PciError::NoAddressSpace { size })
+        };
+        let windows = self.windows.clone();
+        let function = VfioPci::new(device, services, windows, &self.mmio_bus, allocate)?;
+        self.slots.set(slot, function);
+        Ok(PciAddress { bus: 0, device: slot as u8, function: 0 })
     }
 
     /// The memory mapped configuration space (ECAM) of bus 0: 1 MiB.

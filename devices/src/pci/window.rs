@@ -48,6 +48,11 @@ impl Windows {
         };
         take(first, size).or_else(|| take(second, size))
     }
+
+    /// The same below 4 GiB.
+    pub(super) fn allocate_low(&mut self, size: u64) -> Option<u64> {
+        take(&mut self.low, size)
+    }
 }
 
 fn take(range: &mut Range<u64>, size: u64) -> Option<u64> {

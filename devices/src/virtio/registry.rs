@@ -75,6 +75,12 @@ pub trait DeviceConfig: fmt::Debug + Send {
     fn connects_later(&self) -> bool {
         false
     }
+
+    /// Whether the device gives memory of the guest back to the host, which devices of the host that
+    /// use it cannot bear.
+    fn gives_memory_back(&self) -> bool {
+        false
+    }
 }
 
 /// A device and, where the VMM talks to it at run time, the handle to do so.

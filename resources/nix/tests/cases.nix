@@ -192,6 +192,13 @@ in
       };
     };
 
+    passthrough = {
+      devices = [
+        { bus = "pci"; path = "0000:01:00.0"; }
+        { bus = "pci"; path = "0000:01:00.1"; }
+      ];
+    };
+
     # No control socket, no console, no name for ps, no sandbox.
     bare = {
       socket = null;
@@ -235,6 +242,7 @@ in
     };
     shares = { shares = [ (share { tag = "home"; proto = "9p"; socket = null; }) ]; };
     devices = {
+      balloon = true;
       devices = [
         { bus = "pci"; path = "0000:01:00.0"; }
         { bus = "usb"; path = "vendorid=0xabcd,productid=0x0123"; }

@@ -4,6 +4,7 @@
 mod debian;
 mod minimal;
 mod nixos;
+mod passthrough;
 mod sound;
 
 use std::path::{Path, PathBuf};
@@ -47,6 +48,15 @@ impl Guest {
     /// If a package cannot be fetched.
     pub fn sound() -> Result<Self> {
         sound::guest()
+    }
+
+    /// The busybox system with the drivers of an NVMe disk and an Intel network card
+    /// (`/passthrough/order`).
+    ///
+    /// # Errors
+    /// If a package cannot be fetched.
+    pub fn passthrough() -> Result<Self> {
+        passthrough::guest()
     }
 
     /// A Debian system with a desktop.

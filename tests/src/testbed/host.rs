@@ -37,6 +37,9 @@ pub struct Options {
     pub disks: Vec<PathBuf>,
     /// TCP ports (this machine's 127.0.0.1:first → second inside); 0 as first picks a free one.
     pub forward: Vec<(u16, u16)>,
+    /// Devices that no driver of the test host has, as QEMU's arguments. With any there is an IOMMU,
+    /// and they can be passed through.
+    pub spare_devices: Vec<String>,
 }
 
 impl Options {
@@ -50,6 +53,7 @@ impl Options {
             rw: Vec::new(),
             disks: Vec::new(),
             forward: Vec::new(),
+            spare_devices: Vec::new(),
         }
     }
 }
@@ -147,6 +151,7 @@ impl Testbed {
                 .args(["-device", &format!("virtio-blk-pci,drive=disk{n}")]);
         }
         let mut qemu = qemu
+            .args(&options.spare_devices)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(File::create(log.with_extension("qemu"))?)

@@ -32,6 +32,8 @@ const MODULES: &[&str] = &[
     "crc32c_generic",
     "erofs",
     "macvtap",
+    "vfio_iommu_type1",
+    "vfio-pci",
 ];
 
 /// The emulated CPU. With AVX, llvmpipe inside crashes under TCG; with XSAVE, guests of the test host
@@ -126,18 +128,27 @@ fn version(said: &str) -> Option<(u32, u32)> {
 /// QEMU's command line for the test host, without network and folders.
 pub(crate) fn qemu(kernel: &Kernel, initramfs: &Path, options: &Options) -> Result<Command> {
     let Options { memory_mib, cpus, cpu, .. } = options;
+    let iommu = !options.spare_devices.is_empty();
     let mut qemu = qemu_program()?;
     qemu.args(["-accel", "tcg,thread=multi", "-M", "q35"])
         .args(["-cpu", cpu])
         .args(["-smp", &cpus.to_string(), "-m", &memory_mib.to_string()])
-        .args(["-nodefaults", "-nographic", "-serial", "stdio", "-no-reboot"])
-        .args(["-object", "rng-random,id=rng,filename=/dev/urandom"])
+        .args(["-nodefaults", "-nographic", "-serial", "stdio", "-no-reboot"]);
+    if iommu {
+        // Before what it is to stand in front of.
+        qemu.args(["-device", "intel-iommu,intremap=on"]);
+    }
+    qemu.args(["-object", "rng-random,id=rng,filename=/dev/urandom"])
         .args(["-device", "virtio-rng-pci,rng=rng"])
         .arg("-kernel")
         .arg(&kernel.image)
         .arg("-initrd")
         .arg(initramfs)
-        .args(["-append", "console=ttyS0 panic=-1 mitigations=off quiet tsc=reliable"]);
+        .arg("-append")
+        .arg(format!(
+            "console=ttyS0 panic=-1 mitigations=off quiet tsc=reliable{}",
+            if iommu { " intel_iommu=on" } else { "" }
+        ));
     Ok(qemu)
 }
 

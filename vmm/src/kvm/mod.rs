@@ -2,8 +2,11 @@
 
 use std::io;
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{
+    KVM_PIT_SPEAKER_DUMMY, kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO, kvm_pit_config,
+};
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use vfio_ioctls::VfioDeviceFd;
 
 pub mod activity;
 pub mod cpuid;
@@ -119,4 +122,13 @@ pub fn create_vm(kvm: &Kvm) -> Result<(VmFd, bool), Error> {
         vm.create_pit2(config).map_err(call("create a timer"))?;
     }
     Ok((vm, timer))
+}
+
+/// What KVM is told about devices of the host with: their writes may bypass caches, and their
+/// interrupts may go to a processor without the kernel's help.
+pub fn passthrough(vm: &VmFd) -> Result<VfioDeviceFd, Error> {
+    let mut device =
+        kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
+    let fd = vm.create_device(&mut device).map_err(call("pass devices of the host through"))?;
+    Ok(VfioDeviceFd::new_from_kvm(fd))
 }

@@ -9,6 +9,7 @@ use std::{
 
 use devices::{
     services::{MsiMessage, MsiVector, VmServices},
+    vfio::DeviceMemory,
     virtio::shared_memory::SharedMemory,
 };
 use kvm_bindings::{
@@ -71,8 +72,35 @@ struct Shared {
 }
 
 struct Window {
-    memory: Arc<SharedMemory>,
+    memory: Content,
     placed: bool,
+}
+
+/// What is behind a window; it stays where it is in this process as long as this lives.
+#[derive(Clone)]
+pub(crate) enum Content {
+    /// What a device of ours shows.
+    Shared(Arc<SharedMemory>),
+    /// Registers of a device of the host.
+    Device(Arc<DeviceMemory>),
+}
+
+impl Content {
+    /// Bytes.
+    pub(crate) fn size(&self) -> u64 {
+        match self {
+            Self::Shared(memory) => memory.size(),
+            Self::Device(memory) => memory.size(),
+        }
+    }
+
+    /// Where it is in this process.
+    pub(crate) fn host_address(&self) -> u64 {
+        match self {
+            Self::Shared(memory) => memory.host_address(),
+            Self::Device(memory) => memory.host_address(),
+        }
+    }
 }
 
 impl Window {
@@ -82,7 +110,7 @@ impl Window {
     fn place(
         &mut self,
         address: Option<u64>,
-        set: impl Fn(&SharedMemory, Option<u64>) -> io::Result<()>,
+        set: impl Fn(&Content, Option<u64>) -> io::Result<()>,
     ) -> io::Result<()> {
         if self.placed {
             set(&self.memory, None)?;
@@ -108,6 +136,21 @@ impl Shared {
         let table = KvmIrqRouting::from_entries(&routes.table())
             .map_err(|error| io::Error::other(format!("{error:?}")))?;
         self.vm.set_gsi_routing(&table).map_err(io_error)
+    }
+
+    fn place(&self, memory: Content, address: Option<u64>) -> io::Result<()> {
+        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        // No two pieces of memory are in one place.
+        let is_known = |window: &Window| window.memory.host_address() == memory.host_address();
+        let index = windows.iter().position(is_known).unwrap_or_else(|| {
+            windows.push(Window { memory, placed: false });
+            windows.len() - 1
+        });
+        let Some(window) = windows.get_mut(index) else { return Ok(()) };
+        let slot = FIRST_WINDOW + index as u32;
+        window.place(address, |memory, address| {
+            crate::sys::set_window(&self.vm, slot, memory, address)
+        })
     }
 }
 
@@ -171,17 +214,15 @@ impl VmServices for KvmServices {
         memory: &Arc<SharedMemory>,
         address: Option<u64>,
     ) -> io::Result<()> {
-        let mut windows = self.shared.windows.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = windows.iter().position(|window| Arc::ptr_eq(&window.memory, memory));
-        let index = known.unwrap_or_else(|| {
-            windows.push(Window { memory: memory.clone(), placed: false });
-            windows.len() - 1
-        });
-        let Some(window) = windows.get_mut(index) else { return Ok(()) };
-        let slot = FIRST_WINDOW + index as u32;
-        window.place(address, |memory, address| {
-            crate::sys::set_window(&self.shared.vm, slot, memory, address)
-        })
+        self.shared.place(Content::Shared(memory.clone()), address)
+    }
+
+    fn place_device_memory(
+        &self,
+        memory: &Arc<DeviceMemory>,
+        address: Option<u64>,
+    ) -> io::Result<()> {
+        self.shared.place(Content::Device(memory.clone()), address)
     }
 }
 
@@ -270,9 +311,9 @@ mod tests {
 
     #[test]
     fn a_window_whose_slot_stays_is_still_placed() {
-        let memory = SharedMemory::new(1 << 20).unwrap();
+        let memory = Content::Shared(SharedMemory::new(1 << 20).unwrap());
         let mut window = Window { memory, placed: false };
-        let refuse = |_: &SharedMemory, _| Err(io::ErrorKind::OutOfMemory.into());
+        let refuse = |_: &Content, _| Err(io::ErrorKind::OutOfMemory.into());
         window.place(None, refuse).unwrap();
         window.place(Some(0x1_0000_0000), refuse).unwrap_err();
         assert!(!window.placed);

@@ -77,10 +77,18 @@ impl VcpuFilter {
     }
 }
 
+/// What some machines have and others do without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Extras {
+    /// A device that connects with its socket again later.
+    pub connecting: bool,
+    /// Devices of the host.
+    pub host_devices: bool,
+}
+
 /// Closes the sandbox of the whole process. To be called when all that needs files and other
-/// programs is there, before the guest runs. `connecting`: whether a device connects
-/// with its socket again later.
-pub fn close(mode: Mode, connecting: bool) -> VcpuFilter {
+/// programs is there, before the guest runs.
+pub fn close(mode: Mode, extras: Extras) -> VcpuFilter {
     let violation = match mode {
         Mode::Off => {
             tracing::warn!("no filter of system calls: --sandbox off");
@@ -89,7 +97,7 @@ pub fn close(mode: Mode, connecting: bool) -> VcpuFilter {
         Mode::On => Violation::Kill,
         Mode::Log => Violation::Log,
     };
-    match try_close(violation, connecting) {
+    match try_close(violation, extras) {
         Ok(filter) => VcpuFilter(Some(filter)),
         Err(error) => {
             tracing::warn!(
@@ -101,19 +109,26 @@ pub fn close(mode: Mode, connecting: bool) -> VcpuFilter {
     }
 }
 
-fn try_close(violation: Violation, connecting: bool) -> Result<Filter, Box<dyn std::error::Error>> {
+fn try_close(violation: Violation, extras: Extras) -> Result<Filter, Box<dyn std::error::Error>> {
     threads::start_nursery()?;
     launcher::seal()?;
-    let process = process_filter(violation, connecting)?;
-    let vcpu = Filter::new(&[tables::RUNTIME, tables::VCPU], violation)?;
+    let process = process_filter(violation, extras)?;
+    let vcpu = vcpu_filter(violation, extras)?;
     process.install(Scope::Process)?;
     tracing::debug!(?process, ?vcpu, "sandbox closed");
     Ok(vcpu)
 }
 
-fn process_filter(violation: Violation, connecting: bool) -> Result<Filter, Error> {
-    let connecting = if connecting { tables::CONNECTING } else { &[] };
-    Filter::new(&[tables::RUNTIME, tables::VCPU, tables::OTHERS, connecting], violation)
+fn process_filter(violation: Violation, extras: Extras) -> Result<Filter, Error> {
+    let connecting = if extras.connecting { tables::CONNECTING } else { &[] };
+    let host_devices = if extras.host_devices { tables::HOST_DEVICES } else { &[] };
+    let tables = [tables::RUNTIME, tables::VCPU, tables::OTHERS, connecting, host_devices];
+    Filter::new(&tables, violation)
+}
+
+fn vcpu_filter(violation: Violation, extras: Extras) -> Result<Filter, Error> {
+    let host_devices = if extras.host_devices { tables::HOST_DEVICES } else { &[] };
+    Filter::new(&[tables::RUNTIME, tables::VCPU, host_devices], violation)
 }
 
 #[cfg(test)]
@@ -123,9 +138,10 @@ mod tests {
     #[test]
     fn the_tables_are_filters() {
         for violation in [Violation::Kill, Violation::Log] {
-            process_filter(violation, true).unwrap();
-            process_filter(violation, false).unwrap();
-            Filter::new(&[tables::RUNTIME, tables::VCPU], violation).unwrap();
+            for extras in [Extras::default(), Extras { connecting: true, host_devices: true }] {
+                process_filter(violation, extras).unwrap();
+                vcpu_filter(violation, extras).unwrap();
+            }
         }
     }
 

@@ -182,3 +182,14 @@ pub(super) static CONNECTING: &[Row] = &[
     allow_if(libc::SYS_socket, 0, WORD, &[libc::AF_UNIX as u64], "virtiofsd, started again"),
     allow(libc::SYS_connect, "the same; only Unix sockets can be made"),
 ];
+
+/// With `--vfio` only, and for processors too: registers that are not mapped, configuration space.
+#[rustfmt::skip]
+pub(super) static HOST_DEVICES: &[Row] = &[
+    allow(libc::SYS_pread64, "registers of devices of the host"),
+    allow(libc::SYS_pwrite64, "registers of devices of the host"),
+    allow_if(libc::SYS_ioctl, 1, WORD, &[
+        0x3b6e, // VFIO_DEVICE_SET_IRQS
+        0x3b6f, // VFIO_DEVICE_RESET, at the end
+    ], "interrupts of devices of the host"),
+];

@@ -52,4 +52,8 @@ impl DeviceConfig for BalloonConfig {
         let (device, handle) = self.open()?;
         Ok(BuiltDevice { device: Box::new(device), handle: Some(Box::new(handle)) })
     }
+
+    fn gives_memory_back(&self) -> bool {
+        true
+    }
 }

@@ -1,0 +1,44 @@
+//! The minimal guest with drivers for the devices that the test host can pass through: a second
+//! archive behind the first.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use super::Guest;
+use crate::cpio::Archive;
+use crate::debian::{self, Kernel, Release};
+use crate::modules::ModuleTree;
+use crate::{paths, progress};
+
+const MODULES: &[&str] = &["nvme", "e1000e"];
+
+pub(super) fn guest() -> Result<Guest> {
+    let minimal = super::minimal::guest()?;
+    let kernel = Release::open("trixie")?.kernel("linux-image-amd64")?;
+    let digest = debian::digest(&format!("{}{MODULES:?}", minimal.initrd.display()));
+    let initrd = paths::cache("guests")?.join(format!("passthrough-{digest}.cpio"));
+    if !initrd.exists() {
+        progress::step("making the guest for passed-through devices", || {
+            build(&minimal, &kernel, &initrd)
+        })?;
+    }
+    Ok(Guest { name: "passthrough".to_owned(), initrd, ..minimal })
+}
+
+fn build(minimal: &Guest, kernel: &Kernel, path: &Path) -> Result<()> {
+    let first = std::fs::read(&minimal.initrd)
+        .with_context(|| format!("cannot read {}", minimal.initrd.display()))?;
+    let mut archive = Archive::new(first);
+    archive.dir("passthrough")?;
+    let mut order = String::new();
+    for module in ModuleTree::open(&kernel.root, &kernel.version)?.closure(MODULES)? {
+        archive.file(&format!("passthrough/{}", module.file_name), 0o644, &module.object)?;
+        order.push_str(&format!("{}\n", module.file_name));
+    }
+    archive.file("passthrough/order", 0o644, order.as_bytes())?;
+    let fresh = path.with_extension(format!("tmp{}", std::process::id()));
+    std::fs::write(&fresh, archive.finish()?)?;
+    std::fs::rename(&fresh, path)?;
+    Ok(())
+}
