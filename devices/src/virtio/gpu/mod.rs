@@ -18,6 +18,7 @@ mod config;
 mod device;
 mod display;
 mod frame;
+pub mod fuzz;
 mod handle;
 mod orphan;
 mod process;

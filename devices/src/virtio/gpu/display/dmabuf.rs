@@ -164,7 +164,7 @@ impl State {
         self.set_size(id, size);
         let Some(target) = self.scanouts.get_mut(id as usize) else { return };
         target.dmabuf = None;
-        if size.is_none() {
+        if target.size.is_none() {
             return;
         }
         match Dmabuf::open(scanout, modifier, fd) {
@@ -202,7 +202,7 @@ impl State {
         if !scanout.read_dmabuf(damage) {
             return;
         }
-        scanout.sequence += 1;
+        scanout.sequence = scanout.sequence.wrapping_add(1);
         if let Some(shadow) = &scanout.shadow {
             let frame = Frame::over_shadow(shadow.clone(), (width, height), scanout.sequence);
             self.events.push_back(Event::Frame(id, frame, vec![damage]));

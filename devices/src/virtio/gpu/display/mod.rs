@@ -84,6 +84,7 @@ struct State {
     replay: bool,
     events: VecDeque<Event>,
     warned_dmabuf: bool,
+    warned_size: bool,
     offered: u64,
     /// The guest's shared memory region.
     region: Option<Arc<SharedMemory>>,

@@ -27,6 +27,14 @@ const MAX_PICTURE: u64 = 192 << 20;
 impl State {
     pub(super) fn set_size(&mut self, id: u32, size: Option<(u32, u32)>) {
         let shm = self.has_shm();
+        // Nobody is told of a picture that nobody could show.
+        let size = size.filter(|(width, height)| {
+            let fits = picture_bytes(*width, *height).is_some();
+            if !fits && !std::mem::replace(&mut self.warned_size, true) {
+                tracing::error!(width, height, "the guest's picture is too large to be shown");
+            }
+            fits
+        });
         let Some(scanout) = self.scanouts.get_mut(id as usize) else { return };
         // The picture of a new back end that takes over: nothing changes but the memory.
         let taken_over = std::mem::take(&mut scanout.stale) && size.is_some();
@@ -46,11 +54,7 @@ impl State {
             self.events.push_back(Event::Scanout(id, size));
         }
         let Some((width, height)) = size else { return };
-        let bytes = u64::from(width) * u64::from(height) * u64::from(BYTES_PER_PIXEL);
-        if bytes > MAX_PICTURE || width > MAX_SIZE || height > MAX_SIZE {
-            tracing::error!(width, height, "the guest's picture is too large to be shown");
-            return;
-        }
+        let Some(bytes) = picture_bytes(width, height) else { return };
         if shm {
             let made = ShmScanout::layout(id, generation, width, height, SLOTS)
                 .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))
@@ -95,7 +99,7 @@ impl State {
             }
         }
         if scanout.max_fps > 0 {
-            scanout.sequence += 1;
+            scanout.sequence = scanout.sequence.wrapping_add(1);
             let damage = match std::mem::take(&mut scanout.full) {
                 true => Rect::of_size(width, height),
                 false => rect,
@@ -113,7 +117,7 @@ impl State {
             let frame = match (&scanout.shadow, &scanout.slots, scanout.newest) {
                 (Some(shadow), _, _) => {
                     scanout.read_dmabuf(Rect::of_size(width, height));
-                    scanout.sequence += 1;
+                    scanout.sequence = scanout.sequence.wrapping_add(1);
                     Frame::over_shadow(shadow.clone(), (width, height), scanout.sequence)
                 }
                 (None, Some(memory), Some((slot, sequence))) if !alive => {
@@ -154,6 +158,16 @@ impl State {
         let picture = Frame::in_slot(memory, frame.slot, sequence, owner.clone());
         self.events.push_back(Event::Frame(frame.scanout, picture, damage));
     }
+}
+
+/// Bytes of a picture, if it is one that gets memory.
+fn picture_bytes(width: u32, height: u32) -> Option<u64> {
+    let sides = 1..=MAX_SIZE;
+    if !sides.contains(&width) || !sides.contains(&height) {
+        return None;
+    }
+    let bytes = u64::from(width) * u64::from(height) * u64::from(BYTES_PER_PIXEL);
+    (bytes <= MAX_PICTURE).then_some(bytes)
 }
 
 /// Makes the memory for frames; the descriptor is for the back end.
