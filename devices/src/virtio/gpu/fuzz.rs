@@ -90,14 +90,17 @@ mod tests {
     use crate::virtio::gpu::{CursorImage, DisplaySink, Frame};
 
     #[derive(Default)]
-    struct Sink(Mutex<(Vec<Option<(u32, u32)>>, Vec<u64>)>);
+    struct Sink {
+        sizes: Mutex<Vec<Option<(u32, u32)>>>,
+        numbers: Mutex<Vec<u64>>,
+    }
 
     impl DisplaySink for Sink {
         fn scanout(&self, _: u32, size: Option<(u32, u32)>) {
-            self.0.lock().unwrap().0.push(size);
+            self.sizes.lock().unwrap().push(size);
         }
         fn frame(&self, _: u32, frame: Frame, _: &[Rect]) {
-            self.0.lock().unwrap().1.push(frame.sequence());
+            self.numbers.lock().unwrap().push(frame.sequence());
         }
         fn cursor_define(&self, _: u32, _: &CursorImage<'_>) {}
         fn cursor_move(&self, _: u32, _: u32, _: u32) {}
@@ -118,7 +121,7 @@ mod tests {
     #[test]
     fn nobody_is_told_of_a_picture_of_an_impossible_size() {
         let (front, sink, _peers) = watched();
-        sink.0.lock().unwrap().0.clear();
+        sink.sizes.lock().unwrap().clear();
         for (width, height) in
             [(u32::MAX, u32::MAX), (1 << 31, 1 << 31), (16_385, 1), (16_384, 16_384)]
         {
@@ -126,7 +129,7 @@ mod tests {
         }
         front.receive(FromBackEnd::Scanout { scanout: 0, width: 8, height: 8 }, None);
         front.receive(FromBackEnd::Scanout { scanout: 0, width: 1 << 31, height: 1 << 31 }, None);
-        assert_eq!(sink.0.lock().unwrap().0, [Some((8, 8)), None]);
+        assert_eq!(*sink.sizes.lock().unwrap(), [Some((8, 8)), None]);
     }
 
     #[test]
@@ -141,7 +144,7 @@ mod tests {
         front.receive(FromBackEnd::SetProtocolFeatures(0), None);
         let rect = Rect::of_size(8, 8);
         front.receive(FromBackEnd::Update { scanout: 0, rect, pixels: &[7; 256] }, None);
-        let numbers = sink.0.lock().unwrap().1.clone();
+        let numbers = sink.numbers.lock().unwrap().clone();
         assert_eq!(numbers.first(), Some(&u64::MAX), "{numbers:?}");
         assert!(numbers.len() > 1 && numbers[1] == 0, "{numbers:?}");
     }
