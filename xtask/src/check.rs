@@ -15,9 +15,12 @@ use drago_tests::{
     debian::Release,
     paths,
     progress::{note, step},
+    testbed::{Options, Testbed},
 };
+use serde_json::Value;
 
 use crate::{
+    build,
     packages::{self, For},
     skips::Skips,
 };
@@ -102,7 +105,8 @@ fn suites(suite: Suite, skips: &mut Skips) -> Result<()> {
     }
     if suite.includes(Suite::Slow) {
         rust_back_end(skips)?;
-        nested(&["vnc", "virgl", "gnome"], skips)?;
+        step("pictures in real dmabufs", dmabufs)?;
+        nested(&["vnc", "virgl", "graphics", "gnome"], skips)?;
     }
     Ok(())
 }
@@ -159,6 +163,25 @@ fn rust_back_end(skips: &mut Skips) -> Result<()> {
         let arguments = ["-p", "drago-devices", "--lib", "vhost_device"];
         tests(prepared(paths::cargo()), &arguments, skips)
     })
+}
+
+/// The device's tests of other back ends' pictures, where there is `/dev/udmabuf`: in the test host.
+fn dmabufs() -> Result<()> {
+    let mut build = prepared(paths::cargo());
+    build.args(["test", "--quiet", "-p", "drago-devices", "--lib", "--no-run"]);
+    let out = build.arg("--message-format=json").stderr(Stdio::inherit()).output()?;
+    ensure!(out.status.success(), "drago-devices' tests do not build");
+    let said = String::from_utf8_lossy(&out.stdout);
+    let program = said
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .find_map(|message| message["executable"].as_str().map(str::to_owned))
+        .context("cargo names no program")?;
+    let host = Testbed::boot(&Options::new(build::agent()?))?;
+    let out = host.command(program).args(["dmabufs", "--nocapture"]).output()?;
+    let said = String::from_utf8_lossy(&out.stdout);
+    ensure!(out.code == 0 && !said.contains("SKIPPED"), "{said}");
+    Ok(())
 }
 
 fn nested(suites: &[&str], skips: &mut Skips) -> Result<()> {

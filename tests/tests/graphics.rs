@@ -1,0 +1,416 @@
+//! The slow suite's programs that draw: benchmarks and conformance tests in a guest, OpenGL by virgl and
+//! Vulkan by Venus, on Debian 13's libraries in the test host, whose CPUs draw (llvmpipe, lavapipe).
+//!
+//! Run by `cargo xtask test --suite slow`. The steps build on one another's boot; one that fails does not
+//! keep the others from being tried.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use drago_tests::{
+    client::SpiceClient,
+    debian::Release,
+    desktop::WESTON_BACKGROUND,
+    guest::{Desktop, Guest},
+    picture::Picture,
+    progress::{note, step},
+    vm::{GUEST_DISK, Host, PATIENCE, Vm},
+};
+
+/// Two emulated CPUs draw for the guest and run it.
+const BOOT: Duration = Duration::from_secs(1200);
+
+/// Puts another system's graphics in the place of this one's and becomes a program. The root is bound
+/// first: seen through the writable share of the checkout a file has a new identity at each look, so that
+/// Landlock's rules do not hold for it.
+const ON_OTHER_LIBRARIES: &str = "set -e; tree=$1; shift; mkdir -p /run/outer; \
+    mount --bind / /run/outer; tree=/run/outer$tree; \
+    mount --bind $tree/usr/share /usr/share; mount --bind $tree/usr/libexec /usr/libexec; \
+    mount --bind $tree/usr/lib/x86_64-linux-gnu /usr/lib/x86_64-linux-gnu; exec \"$@\"";
+
+/// Scenes of glmark2 that look at their own pixels.
+const VALIDATED: [&str; 3] = ["build", "texture", "shading"];
+
+/// Piglit's tests for OpenGL: where, and how many of them at most.
+const PIGLIT: &[(&str, usize)] = &[
+    ("glsl-1.10/execution", 16),
+    ("glsl-1.20/execution", 6),
+    ("glsl-1.30/execution", 6),
+    ("glsl-es-3.00/execution", 4),
+    ("arb_shader_bit_encoding/execution", 2),
+];
+
+/// The same for OpenGL on Vulkan (zink), which starts slowly.
+const PIGLIT_VULKAN: &[(&str, usize)] = &[("glsl-1.10/execution", 6)];
+
+/// Piglit's tests that are known to fail here, with the reason.
+const KNOWN: &[(&str, &str)] = &[];
+
+/// Mesa draws OpenGL with the guest's Vulkan device, although CPUs are behind it.
+const ZINK: &str = "VK_DRIVER_FILES=/usr/share/vulkan/icd.d/virtio_icd.json LIBGL_ALWAYS_SOFTWARE=1 \
+    MESA_LOADER_DRIVER_OVERRIDE=zink";
+
+const AS_DEMO: &str =
+    "runuser -u demo -- env XDG_RUNTIME_DIR=/run/user/1000 WAYLAND_DISPLAY=wayland-1";
+
+struct World {
+    host: Host,
+    guest: Guest,
+    vm: Vm,
+    /// Who looks, if somebody does.
+    client: Option<SpiceClient>,
+    tree: String,
+    failed: Vec<String>,
+}
+
+impl World {
+    fn start(suite: &str, gpu: &str) -> Self {
+        let mut guest = Guest::desktop(Desktop::Graphics).unwrap();
+        // The replugged monitor of the weston guest would be in the way of those that have the screen
+        // before it.
+        guest.cmdline.push_str(" guest.renderer=gl systemd.mask=follow-monitor.service");
+        let tree = Release::open("trixie").unwrap().graphics().unwrap();
+        let tree = tree.canonicalize().unwrap().display().to_string();
+        let agent = Path::new(env!("CARGO_BIN_EXE_drago-testbed-agent"));
+        let host = Host::boot_with_disk(suite, agent, 6144, &guest).unwrap();
+        // The test host's only render node is vgem's, which cannot draw.
+        assert_eq!(host.run("mount -t tmpfs none /dev/dri").unwrap().code, 0);
+        let command = host
+            .command("unshare")
+            .env("DRAGO_LOG", "info")
+            .args(["--mount", "sh", "-c", ON_OTHER_LIBRARIES, "sh", &tree])
+            .args([&host.program("drago-vmm")])
+            .args(["--kernel", &guest.kernel.display().to_string()])
+            .args(["--initrd", &guest.initrd.display().to_string()])
+            .args(["--cmdline", &guest.cmdline, "--memory", &guest.memory_mib.to_string()])
+            .args(["--cpus", "2", "--disk", &format!("path={GUEST_DISK}")])
+            .args(["--net", "user,hostfwd=tcp::2223-:22"])
+            .args(["--gpu", gpu, "--spice", "127.0.0.1:5900"]);
+        let vm = host.spawn(suite, command).unwrap();
+        vm.log
+            .wait_for(0, "SPICE server listens", PATIENCE)
+            .unwrap_or_else(|error| panic!("{error}\n{}", vm.state()));
+        let client = Some(host.spice().unwrap());
+        let world = Self { host, guest, vm, client, tree, failed: Vec::new() };
+        step("the guest has started", || world.vm.serial.wait_for(0, "login:", BOOT).map(drop))
+            .unwrap_or_else(|error| panic!("{error:#}\n{}", world.vm.state()));
+        step("and lets one in", || {
+            let end = Instant::now() + PATIENCE;
+            loop {
+                match world.run("true") {
+                    Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_secs(1)),
+                    done => return done.map(drop),
+                }
+            }
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", world.vm.state()));
+        world
+    }
+
+    fn step(&mut self, what: &str, run: impl FnOnce(&mut Self) -> Result<()>) {
+        if let Err(error) = step(what, || run(self)) {
+            note(format_args!("FAILED {what}: {error:#}"));
+            self.failed.push(format!("{what}: {error:#}"));
+        }
+    }
+
+    fn end(mut self) {
+        assert!(self.failed.is_empty(), "{}\n{}", self.failed.join("\n"), self.vm.state());
+        self.vm.signal(15).unwrap();
+        assert_eq!(self.vm.wait().unwrap(), 0, "{}", self.vm.state());
+    }
+
+    /// Runs a command in the guest as root.
+    fn run(&self, command: &str) -> Result<String> {
+        self.host.ssh(&self.guest, "root", command)
+    }
+
+    /// Runs a program in the guest that has the screen until the picture is as it should be.
+    fn shows(&mut self, program: &str, command: &str, is: impl Fn(&Picture) -> bool) -> Result<()> {
+        // They end when their standard input does.
+        self.run(&format!(
+            "(sleep 1000 | setsid {command} 2>&1) >/tmp/{program}.log 2>&1 </dev/null & sleep 1"
+        ))?;
+        let client = self.client.as_mut().context("nobody looks")?;
+        let limit = Duration::from_secs(120);
+        let seen = self.vm.wait_picture_within(client, program, limit, |picture| Ok(is(picture)));
+        let said = self.run(&format!("pkill {program}; sleep 1; cat /tmp/{program}.log"))?;
+        seen.map(drop).with_context(|| said)
+    }
+
+    fn kmscube(&mut self) -> Result<()> {
+        self.shows("kmscube", "kmscube", |picture| {
+            let grey = picture.share_of([0x80; 3], 3);
+            // All of it: the client shows a picture strip by strip.
+            let (x, y) = (picture.width / 2, picture.height / 2);
+            let around = [(x, y), (x, y - 120), (x, y + 120), (x - 150, y), (x + 150, y)];
+            let cube = |(x, y)| picture.pixel(x, y).iter().any(|part| part.abs_diff(0x80) > 12);
+            (0.3..0.95).contains(&grey) && around.into_iter().all(cube)
+        })
+    }
+
+    fn glmark2_has_the_screen(&mut self) -> Result<()> {
+        // There it takes the biggest size, at which it would look at the wrong pixels.
+        let said = self.run("timeout 60 glmark2-es2-drm -b build:duration=2 2>&1")?;
+        ensure!(said.contains("virgl (") && said.contains("FPS: "), "{said}");
+        Ok(())
+    }
+
+    fn glmark2_validates(&mut self) -> Result<()> {
+        let scenes: String =
+            VALIDATED.iter().map(|scene| format!(" -b {scene}:duration=1")).collect();
+        let said = self.run(&format!(
+            "{AS_DEMO} timeout 200 glmark2-es2-wayland --off-screen --validate{scenes} 2>&1"
+        ))?;
+        ensure!(said.contains("virgl ("), "{said}");
+        ensure!(said.matches("Validation: Success").count() == VALIDATED.len(), "{said}");
+        Ok(())
+    }
+
+    /// Piglit's results by the names of tests.
+    fn piglit(
+        &self,
+        sets: &[(&str, usize)],
+        environment: &str,
+    ) -> Result<BTreeMap<String, String>> {
+        let files: Vec<String> = sets
+            .iter()
+            .map(|(folder, count)| {
+                format!("$(ls tests/spec/{folder}/*.shader_test | head -n {count})")
+            })
+            .collect();
+        let said = self.run(&format!(
+            "cd /usr/lib/x86_64-linux-gnu/piglit; export {environment}; \
+             timeout 300 bin/shader_runner {} -auto -fbo -report-subtests 2>&1; true",
+            files.join(" ")
+        ))?;
+        let mut results = BTreeMap::new();
+        for line in said.lines().filter(|line| line.contains("\"subtest\"")) {
+            // PIGLIT: {"subtest": {"name" : "pass"}}
+            let words: Vec<&str> = line.split('"').collect();
+            if let [_, _, _, name, _, result, ..] = words[..] {
+                results.insert(name.to_owned(), result.to_owned());
+            }
+        }
+        let count = |what: &str| results.values().filter(|result| *result == what).count();
+        note(format_args!(
+            "piglit: {} pass, {} skip, {} of {}",
+            count("pass"),
+            count("skip"),
+            results.len() - count("pass") - count("skip"),
+            results.len()
+        ));
+        let unexpected: Vec<_> = results
+            .iter()
+            .filter(|(name, result)| {
+                !["pass", "skip"].contains(&result.as_str())
+                    && !KNOWN.iter().any(|(known, _)| known == name)
+            })
+            .collect();
+        ensure!(unexpected.is_empty(), "{unexpected:?}\n{said}");
+        let wanted: usize = sets.iter().map(|(_, count)| count).sum();
+        // Some folders may have fewer.
+        ensure!(count("pass") * 10 >= wanted * 7, "too few of {wanted}: {results:?}\n{said}");
+        Ok(results)
+    }
+
+    fn vulkan_is_there(&mut self) -> Result<()> {
+        let said = self.run("timeout 200 vulkaninfo --summary 2>&1")?;
+        ensure!(said.contains("Virtio-GPU Venus (llvmpipe"), "{said}");
+        Ok(())
+    }
+
+    /// Pixels are not looked at here; [`PIGLIT_VULKAN`] does that.
+    fn vulkan_draws(&mut self) -> Result<()> {
+        let said =
+            self.run("timeout 200 vkmark --winsys headless -s 320x240 -b vertex:duration=5 2>&1")?;
+        ensure!(said.contains("Virtio-GPU Venus"), "{said}");
+        ensure!(said.contains("FPS: "), "{said}");
+        note(said.lines().filter(|line| line.contains("FPS")).collect::<Vec<_>>().join("\n"));
+        Ok(())
+    }
+
+    /// OpenGL by zink: the pixels that a Vulkan device of the guest's has drawn are read back.
+    fn piglit_on_vulkan(&mut self) -> Result<()> {
+        let said = self.run(&format!("{ZINK} eglinfo -B -p surfaceless 2>&1; true"))?;
+        ensure!(said.contains("zink Vulkan") && said.contains("Venus"), "{said}");
+        let environment = format!("PIGLIT_PLATFORM=surfaceless_egl {ZINK}");
+        self.piglit(PIGLIT_VULKAN, &environment).map(drop)
+    }
+
+    /// Its pictures are dmabufs that weston imports, which it can with OpenGL only.
+    fn vkcube(&mut self) -> Result<()> {
+        let said = self.run(&format!(
+            "{AS_DEMO} VN_DEBUG=init,result,wsi timeout 120 vkcube --wsi wayland --c 40 --gpu_number 0 2>&1; \
+             echo \"status $?\"; dmesg | tail -5"
+        ))?;
+        ensure!(said.contains("status 0") && said.contains("Virtio-GPU Venus"), "{said}");
+        Ok(())
+    }
+
+    /// Another server takes over, and programs that start then have Vulkan.
+    fn server_dies(&mut self) -> Result<()> {
+        let killed = self.host.run("kill -9 $(pgrep -f '[v]irgl_render_server --socket')")?;
+        ensure!(killed.code == 0, "no render server to kill");
+        self.vulkan_draws()?;
+        let log = self.vm.log.since(0);
+        ensure!(log.contains("Vulkan goes on in another one"), "{log}");
+        Ok(())
+    }
+
+    fn weston(&mut self) -> Result<()> {
+        self.run("systemctl start weston")?;
+        let client = self.client.as_mut().context("nobody looks")?;
+        self.vm.wait_picture_within(client, "weston", BOOT, |picture| {
+            Ok(picture.share_of(WESTON_BACKGROUND, 6) > 0.2)
+        })?;
+        let log = self.run("cat /tmp/weston.log")?;
+        ensure!(log.contains("GL renderer: virgl"), "{log}");
+        Ok(())
+    }
+}
+
+#[test]
+#[ignore = "slow"]
+fn opengl_and_vulkan_in_a_guest() {
+    let mut world = World::start("graphics", "vulkan=venus");
+    world.step("kmscube draws a cube on grey", World::kmscube);
+    world.step("modetest shows bars", |world| {
+        let command = "modetest -M virtio_gpu -s \
+            $(modetest -M virtio_gpu -c | awk '$3==\"connected\"{print $1}'):1280x800";
+        world.shows("modetest", command, |picture| {
+            // Yellow, cyan, green, magenta, red at 75 %.
+            let bars =
+                [[0xc0, 0xc0, 0], [0, 0xc0, 0xc0], [0, 0xc0, 0], [0xc0, 0, 0xc0], [0xc0, 0, 0]];
+            bars.iter().all(|bar| picture.share_of(*bar, 4) > 0.04)
+        })
+    });
+    world.step("glmark2 on a screen of its own", World::glmark2_has_the_screen);
+    world.step("piglit", |world| world.piglit(PIGLIT, "PIGLIT_PLATFORM=gbm").map(drop));
+    world.step("the guest has Vulkan", World::vulkan_is_there);
+    world.step("Vulkan draws", World::vulkan_draws);
+    world.step("piglit on Vulkan", World::piglit_on_vulkan);
+    world.step("the render server dies", World::server_dies);
+    world.step("weston", World::weston);
+    world.step("glmark2 looks at its pixels", World::glmark2_validates);
+    world.end();
+}
+
+/// What is drawn in the comparisons, and for how long.
+const SCENES: [&str; 2] = ["build", "shading:shading=phong"];
+const SECONDS: u32 = 8;
+const SIZE: &str = "320x180";
+const ROUNDS: usize = 2;
+
+/// Frames per second in what glmark2 says.
+fn fps(said: &str) -> Result<f64> {
+    let number = said.split("FPS: ").nth(1).and_then(|rest| rest.split_whitespace().next());
+    let number = number.and_then(|number| number.parse().ok()).filter(|fps| *fps > 0.0);
+    number.with_context(|| said.to_owned())
+}
+
+impl World {
+    /// In the guest, in a window or in a picture that is not shown.
+    fn guest_fps(&self, scene: &str, place: &str) -> Result<f64> {
+        let said = self.run(&format!(
+            "{AS_DEMO} timeout 120 glmark2-es2-wayland {place} -s {SIZE} \
+             -b {scene}:duration={SECONDS} 2>&1"
+        ))?;
+        ensure!(said.contains("virgl ("), "{said}");
+        fps(&said)
+    }
+
+    /// In the test host, by the same virglrenderer's own server.
+    fn host_fps(&self, scene: &str) -> Result<f64> {
+        let server = format!(
+            "unshare --mount sh -c '{}' sh {} virgl_test_server --no-fork --use-egl-surfaceless",
+            ON_OTHER_LIBRARIES.replace('\'', "'\\''"),
+            self.tree
+        );
+        let out = self.host.run(&format!(
+            "rm -f /tmp/.virgl_test; {server} >/tmp/vtest.log 2>&1 & server=$!; \
+             while [ ! -S /tmp/.virgl_test -o ! -S /tmp/.X11-unix/X77 ]; do kill -0 $server || exit 1; sleep 0.1; done; \
+             timeout 120 env DISPLAY=:77 LIBGL_ALWAYS_SOFTWARE=1 GALLIUM_DRIVER=virpipe \
+             glmark2-es2 --off-screen -s {SIZE} -b {scene}:duration={SECONDS} 2>&1; kill $server; cat /tmp/vtest.log"
+        ))?;
+        let said = String::from_utf8_lossy(&out.stdout).into_owned();
+        ensure!(said.contains("virgl ("), "{said}");
+        fps(&said)
+    }
+
+    fn guest_against_host(&mut self) -> Result<()> {
+        let screen = self.host.command("Xvfb").args([":77", "-screen", "0", "1280x800x24"]);
+        let _screen = self.host.spawn("xvfb", screen)?;
+        let ratio = compare(["guest", "test host"], |side, scene| match side {
+            0 => self.guest_fps(scene, "--off-screen"),
+            _ => self.host_fps(scene),
+        })?;
+        // Two emulated processors draw for both sides and run the guest: a figure, no verdict.
+        ensure!(ratio.is_finite(), "{ratio}");
+        Ok(())
+    }
+
+    fn viewer_against_nobody(&mut self) -> Result<()> {
+        self.client = None;
+        let mut client = None;
+        let ratio = compare(["viewer", "nobody"], |side, scene| {
+            client = match side {
+                0 => Some(self.host.spice()?),
+                _ => None,
+            };
+            if let Some(client) = &mut client {
+                client
+                    .wait_state("a picture", PATIENCE, |state| state["width"].as_u64() > Some(0))?;
+            }
+            self.guest_fps(scene, "")
+        })?;
+        // Two emulated processors draw for both sides and run the guest: a figure, no verdict.
+        ensure!(ratio.is_finite(), "{ratio}");
+        Ok(())
+    }
+}
+
+/// Figures of two sides that took turns, scene by scene; their geometric mean's ratio.
+fn compare(names: [&str; 2], mut draw: impl FnMut(usize, &str) -> Result<f64>) -> Result<f64> {
+    let mut product = 1.0;
+    for scene in SCENES {
+        let mut seen = [Vec::new(), Vec::new()];
+        for round in 0..ROUNDS {
+            for turn in 0..2 {
+                let side = (turn + round) % 2;
+                seen[side].push(draw(side, scene)?);
+            }
+        }
+        let mean = |side: usize| seen[side].iter().sum::<f64>() / seen[side].len() as f64;
+        note(format_args!(
+            "{scene}: {} {:?}, {} {:?}: {:.0} %",
+            names[0],
+            seen[0],
+            names[1],
+            seen[1],
+            100.0 * mean(0) / mean(1)
+        ));
+        product *= mean(0) / mean(1);
+    }
+    let ratio = product.powf(1.0 / SCENES.len() as f64);
+    note(format_args!("{} of {}: {:.0} %", names[0], names[1], 100.0 * ratio));
+    Ok(ratio)
+}
+
+/// glmark2 in the guest against virglrenderer's own server in the test host, and with a SPICE client
+/// against without. Says what it saw.
+#[test]
+#[ignore = "slow"]
+fn glmark2_in_a_guest() {
+    let mut world = World::start("graphics-speed", "virgl");
+    world.step("weston", World::weston);
+    world.step("guest against test host", World::guest_against_host);
+    world.step("with a SPICE client against without", World::viewer_against_nobody);
+    world.end();
+}
