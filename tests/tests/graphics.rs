@@ -299,6 +299,7 @@ fn opengl_and_vulkan_in_a_guest() {
     world.step("the render server dies", World::server_dies);
     world.step("weston", World::weston);
     world.step("glmark2 looks at its pixels", World::glmark2_validates);
+    world.step("vkcube", World::vkcube);
     world.end();
 }
 
