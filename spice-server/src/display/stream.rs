@@ -14,8 +14,12 @@ use crate::{VideoCodec, proto::display::StreamReport, video::VideoEncoder};
 
 /// A film that stands still for so long is over.
 const STILL: Duration = Duration::from_millis(400);
-/// Bounds of the margin in milliseconds.
+/// Bounds of the margin in milliseconds, and by how much it grows beyond a share of what the last frame
+/// was late. spice-gtk drops MJPEG frames that come late, and shows those of other codecs.
 const MARGIN: (f64, f64) = (8.0, 120.0);
+const GROWTH: (f64, f64) = (8.0, 1.0);
+const SMALL_MARGIN: (f64, f64) = (3.0, 120.0);
+const SMALL_GROWTH: (f64, f64) = (2.0, 0.5);
 /// Bounds of the JPEG quality.
 const QUALITY: (u8, u8) = (20, 85);
 /// JPEG quality of a film that begins, and of one whose frames have become half as large.
@@ -302,13 +306,17 @@ impl Stream {
         if report.drops == u32::MAX {
             return false;
         }
+        let (bounds, (step, share)) = match self.codec {
+            VideoCodec::Mjpeg => (MARGIN, GROWTH),
+            VideoCodec::Vp8 => (SMALL_MARGIN, SMALL_GROWTH),
+        };
         if report.drops > 0 || report.last_delay < 0 {
             let late = f64::from(report.last_delay.min(0)).abs();
-            self.margin = (self.margin + 8.0 + late).min(MARGIN.1);
+            self.margin = (self.margin + step + late * share).min(bounds.1);
         } else {
             // What was too early by so much may be later by a quarter of it.
-            let spare = (f64::from(report.last_delay) - MARGIN.0).max(0.0);
-            self.margin = (self.margin - spare / 4.0).max(MARGIN.0);
+            let spare = (f64::from(report.last_delay) - bounds.0).max(0.0);
+            self.margin = (self.margin - spare / 4.0).max(bounds.0);
         }
         true
     }
@@ -554,5 +562,13 @@ mod tests {
         }
         assert_eq!(stream.time(3000, 0.0), 3008);
         assert!(!stream.report(report(u32::MAX, 0)));
+        // Of other codecs late frames are shown as well.
+        stream.codec = VideoCodec::Vp8;
+        for _ in 0..100 {
+            assert!(stream.report(report(0, 20)));
+        }
+        assert_eq!(stream.time(4000, 0.0), 4003);
+        assert!(stream.report(report(1, -4)));
+        assert_eq!(stream.time(5000, 0.0), 5007);
     }
 }
