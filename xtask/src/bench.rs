@@ -4,6 +4,7 @@
 //!   nested-KVM test host with the same kernel, initrd and memory for every side; with a display, memory
 //!   at the prompt and again with a SPICE client that has typed something;
 //! * gpu: [`bench_gpu`];
+//! * disks, networks, shared folders: [`bench_io`], with `--io-only`;
 //! * spice: `spice-server/bench/spice_bench.py` on this machine.
 //!
 //! In the end each bar is "met" or "NOT met" ([`bench_bars`]).
@@ -28,7 +29,7 @@ use serde_json::{Value, json};
 
 use crate::{
     bench_bars::{Part, Verdict, judge},
-    bench_gpu, build,
+    bench_gpu, bench_io, build,
     packages::{self, For},
 };
 
@@ -65,6 +66,15 @@ pub(crate) struct Args {
     /// End with status 1 if a bar is not met
     #[arg(long)]
     strict: bool,
+    /// Only disks, networks, shared folders, in the test host
+    #[arg(long, conflicts_with_all = ["boot_only", "gpu_only", "memory_only", "spice_only"])]
+    io_only: bool,
+    /// Only some of these
+    #[arg(long, value_enum, requires = "io_only")]
+    io_part: Vec<bench_io::Part>,
+    /// Processors of the guest whose input and output is measured
+    #[arg(long, default_value_t = 1, requires = "io_only")]
+    io_cpus: u32,
     /// Kernel whose boot is measured
     #[arg(long, value_enum, default_value_t = Kernel::Cloud)]
     kernel: Kernel,
@@ -124,6 +134,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let rounds = args.rounds.max(1);
     let all = !(args.boot_only || args.gpu_only || args.memory_only || args.spice_only);
     let mut verdicts = Vec::new();
+    if args.io_only {
+        write("io.json", &bench_io::run(rounds, args.io_cpus, &args.io_part)?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     if all || args.gpu_only {
         write("gpu.json", &bench_gpu::run(rounds)?)?;
     }

@@ -3,6 +3,7 @@
 mod bench;
 mod bench_bars;
 mod bench_gpu;
+mod bench_io;
 mod build;
 mod check;
 mod demo;

@@ -75,6 +75,7 @@ const TESTS: &[Need] = &[
 const BENCH: &[Need] = &[
     ("virgl-server", "virglrenderer's own server, to compare our device with"),
     ("gcc", "compiles the guests that QEMU shows beside our SPICE server"),
+    ("iperf3", "the other end of the networks that are measured"),
 ];
 
 /// What is about to be done.
