@@ -33,7 +33,9 @@ impl Xvfb {
         // A process has at most 16 here, and their numbers come back to it after 3000 processes.
         let display = format!(":{}", 1000 + std::process::id() % 3000 * 16 + number % 16);
         let mut server = Command::new("Xvfb")
-            .args([&display, "-displayfd", "1", "-nolisten", "tcp", "-screen", "0"])
+            // Left by its last client it would begin anew, and turn away who comes just then: a tool that
+            // looks for a window and goes is often the first client, before the one with the window.
+            .args([&display, "-noreset", "-displayfd", "1", "-nolisten", "tcp", "-screen", "0"])
             .arg(format!("{width}x{height}x24"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -195,16 +195,22 @@ impl Tiger {
     fn start(server: &Server, password: &str, arguments: &[&str]) -> Self {
         let screen = Xvfb::start(1280, 1024).unwrap();
         let folder = tempfile::tempdir().unwrap();
+        let log = std::fs::File::create(folder.path().join("log")).unwrap();
         let viewer = Command::new("vncviewer")
             .args(["-Shared=1", "-MenuKey=None", "-AutoSelect=0", "-FullColor=1"])
-            .args(["-DotWhenNoCursor=0", "-ReconnectOnError=0", "-AlertOnFatalError=0"])
+            .args([
+                "-DotWhenNoCursor=0",
+                "-ReconnectOnError=0",
+                "-AlertOnFatalError=0",
+                "-Log=*:stderr:30",
+            ])
             .args(arguments)
             .arg(format!("127.0.0.1::{}", server.port))
             .env("DISPLAY", &screen.display)
             .env("HOME", folder.path())
             .env("VNC_PASSWORD", password)
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(log)
             .spawn()
             .unwrap();
         Self { folder, _viewer: Running(viewer), screen }
@@ -241,8 +247,13 @@ impl Tiger {
             }
         }
         let kept = std::env::temp_dir().join("vnc-picture-failed.png");
-        let _ = std::fs::copy(self.folder.path().join("screen.png"), &kept);
-        panic!("the picture differs by {worst}, see {}", kept.display());
+        let copied = std::fs::copy(self.folder.path().join("screen.png"), &kept);
+        panic!(
+            "the picture differs by {worst}, see {}: {copied:?}; window {:?}; vncviewer says: {}",
+            kept.display(),
+            self.window(),
+            std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+        );
     }
 
     fn wait_for_black(&self) {
