@@ -50,6 +50,7 @@ const STARTS_WITHIN: Duration = Duration::from_secs(60);
 /// How the keeper answers.
 const STARTED: u8 = 1;
 const FAILED: u8 = 0;
+const TOO_OFTEN: u8 = 2;
 
 /// Why there is no Vulkan.
 #[derive(Debug, thiserror::Error)]
@@ -86,8 +87,6 @@ pub fn find(named: Vec<PathBuf>) -> Result<Vec<PathBuf>, ServerError> {
 #[derive(Debug)]
 pub struct Servers {
     keeper: UnixStream,
-    /// When the last ones were started.
-    starts: VecDeque<Instant>,
 }
 
 impl Servers {
@@ -103,7 +102,7 @@ impl Servers {
         let failed = |source: io::Error| ServerError::Start { program: program.clone(), source };
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
         match sys::fork().map_err(failed)? {
-            Fork::Parent => Ok(Self { keeper: ours, starts: VecDeque::new() }),
+            Fork::Parent => Ok(Self { keeper: ours }),
             Fork::Child => {
                 drop(ours);
                 let recipe = Recipe { words, mode, render_node, max_memory };
@@ -124,17 +123,14 @@ impl Servers {
     /// # Errors
     /// If the keeper is gone, could not do it, or has done it too often.
     pub fn start(&mut self) -> io::Result<OwnedFd> {
-        let now = Instant::now();
-        self.starts.retain(|at| now.duration_since(*at) < STARTS_WITHIN);
-        if self.starts.len() >= STARTS {
-            return Err(io::Error::other("it was started too often within a minute"));
-        }
-        self.starts.push_back(now);
         socket_io::send_all(&self.keeper, &[STARTED], &[])?;
         let (mut answer, mut fds) = ([FAILED], VecDeque::new());
         let count = socket_io::receive(&self.keeper, &mut answer, &mut fds, RecvFlags::empty())?;
         match fds.pop_front() {
             Some(fd) if count == 1 && answer == [STARTED] => Ok(fd),
+            None if count == 1 && answer == [TOO_OFTEN] => {
+                Err(io::Error::other("it was started too often within a minute"))
+            }
             _ => Err(io::Error::other("no process could be made for it, or who makes it is gone")),
         }
     }
@@ -155,9 +151,20 @@ fn keep(socket: &UnixStream, recipe: &Recipe<'_>) -> io::Result<()> {
     // Above all not the VMM's socket: whoever has it is the VMM's back end.
     sys::close_all_but(Some(socket.as_fd()))?;
     let mut fds = VecDeque::new();
+    // Counted here: who asks is the one that the walls are for.
+    let mut starts: VecDeque<Instant> = VecDeque::new();
     while socket_io::receive(socket, &mut [0], &mut fds, RecvFlags::empty())? == 1 {
+        // Nothing is wanted but the byte.
+        fds.clear();
         // Those that ended before.
         while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
+        let now = Instant::now();
+        starts.retain(|at| now.duration_since(*at) < STARTS_WITHIN);
+        if starts.len() >= STARTS {
+            socket_io::send_all(socket, &[TOO_OFTEN], &[])?;
+            continue;
+        }
+        starts.push_back(now);
         match start(recipe) {
             Ok(fd) => socket_io::send_all(socket, &[STARTED], &[fd.as_fd()])?,
             Err(error) => {

@@ -271,9 +271,13 @@ fn nothing_is_left_behind() {
     }
     let family = descendants(vulkan.front.child.id());
     assert!(family.len() >= 9, "a server, and a process for each context: {family:?}");
-    // Nor do those stay that have no part in it.
-    for pid in &family[family.len() - 4..] {
-        signal(*pid, rustix::process::Signal::STOP);
+    // Nor do those stay that have no part in it, where they are in a PID namespace of their own.
+    let space = |pid: &u32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+    let stopped = &family[family.len() - 4..];
+    if stopped.iter().all(|pid| space(pid) != space(&std::process::id())) {
+        stopped.iter().for_each(|pid| signal(*pid, rustix::process::Signal::STOP));
+    } else {
+        println!("SKIPPED stopped processes: no PID namespaces here");
     }
     drop(vulkan);
     // They end by themselves; how fast is the kernel's business.
@@ -374,10 +378,23 @@ fn another_server_follows_one_that_died() {
     assert_eq!(vulkan.front.draw(2, &support::three_d::prologue()), kind::OK_NODATA);
 }
 
-/// Without the process that starts them there are no more servers, and OpenGL goes on. A guest cannot
-/// have servers started for ever either.
+/// Without the process that starts them there are no more servers, and OpenGL goes on.
 #[test]
-fn no_server_follows_where_none_can() {
+fn no_server_follows_where_nobody_starts_it() {
+    let Some(mut vulkan) = device() else { return };
+    assert_eq!(vulkan.front.create_context(2, VIRGL2), kind::OK_NODATA);
+    let keeper = children(vulkan.front.child.id())[0];
+    let servers = running_children(keeper);
+    kill(keeper);
+    servers.iter().for_each(|pid| kill(*pid));
+    wait_until("their end", || servers.iter().all(|pid| !is_running(*pid)));
+    assert!(vulkan.front.create_context(3, VENUS) != kind::OK_NODATA);
+    assert_eq!(vulkan.front.draw(2, &support::three_d::prologue()), kind::OK_NODATA);
+}
+
+/// A guest cannot have servers started for ever.
+#[test]
+fn servers_are_not_started_for_ever() {
     let Some(mut vulkan) = device() else { return };
     assert_eq!(vulkan.front.create_context(2, VIRGL2), kind::OK_NODATA);
     let mut deaths = 0;
@@ -393,9 +410,7 @@ fn no_server_follows_where_none_can() {
         }
         refused
     });
-    assert!((3..30).contains(&deaths), "{deaths}");
-    kill(children(vulkan.front.child.id())[0]);
-    assert!(vulkan.front.create_context(3, VENUS) != kind::OK_NODATA);
+    assert!(deaths >= 3, "{deaths}");
     assert_eq!(vulkan.front.draw(2, &support::three_d::prologue()), kind::OK_NODATA);
 }
 

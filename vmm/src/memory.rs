@@ -143,7 +143,7 @@ mod tests {
     fn one_file_behind_all_pieces() {
         let memory = match allocate(3073, false) {
             Err(Error::TooLarge { available, .. }) => {
-                println!("skipped: this host has {available} MiB");
+                println!("SKIPPED: this host has {available} MiB");
                 return;
             }
             other => other.unwrap(),

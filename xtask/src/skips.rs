@@ -59,7 +59,8 @@ impl Skips {
                     *test = header.trim_matches('-').trim().trim_end_matches(" stdout").to_owned();
                 }
                 (Some(test), said) => self.look(test, said),
-                (None, _) => {}
+                // A test without libtest's frame.
+                (None, said) => self.look("cargo test", said),
             }
             if test.is_none() {
                 let _ = to.write_all(&line).and_then(|()| to.write_all(b"\n"));

@@ -20,14 +20,9 @@ const PLACES: [&str; 3] = ["/tmp", "/run", "/"];
 
 /// Enters them.
 pub(super) fn enter(sandbox: &mut Sandbox) {
-    let mut inner =
+    let inner =
         UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWNS;
-    let is_server = matches!(sandbox.needs, Needs::RenderServer { .. });
-    inner.set(UnshareFlags::NEWPID, is_server);
-    let what = match is_server {
-        true => "network, IPC, UTS, PID and mount namespaces",
-        false => "network, IPC, UTS and mount namespaces",
-    };
+    let what = "network, IPC, UTS and mount namespaces";
     let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
     let mounts = match sys::unshare(inner | UnshareFlags::NEWUSER) {
         Ok(()) => {
@@ -50,7 +45,12 @@ pub(super) fn enter(sandbox: &mut Sandbox) {
             mounts
         }
     };
-    sandbox.own_processes = mounts && is_server;
+    if matches!(sandbox.needs, Needs::RenderServer { .. }) {
+        // By itself: where only this one is refused, the others stand.
+        let result = sys::unshare(UnshareFlags::NEWPID);
+        sandbox.own_processes = result.is_ok();
+        sandbox.note("PID namespace", result);
+    }
     if !mounts {
         return;
     }

@@ -290,7 +290,7 @@ mod tests {
 
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB;
         let Ok(huge) = rustix::fs::memfd_create("huge", flags) else {
-            eprintln!("skipped: no hugetlbfs here");
+            eprintln!("SKIPPED: no hugetlbfs here");
             return;
         };
         rustix::fs::ftruncate(&huge, 2 << 20).unwrap();

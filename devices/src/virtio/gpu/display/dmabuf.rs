@@ -13,7 +13,10 @@ use std::{
 };
 
 use gpu_protocol::{Rect, format::BYTES_PER_PIXEL, socket::DmabufScanout};
-use rustix::fs::SealFlags;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::SealFlags,
+};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 use super::{Event, State};
@@ -24,8 +27,14 @@ use crate::virtio::gpu::{
 
 /// `DMA_BUF_MAGIC` of `linux/magic.h`.
 const DMA_BUF_MAGIC: u64 = 0x444d_4142;
+/// `TMPFS_MAGIC` of `linux/magic.h`: memfds, but for those of huge pages, which cannot be unmapped in part.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
 /// `DRM_FORMAT_MOD_LINEAR` of `drm_fourcc.h`.
 const LINEAR: u64 = 0;
+/// `DRM_FORMAT_MOD_INVALID`: the layout was not said.
+const NOT_SAID: u64 = 0x00ff_ffff_ffff_ffff;
+/// How long to wait for a GPU that still draws into the buffer. The state is locked for that long.
+const DRAWN: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 /// In `fd_flags`: row 0 of the memory is the bottom one of the picture.
 const Y_0_TOP: u32 = 1;
 
@@ -78,7 +87,8 @@ impl Dmabuf {
         fd: Option<OwnedFd>,
     ) -> Result<Self, DmabufError> {
         let fd = fd.ok_or(DmabufError::NoFile)?;
-        if let Some(layout) = modifier.filter(|modifier| *modifier != LINEAR) {
+        let modifier = modifier.filter(|modifier| ![LINEAR, NOT_SAID].contains(modifier));
+        if let Some(layout) = modifier {
             return Err(DmabufError::Layout(layout));
         }
         let order = match &scanout.fd_drm_fourcc.to_le_bytes() {
@@ -98,7 +108,9 @@ impl Dmabuf {
         let system = |error: rustix::io::Errno| DmabufError::System(error.into());
         let kind = rustix::fs::fstatfs(&fd).map_err(system)?.f_type;
         let sealed = || {
-            rustix::fs::fcntl_get_seals(&fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
+            kind as u64 == TMPFS_MAGIC
+                && rustix::fs::fcntl_get_seals(&fd)
+                    .is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
         };
         if kind as u64 != DMA_BUF_MAGIC && !sealed() {
             return Err(DmabufError::NotDmabuf);
@@ -122,6 +134,12 @@ impl Dmabuf {
             part: scanout.rect,
             height,
         })
+    }
+
+    /// Waits, but not for ever, until nobody draws into it any more; a copy would wait without end.
+    fn is_drawn(&self) -> bool {
+        let mut fds = [PollFd::new(&self.file, PollFlags::IN)];
+        matches!(poll(&mut fds, Some(&DRAWN)), Ok(1..))
     }
 
     /// Copies what is in `rect` of the picture to the same place of `target`, which is as big as the
@@ -184,6 +202,13 @@ impl State {
         }
     }
 
+    /// The picture is in no dmabuf any more.
+    pub(super) fn forget_dmabuf(&mut self, id: u32) {
+        if let Some(scanout) = self.scanouts.get_mut(id as usize) {
+            scanout.dmabuf = None;
+        }
+    }
+
     /// What is in the dmabuf has changed there.
     pub(super) fn dmabuf_update(&mut self, id: u32, rect: Rect) {
         let Some(scanout) = self.scanouts.get_mut(id as usize) else { return };
@@ -200,6 +225,8 @@ impl State {
             false => changed,
         };
         if !scanout.read_dmabuf(damage) {
+            // With the next one all of it.
+            scanout.full = true;
             return;
         }
         scanout.sequence = scanout.sequence.wrapping_add(1);
@@ -211,10 +238,14 @@ impl State {
 }
 
 impl super::Scanout {
-    /// Brings the picture's own memory up to date; `false` if it is in no dmabuf.
+    /// Brings the picture's own memory up to date; `false` if it is in no dmabuf, or the GPU has not
+    /// finished with it.
     pub(super) fn read_dmabuf(&self, rect: Rect) -> bool {
         let (Some(dmabuf), Some(shadow)) = (&self.dmabuf, &self.shadow) else { return false };
         let Shadow { pixels } = &**shadow;
+        if !dmabuf.is_drawn() {
+            return false;
+        }
         dmabuf.copy(rect, &mut pixels.write().unwrap_or_else(PoisonError::into_inner));
         true
     }

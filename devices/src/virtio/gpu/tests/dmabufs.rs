@@ -178,6 +178,30 @@ fn linear_dmabufs_are_shown() {
     }
 }
 
+/// What the back end sends itself is not painted over by the dmabuf before it, not even at its size.
+#[test]
+fn a_picture_of_the_same_size_takes_over() {
+    let memory = sealed(SIZE);
+    let whole = Rect::of_size(WIDTH, HEIGHT);
+    let mut pair = Pair::new(None);
+    draw(&memory, [0, 1, 2], 1);
+    let scanout = geometry(whole, b"XR24", 0);
+    // The layout was not said.
+    let message = FromBackEnd::DmabufScanout { scanout, modifier: Some(0x00ff_ffff_ffff_ffff) };
+    pair.tell(message, Some(OwnedFd::from(memory.try_clone().unwrap())));
+    pair.update(whole);
+    let is_shown =
+        |pair: &Pair, round| shows(&pair.sink.seen.lock().unwrap().picture, whole, false, round);
+    assert!(is_shown(&pair, 1));
+    pair.tell(FromBackEnd::Scanout { scanout: 0, width: WIDTH, height: HEIGHT }, None);
+    draw(&memory, [0, 1, 2], 2);
+    pair.update(whole);
+    pair.display.want_frames(0, 0);
+    pair.display.want_frames(0, 10);
+    pair.tell(FromBackEnd::CursorHide(Default::default()), None);
+    assert!(!is_shown(&pair, 2));
+}
+
 /// What cannot be shown is black, its updates are answered, and nothing else happens.
 #[test]
 fn other_dmabufs_are_not_touched() {
