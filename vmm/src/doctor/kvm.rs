@@ -159,14 +159,21 @@ fn unusable(error: &kvm::Error) -> Unusable {
 
 /// Creates a virtual machine and runs a real-mode guest in it that counts down and halts.
 fn time_loop(kvm: &Kvm) -> Result<Duration, Unusable> {
-    let vm = loop {
-        match kvm.create_vm() {
-            // A signal arriving in the middle of a slow creation is no failure.
-            Err(errno) if errno.errno() == libc::EINTR => {}
-            other => break other.map_err(|errno| Unusable::Create(errno.errno()))?,
-        }
-    };
+    let vm = uninterrupted(|| kvm.create_vm());
+    let vm = vm.map_err(|errno| Unusable::Create(errno.errno()))?;
     time_guest(&vm).map_err(|error| Unusable::Guest(error.to_string()))
+}
+
+/// Something for the process in the middle of a slow call, be it no signal of ours, is no failure.
+fn uninterrupted<T>(
+    mut call: impl FnMut() -> Result<T, kvm_ioctls::Error>,
+) -> Result<T, kvm_ioctls::Error> {
+    loop {
+        match call() {
+            Err(errno) if matches!(errno.errno(), libc::EINTR | libc::EAGAIN) => {}
+            other => return other,
+        }
+    }
 }
 
 fn time_guest(vm: &VmFd) -> Result<Duration, Box<dyn std::error::Error>> {
@@ -178,7 +185,7 @@ fn time_guest(vm: &VmFd) -> Result<Duration, Box<dyn std::error::Error>> {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x4000)])?;
     memory.write_slice(&code, GuestAddress(START))?;
     sys::map_guest_memory(vm, &memory)?;
-    let mut vcpu = vm.create_vcpu(0)?;
+    let mut vcpu = uninterrupted(|| vm.create_vcpu(0))?;
     let mut special = vcpu.get_sregs()?;
     special.cs.base = 0;
     special.cs.selector = 0;
@@ -188,9 +195,13 @@ fn time_guest(vm: &VmFd) -> Result<Duration, Box<dyn std::error::Error>> {
     registers.rflags = 2;
     vcpu.set_regs(&registers)?;
     let start = Instant::now();
-    match vcpu.run()? {
-        VcpuExit::Hlt => Ok(start.elapsed()),
-        other => Err(io::Error::other(format!("unexpected exit {other:?}")).into()),
+    let unexpected = uninterrupted(|| match vcpu.run()? {
+        VcpuExit::Hlt => Ok(None),
+        other => Ok(Some(format!("unexpected exit {other:?}"))),
+    })?;
+    match unexpected {
+        None => Ok(start.elapsed()),
+        Some(exit) => Err(io::Error::other(exit).into()),
     }
 }
 
@@ -201,7 +212,7 @@ mod tests {
     /// What is wrong, a word of what mends it, and one of what would not.
     #[test]
     fn each_failure_has_a_remedy_of_its_own() {
-        let node = Node { mode: 0o660, group: Some("virt".to_owned()) };
+        let node = Node { mode: 0o660, group: Some("virt".to_owned()), number: Some(300) };
         let cases = [
             (Unusable::Open(libc::ENOENT), "firmware", "usermod"),
             (Unusable::Open(libc::ENODEV), "firmware", "usermod"),

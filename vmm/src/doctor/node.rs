@@ -13,6 +13,8 @@ pub(super) struct Node {
     pub(super) mode: u32,
     /// The group that owns it, unless that is root's or has no name.
     pub(super) group: Option<String>,
+    /// Its number, but for root's: a container often has the host's groups without their names.
+    pub(super) number: Option<u32>,
 }
 
 impl Node {
@@ -23,14 +25,20 @@ impl Node {
         Self {
             mode: metadata.permissions().mode(),
             group: group_name(&groups, metadata.gid()).map(str::to_owned),
+            number: Some(metadata.gid()).filter(|gid| *gid != 0),
         }
     }
 
     /// How a user gets to open it; `usual` is the group it has on most systems.
     pub(super) fn permission(&self, usual: &str) -> String {
-        match &self.group {
-            Some(group) if self.mode & 0o060 == 0o060 => format!(
+        let open = self.mode & 0o060 == 0o060;
+        match (&self.group, self.number) {
+            (Some(group), _) if open => format!(
                 "add the user to the group that owns it: usermod -aG {group} USER, then log in again"
+            ),
+            (None, Some(number)) if open => format!(
+                "group {number} owns it, which has no name here: start with that group \
+                 (a container: --group-add {number}; a unit: SupplementaryGroups={number})"
             ),
             _ => format!(
                 "no group may open it: a udev rule with GROUP=\"{usual}\", MODE=\"0660\" gives it to \
@@ -59,9 +67,15 @@ mod tests {
         assert_eq!(group_name(groups, 300), Some("virt"));
         assert_eq!(group_name(groups, 0), None);
         assert_eq!(group_name(groups, 7), None);
-        let node = |mode, group: Option<&str>| Node { mode, group: group.map(str::to_owned) };
+        let node = |mode, group: Option<&str>| Node {
+            mode,
+            group: group.map(str::to_owned),
+            number: group.map(|_| 300),
+        };
         let hint = node(0o20660, Some("virt")).permission("kvm");
         assert!(hint.contains("usermod -aG virt USER"), "{hint}");
+        let nameless = Node { mode: 0o20660, group: None, number: Some(993) }.permission("kvm");
+        assert!(nameless.contains("--group-add 993"), "{nameless}");
         for closed in [node(0o20600, Some("virt")), node(0o20660, None), Node::default()] {
             let hint = closed.permission("kvm");
             assert!(hint.contains("udev rule") && hint.contains("-aG kvm"), "{hint}");
