@@ -5,6 +5,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+/// What a kernel says when one of its processors will not go on (docs/testing.md).
+pub const STUCK: [&str; 3] = ["soft lockup", "detected stalls", "kthread starved"];
+
 /// Everything a program has written so far; clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Console {
@@ -42,10 +45,17 @@ impl Console {
         String::from_utf8_lossy(text.bytes.get(mark..).unwrap_or_default()).into_owned()
     }
 
+    /// What the kernel that writes here says if it is stuck.
+    pub fn stuck(&self) -> Option<&'static str> {
+        let text = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = String::from_utf8_lossy(&text.bytes);
+        STUCK.into_iter().find(|sign| text.contains(sign))
+    }
+
     /// Waits until something is written after a place; returns all from there to its end.
     ///
     /// # Errors
-    /// If it is not written in time.
+    /// If it is not written in time, or a kernel says before that it is stuck.
     pub fn wait_for(&self, mark: usize, wanted: &str, limit: Duration) -> Result<String> {
         let end = Instant::now() + limit;
         let mut text = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -55,10 +65,15 @@ impl Console {
                 return Ok(have[..at + wanted.len()].to_owned());
             }
             let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() || text.ended {
+            let stuck = STUCK.iter().any(|sign| have.contains(sign));
+            if left.is_zero() || text.ended || stuck {
                 let tail: String = have.chars().rev().take(2000).collect();
                 let tail: String = tail.chars().rev().collect();
-                let why = if text.ended { "the program ended" } else { "time is over" };
+                let why = match text.ended {
+                    _ if stuck => "the kernel is stuck",
+                    true => "the program ended",
+                    false => "time is over",
+                };
                 bail!("{wanted:?} was not written ({why}); the last that was:\n{tail}");
             }
             text = self.shared.1.wait_timeout(text, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -91,6 +106,12 @@ mod tests {
         });
         assert_eq!(console.wait_for(0, "two", Duration::from_secs(60)).unwrap(), "one two");
         assert!(console.wait_for(7, "two", Duration::from_secs(60)).is_err());
+        assert_eq!(console.stuck(), None);
+        let console = Console::default();
+        console.push(b"watchdog: BUG: soft lockup - CPU#1");
+        let error = console.wait_for(0, "login:", Duration::from_secs(3600)).unwrap_err();
+        assert!(error.to_string().contains("the kernel is stuck"), "{error}");
+        assert_eq!(console.stuck(), Some("soft lockup"));
         thread.join().unwrap();
     }
 }

@@ -22,6 +22,9 @@ use crate::testbed::{Options, RemoteChild, RemoteCommand, RemoteOutput, Stream, 
 /// this only ends what hangs.
 pub const PATIENCE: Duration = Duration::from_secs(300);
 
+/// How long to wait for a picture before a look at the guest.
+const LOOK: Duration = Duration::from_secs(20);
+
 /// A guest's disk in a test host booted with one.
 pub const GUEST_DISK: &str = "/dev/vda";
 
@@ -371,10 +374,25 @@ impl Vm {
                     self.state()
                 );
             }
-            let left = end.saturating_duration_since(std::time::Instant::now());
-            let changed = client
-                .wait_state(what, left, |state| state["invalidated"].as_u64() != seen)
-                .map(drop);
+            // A guest that is stuck says so on its serial port, and its picture never changes.
+            let changed = loop {
+                let now = std::time::Instant::now();
+                let left = end.saturating_duration_since(now);
+                let changed = client
+                    .wait_state(what, left.min(LOOK), |state| state["invalidated"].as_u64() != seen)
+                    .map(drop);
+                match self.serial.stuck() {
+                    Some(sign) => {
+                        break Err(anyhow::anyhow!("the guest's kernel is stuck: {sign}"));
+                    }
+                    // Nothing but the look was over.
+                    None if changed.is_err()
+                        && left > LOOK
+                        && now.elapsed() >= LOOK
+                        && self.ended()?.is_none() => {}
+                    None => break changed,
+                }
+            };
             if let Err(error) = changed {
                 let kept = self.results.join(format!("{}-last.png", self.name));
                 picture.save_png(&kept)?;

@@ -29,17 +29,20 @@ fn host() -> MutexGuard<'static, (Host, Guest)> {
 }
 
 /// Starts a back end and waits until it listens at [`SOCKET`].
-fn back_end(host: &Host, name: &str, program: &str, arguments: &[&str]) -> Vm {
+fn back_end(host: &Host, name: &str, program: &str, dmabufs: bool) -> Vm {
     host.run(&format!("rm -f {SOCKET}")).unwrap();
-    // Without render node and udmabuf, which make QEMU's send its pictures as dmabufs; and on the test
-    // host's vgem, which can make none, it crashes.
-    let hide = "mount -t tmpfs none /dev/dri; mount --bind /dev/udmabuf /dev/udmabuf; \
-                mount -o remount,bind,nodev /dev/udmabuf; exec \"$@\"";
+    // QEMU's crashes on the test host's render node, vgem's, which can make no dmabuf. With udmabuf it
+    // sends its pictures in those.
+    let mut hide = "mount -t tmpfs none /dev/dri; ".to_owned();
+    if !dmabufs {
+        hide += "mount --bind /dev/udmabuf /dev/udmabuf; \
+                 mount -o remount,bind,nodev /dev/udmabuf; ";
+    }
     let command = host
         .command("unshare")
-        .args(["--mount", "sh", "-c", hide, "sh", program])
+        .args(["--mount", "sh", "-c", &(hide + "exec \"$@\""), "sh", program])
         .arg(format!("--socket-path={SOCKET}"));
-    let mut back_end = host.spawn(name, command.args(arguments.iter().copied())).unwrap();
+    let mut back_end = host.spawn(name, command).unwrap();
     let end = Instant::now() + PATIENCE;
     while host.run(&format!("test -S {SOCKET}")).unwrap().code != 0 {
         let code = back_end.ended().unwrap();
@@ -62,9 +65,19 @@ fn drago_vmm(host: &(Host, Guest), name: &str) -> Vm {
 #[test]
 #[ignore = "nested"]
 fn qemus_back_end_shows_our_guest() {
+    qemus_back_end("vhost-user-gpu", false);
+}
+
+#[test]
+#[ignore = "nested"]
+fn qemus_back_end_shows_our_guest_in_dmabufs() {
+    qemus_back_end("vhost-user-gpu-dmabuf", true);
+}
+
+fn qemus_back_end(name: &str, dmabufs: bool) {
     let host = host();
-    let mut theirs = back_end(&host.0, "vhost-user-gpu", "/usr/lib/qemu/vhost-user-gpu", &[]);
-    let mut vm = drago_vmm(&host, "on-qemus-gpu");
+    let mut theirs = back_end(&host.0, name, "/usr/lib/qemu/vhost-user-gpu", dmabufs);
+    let mut vm = drago_vmm(&host, &format!("on-{name}"));
     let mut client = host.0.spice().unwrap();
     vm.wait_text(&mut client, "minimal#").unwrap();
 
@@ -73,6 +86,8 @@ fn qemus_back_end_shows_our_guest() {
     vm.wait_text(&mut client, "PICTURE WORKS").unwrap();
     client.type_text("echo Sum $((40+2))\n", PATIENCE).unwrap();
     vm.wait_text(&mut client, "Sum 42").unwrap();
+    let mapped = host.0.run("grep -c dmabuf /proc/$(pidof drago-vmm)/maps").unwrap();
+    assert_eq!(mapped.code == 0, dmabufs, "{}", String::from_utf8_lossy(&mapped.stdout));
 
     vm.type_serial("poweroff").unwrap();
     assert_eq!(vm.wait().unwrap(), 0, "{}", vm.state());
@@ -85,7 +100,7 @@ fn qemus_back_end_shows_our_guest() {
 fn our_back_end_shows_qemus_guest() {
     let host = host();
     let program = host.0.program("drago-gpu");
-    let mut ours = back_end(&host.0, "drago-gpu", &program, &[]);
+    let mut ours = back_end(&host.0, "drago-gpu", &program, false);
     let mut qemu = Qemu::start(&host);
     qemu.wait_text("minimal#");
     qemu.type_keys(&["u", "n", "a", "m", "e", "spc", "minus", "m", "ret"]);
