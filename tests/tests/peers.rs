@@ -86,7 +86,8 @@ fn qemus_back_end(name: &str, dmabufs: bool) {
     vm.wait_text(&mut client, "PICTURE WORKS").unwrap();
     client.type_text("echo Sum $((40+2))\n", PATIENCE).unwrap();
     vm.wait_text(&mut client, "Sum 42").unwrap();
-    let mapped = host.0.run("grep -c dmabuf /proc/$(pidof drago-vmm)/maps").unwrap();
+    let maps = "for p in $(pidof drago-vmm); do cat /proc/$p/maps; done | grep dmabuf";
+    let mapped = host.0.run(maps).unwrap();
     assert_eq!(mapped.code == 0, dmabufs, "{}", String::from_utf8_lossy(&mapped.stdout));
 
     vm.type_serial("poweroff").unwrap();
