@@ -114,9 +114,13 @@ impl Virtiofsd {
         Self { child }
     }
 
-    fn signal(&self, signal: rustix::process::Signal) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, signal).unwrap();
+    /// Returns when none of its threads runs any more: one that is awake sees the signal later.
+    fn stop(&self) {
+        use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, Signal::STOP).unwrap();
+        let (_, status) = waitpid(Some(pid), WaitOptions::UNTRACED).unwrap().unwrap();
+        assert!(status.stopped(), "{status:?}");
     }
 }
 
@@ -166,7 +170,7 @@ fn a_folder_of_a_real_virtiofsd_outlives_its_death() {
     assert_eq!(look_up_hello(&mut driver, 5), (0, 12));
 
     // It dies with a request in its hands, and one that it has not seen.
-    daemon.signal(rustix::process::Signal::STOP);
+    daemon.stop();
     driver.queues[REQUESTS].send(&[Part::Out(&request(GETATTR, 6, ROOT, &[0; 16])), Part::In(200)]);
     driver.queues[REQUESTS].send(&[Part::Out(&request(GETATTR, 7, ROOT, &[0; 16])), Part::In(200)]);
     drop(daemon);
