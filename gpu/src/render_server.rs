@@ -221,11 +221,12 @@ fn become_server(recipe: &Recipe<'_>, socket: &OwnedFd) -> io::Error {
         arguments.chain(["--socket-fd".into(), OsString::from(socket.as_raw_fd().to_string())]);
     let mut command = Command::new(program);
     command.args(arguments).stdin(nothing);
-    let sandbox = Sandbox::enter(*mode, needs, *max_memory);
-    if sandbox.has_own_processes() {
+    let prepared = Sandbox::prepare(*mode, needs, *max_memory);
+    if prepared.has_own_processes() {
         // The first process of the namespace is the one that is made next. When it ends, the kernel ends
         // all others in there, whatever they are stuck in.
         match sys::fork() {
+            // Within no walls of its own: from behind them its end would not reach the server.
             Ok(Fork::Parent) => wait_for_server(),
             Ok(Fork::Child) => {}
             Err(error) => return error,
@@ -235,7 +236,7 @@ fn become_server(recipe: &Recipe<'_>, socket: &OwnedFd) -> io::Error {
             return error.into();
         }
     }
-    drop(sandbox.close());
+    drop(prepared.enter().close());
     command.exec()
 }
 

@@ -77,6 +77,21 @@ fn a_driver_may_make_code_and_nothing_else_leads_out() {
     }
 }
 
+/// The render server may read what the kernel tells about it, not about who waits for it. Here a shell
+/// stands in for it.
+#[test]
+fn the_render_server_may_look_at_itself() {
+    let script = "read -r line </proc/self/stat && echo \"looked at $line\"";
+    let mut command = Command::new(PROGRAM);
+    command.args(["--probe", "--renderer", "virgl", "--vulkan", "venus"]);
+    command.args(["/bin/sh", "-c", script].map(|word| format!("--render-server={word}")));
+    let seen: Seen = command.output().unwrap().into();
+    // Its name in brackets is that of who looks.
+    let looked =
+        seen.out.lines().any(|line| line.starts_with("looked at ") && line.contains("(sh)"));
+    assert!(looked, "{} {}", seen.out, seen.log);
+}
+
 /// The other walls stand when system calls are only logged.
 #[test]
 fn each_wall_stands_by_itself() {

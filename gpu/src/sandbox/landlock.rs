@@ -50,7 +50,6 @@ const DRIVER_FILES: &[&str] = &[
 
 /// What drivers and the C library ask about the machine.
 const FACTS: &[&str] = &[
-    "/proc/self",
     "/proc/cpuinfo",
     "/proc/meminfo",
     "/proc/stat",
@@ -84,6 +83,9 @@ const PATH_VARIABLES: &[&str] = &[
     "VK_ICD_FILENAMES",
     "DRIRC_CONFIGDIR",
 ];
+
+/// What they ask about themselves.
+const OWN_FACTS: &str = "/proc/self";
 
 /// Files that stay accessible.
 #[derive(Default)]
@@ -160,7 +162,11 @@ fn sysfs_folder(node: &Path) -> Option<PathBuf> {
 }
 
 /// Shuts everything else, for this thread and those it starts.
-pub(super) fn apply(sandbox: &mut Sandbox, rules: Rules) {
+pub(super) fn apply(sandbox: &mut Sandbox, mut rules: Rules) {
+    if sandbox.needs != Needs::Nothing {
+        // Not opened with the others: that may have been in the process that this one was made by.
+        rules.add(Path::new(OWN_FACTS), AccessFs::ReadFile | AccessFs::ReadDir);
+    }
     match restrict(rules) {
         Ok((RulesetStatus::NotEnforced, _)) => {
             let error = std::io::Error::from(std::io::ErrorKind::Unsupported);

@@ -73,6 +73,13 @@ pub enum Needs {
     },
 }
 
+/// The part of a sandbox that a process which is made now shares: its limits and namespaces.
+#[must_use = "files are shut by `enter`"]
+pub struct Prepared {
+    sandbox: Sandbox,
+    rules: Option<landlock::Rules>,
+}
+
 /// A sandbox of which the last wall is missing.
 #[derive(Debug)]
 #[must_use = "the system calls are filtered by `close`"]
@@ -84,22 +91,16 @@ pub struct Sandbox {
     own_processes: bool,
 }
 
-impl Sandbox {
-    /// Puts up the walls a driver can be started within. To be called by the only thread there is:
-    /// most of this is inherited by threads and reaches none that exists. `max_memory` is what the
-    /// guest's resources may take, in bytes.
-    pub fn enter(mode: Mode, needs: Needs, max_memory: u64) -> Self {
-        let mut sandbox =
-            Self { mode, needs, done: Vec::new(), refused: Vec::new(), own_processes: false };
-        if mode == Mode::Off {
-            return sandbox;
-        }
-        let privileges = rustix::thread::set_no_new_privs(true).map_err(io::Error::from);
-        sandbox.note("no new privileges", privileges);
-        limits::apply(&mut sandbox, max_memory);
-        // Opened while their paths still lead somewhere.
-        let rules = landlock::Rules::new(&sandbox.needs);
-        namespaces::enter(&mut sandbox);
+impl Prepared {
+    /// Whether the next process that is made is the first one of a PID namespace.
+    pub fn has_own_processes(&self) -> bool {
+        self.sandbox.own_processes
+    }
+
+    /// Puts up the walls that are this process' own. To be called by the only thread there is.
+    pub fn enter(self) -> Sandbox {
+        let Self { mut sandbox, rules } = self;
+        let Some(rules) = rules else { return sandbox };
         landlock::apply(&mut sandbox, rules);
         let none = rustix::thread::CapabilitySets {
             effective: rustix::thread::CapabilitySet::empty(),
@@ -115,10 +116,30 @@ impl Sandbox {
         }
         sandbox
     }
+}
 
-    /// Whether the next process that is made is the first one of a PID namespace.
-    pub fn has_own_processes(&self) -> bool {
-        self.own_processes
+impl Sandbox {
+    /// Puts up the walls a driver can be started within. To be called by the only thread there is:
+    /// most of this is inherited by threads and reaches none that exists. `max_memory` is what the
+    /// guest's resources may take, in bytes.
+    pub fn enter(mode: Mode, needs: Needs, max_memory: u64) -> Self {
+        Self::prepare(mode, needs, max_memory).enter()
+    }
+
+    /// The first half of [`Sandbox::enter`], for one that makes a process before the other half.
+    pub fn prepare(mode: Mode, needs: Needs, max_memory: u64) -> Prepared {
+        let mut sandbox =
+            Self { mode, needs, done: Vec::new(), refused: Vec::new(), own_processes: false };
+        if mode == Mode::Off {
+            return Prepared { sandbox, rules: None };
+        }
+        let privileges = rustix::thread::set_no_new_privs(true).map_err(io::Error::from);
+        sandbox.note("no new privileges", privileges);
+        limits::apply(&mut sandbox, max_memory);
+        // Opened while their paths still lead somewhere.
+        let rules = landlock::Rules::new(&sandbox.needs);
+        namespaces::enter(&mut sandbox);
+        Prepared { sandbox, rules: Some(rules) }
     }
 
     /// Filters the system calls of all threads; logs and returns what stands.
