@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     env, fs,
-    io::{BufRead, BufReader, Read, Write},
+    io::{self, BufRead, BufReader, Read, Write},
     path::PathBuf,
     process::{Command, ExitCode, Stdio},
     thread,
@@ -22,6 +22,7 @@ use serde_json::Value;
 use crate::{
     build,
     packages::{self, For},
+    report::{Log, Report},
     skips::Skips,
 };
 
@@ -82,75 +83,82 @@ impl Suite {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     packages::install(For::Tests)?;
-    let mut skips = Skips::default();
-    let done = suites(args.suite, &mut skips);
-    let missing = skips.report();
+    let mut report = Report::default();
+    let done = suites(args.suite, &mut report);
+    let missing = report.end(&mut io::stderr());
     done?;
     ensure!(missing == 0, "{missing} tests missed what was to be installed: see the list above");
     Ok(ExitCode::SUCCESS)
 }
 
-fn suites(suite: Suite, skips: &mut Skips) -> Result<()> {
+fn suites(suite: Suite, report: &mut Report) -> Result<()> {
     if suite.includes(Suite::Fast) {
-        fast(skips)?;
+        fast(report)?;
     }
     if suite.includes(Suite::Nested) {
         nested(
             &["minimal", "sound", "vfio", "microvm", "units", "cycles", "peers", "weston"],
-            skips,
+            &mut report.skips,
         )?;
     }
     if suite.includes(Suite::Fuzz) {
         fuzz()?;
     }
     if suite.includes(Suite::Slow) {
-        rust_back_end(skips)?;
+        rust_back_end(report)?;
         step("pictures in real dmabufs", dmabufs)?;
-        nested(&["vnc", "virgl", "graphics", "gnome"], skips)?;
+        nested(&["vnc", "virgl", "graphics", "gnome"], &mut report.skips)?;
     }
     Ok(())
 }
 
-fn fast(skips: &mut Skips) -> Result<()> {
+fn fast(report: &mut Report) -> Result<()> {
     step("format", || cargo(&["fmt", "--all", "--check"]))?;
     step("one version of each rust-vmm crate", single_versions)?;
-    step("licences and sources", || deny(skips))?;
+    step("licences and sources", || deny(&mut report.skips))?;
     step("lints", || {
         cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"])
     })?;
     // Binaries first: device tests start drago-gpu, which is not their crate's.
     step("build", || cargo(&["build", "--quiet", "--workspace", "--all-targets"]))?;
-    step("tests", || tests(prepared(paths::cargo()), &["--workspace", "--no-fail-fast"], skips))?;
-    step("OpenGL on Debian 13's libraries", || newer_opengl(skips))
+    step("tests", || tests(prepared(paths::cargo()), &["--workspace", "--no-fail-fast"], report))?;
+    step("OpenGL on Debian 13's libraries", || newer_opengl(report))
 }
 
 /// `cargo test` with these arguments.
-fn tests(mut cargo: Command, arguments: &[&str], skips: &mut Skips) -> Result<()> {
+fn tests(mut cargo: Command, arguments: &[&str], report: &mut Report) -> Result<()> {
+    let path = paths::workspace().join("target/tests.log");
+    let (mut log, errors) = Log::create(&path).with_context(|| path.display().to_string())?;
     let mut tests = cargo
         .arg("test")
         .args(arguments)
         .args(["--", "--show-output"])
         .stdout(Stdio::piped())
+        .stderr(errors)
         .spawn()
         .context("cannot run cargo")?;
     if let Some(out) = tests.stdout.take() {
-        skips.relay(out, std::io::stdout());
+        report.relay(out, io::stdout(), &mut log);
     }
-    ensure!(tests.wait()?.success(), "cargo test {} failed", arguments.join(" "));
+    let status = tests.wait()?;
+    if !status.success() {
+        log.rest();
+    }
+    ensure!(status.success(), "cargo test {} failed", arguments.join(" "));
     Ok(())
 }
 
 /// The same pictures as in the step before, with virglrenderer 1.1 and Mesa 25; Vulkan on lavapipe.
-fn newer_opengl(skips: &mut Skips) -> Result<()> {
+fn newer_opengl(report: &mut Report) -> Result<()> {
     let root = Release::open("trixie")?.graphics()?;
     let mut cargo = prepared(paths::cargo());
     cargo.env("DRAGO_TEST_ROOT", &root).env("DRAGO_TEST_DRIVER", "LLVM 19");
-    tests(cargo, &["-p", "drago-gpu", "--test", "virgl", "--test", "venus"], skips)
+    tests(cargo, &["-p", "drago-gpu", "--test", "virgl", "--test", "venus"], report)
         .with_context(|| format!("on the libraries in {}", root.display()))
 }
 
 /// Our front end with rust-vmm's GPU back end, which takes minutes to build.
-fn rust_back_end(skips: &mut Skips) -> Result<()> {
+fn rust_back_end(report: &mut Report) -> Result<()> {
     let root = paths::workspace().join("target/tools");
     if !root.join("bin/vhost-device-gpu").is_file() {
         step("cargo install vhost-device-gpu", || {
@@ -161,7 +169,7 @@ fn rust_back_end(skips: &mut Skips) -> Result<()> {
     }
     step("rust-vmm's back end", || {
         let arguments = ["-p", "drago-devices", "--lib", "vhost_device"];
-        tests(prepared(paths::cargo()), &arguments, skips)
+        tests(prepared(paths::cargo()), &arguments, report)
     })
 }
 
@@ -230,10 +238,9 @@ fn nested_suite(suite: &str, skips: &mut Skips) -> Result<(bool, Option<&'static
     let mut of_log = Skips::default();
     let sign = thread::scope(|scope| {
         let log = scope.spawn(|| {
-            log.and_then(|log| relay(log, std::io::stderr(), |line| of_log.look(suite, line)))
+            log.and_then(|log| relay(log, io::stderr(), |line| of_log.look(suite, line)))
         });
-        let sign =
-            out.and_then(|out| relay(out, std::io::stdout(), |line| skips.look(suite, line)));
+        let sign = out.and_then(|out| relay(out, io::stdout(), |line| skips.look(suite, line)));
         sign.or(log.join().ok().flatten())
     });
     skips.add(of_log);

@@ -9,6 +9,7 @@ mod check;
 mod demo;
 mod guest;
 mod packages;
+mod report;
 mod skips;
 mod testbed;
 
