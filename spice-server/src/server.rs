@@ -105,6 +105,7 @@ pub struct ServerBuilder {
     sound: bool,
     capture: Option<Capture>,
     video: VideoCodecs,
+    keep_slow_codecs: bool,
 }
 
 impl Default for ServerBuilder {
@@ -131,6 +132,7 @@ impl Default for ServerBuilder {
             sound: false,
             capture: None,
             video: VideoCodecs::default(),
+            keep_slow_codecs: false,
         }
     }
 }
@@ -244,6 +246,14 @@ impl ServerBuilder {
         self
     }
 
+    /// Whether films keep their codec however long its frames take to encode; not unless set: a codec that
+    /// takes most of the time between two frames is not used for a while. For tests, which a slow machine
+    /// is to make slow and not different.
+    pub fn keep_slow_codecs(mut self, keep: bool) -> Self {
+        self.keep_slow_codecs = keep;
+        self
+    }
+
     /// Who hears keyboard and mouse.
     pub fn input(mut self, input: Arc<dyn InputSink>) -> Self {
         self.input = Some(input);
@@ -330,6 +340,7 @@ impl ServerBuilder {
             sound: self.sound.then(|| Sound::new(&io)),
             capture: self.capture.map(Arc::new),
             video: Arc::new(Video::load(self.video)?),
+            keep_slow_codecs: self.keep_slow_codecs,
         };
         let password = Password::new(self.password, self.password_required);
         let rotate = password.is_required();

@@ -81,7 +81,7 @@ fn main() {
 /// The filtered program: says its port, then, when enough frames of VP8 were sent, so.
 fn serve() {
     seccomp::prepare(seccomp::Mode::On).unwrap();
-    let builder = SpiceServer::builder().listen(([127, 0, 0, 1], 0).into());
+    let builder = SpiceServer::builder().listen(([127, 0, 0, 1], 0).into()).keep_slow_codecs(true);
     let server = match builder.video_codecs(VideoCodecs::Prefer(VideoCodec::Vp8)).start() {
         Ok(server) => server,
         Err(error @ Error::Video { .. }) => return println!("SKIPPED sandboxed_film: {error}"),

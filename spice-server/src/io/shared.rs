@@ -53,6 +53,8 @@ pub(crate) struct Config {
     pub(crate) capture: Option<Arc<Capture>>,
     /// How films can be encoded.
     pub(crate) video: Arc<Video>,
+    /// However long encoding takes, a film's codec stays.
+    pub(crate) keep_slow_codecs: bool,
     /// Largest width and height a client may ask for.
     pub(crate) max_size: (u32, u32),
 }

@@ -119,6 +119,7 @@ fn run(new: NewViewer, handle: ViewerHandle) {
         // Browsers' clients put it together for their media players, which have delays of their own.
         VideoCodec::Vp8 => has(CAP_CODEC_VP8) && abilities.modern,
     });
+    encoder.frame_cost = shared.config.keep_slow_codecs.then_some(Duration::ZERO);
     encoder.out = new.unsent;
     let now = Instant::now();
     let mut viewer = Viewer {

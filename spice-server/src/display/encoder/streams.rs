@@ -293,12 +293,9 @@ impl Encoder {
             stream.arrives(transfer(bytes), now);
         }
         // While there are two it costs more.
-        let slow = turn == Turn::Frame && stream.opener.is_none() && {
-            let spent = start.elapsed();
-            #[cfg(test)]
-            let spent = spent + self.handicap;
-            stream.effort.spent(spent, fps, now)
-        };
+        let spent = self.frame_cost.unwrap_or_else(|| start.elapsed());
+        let slow =
+            turn == Turn::Frame && stream.opener.is_none() && stream.effort.spent(spent, fps, now);
         let hopeless = slow && !stream.relieve(can_scale) && stream.encoder.is_some();
         if let Some(opener) = stream.take_opener(now) {
             put_stream_destroy(&mut self.framer, &mut self.out, opener.id);

@@ -186,6 +186,8 @@ impl Bench {
             state: seed,
         };
         bench.encoder.set_cache(1 << 20);
+        // The clock is the test's.
+        bench.encoder.frame_cost = Some(Duration::ZERO);
         bench.encoder.begin_picture(size, bench.now);
         bench.show(&[Rect::new(0, 0, size.0, size.1)]);
         bench
@@ -673,7 +675,7 @@ fn a_host_that_is_too_slow_for_vp8_sends_smaller_frames_then_mjpeg_for_a_while()
     let whole = bench.encoder.streams[0].frame_size();
     let half = (whole.0 / 2, whole.1 / 2);
     bench.encoder.take_news();
-    bench.encoder.handicap = Duration::from_millis(50);
+    bench.encoder.frame_cost = Some(Duration::from_millis(50));
     bench.play(film, 100);
     assert_eq!(bench.running(), [VP8]);
     assert_eq!(bench.encoder.streams[0].frame_size(), half);
@@ -683,7 +685,7 @@ fn a_host_that_is_too_slow_for_vp8_sends_smaller_frames_then_mjpeg_for_a_while()
     assert_eq!(bench.encoder.streams[0].frame_size(), half);
     assert_eq!(bench.encoder.take_news(), Some((Some(VideoCodec::Mjpeg), VideoChange::TooSlow)));
     bench.settle("slow");
-    bench.encoder.handicap = Duration::ZERO;
+    bench.encoder.frame_cost = Some(Duration::ZERO);
     bench.play(film, 40);
     assert_eq!(bench.running(), [MJPEG], "not at once");
     bench.settle("fast again");
