@@ -96,7 +96,7 @@ class Client:
     def bytes_read(self):
         return sum(int(c.get_property("total-read-bytes")) for c in self.channels.values())
 
-    def run(self, seconds=None, until=None, limit=30):
+    def run(self, seconds=None, until=None, limit=120):
         """Runs the main loop for a time, or until something is true."""
         end = time.perf_counter() + (seconds if seconds is not None else limit)
         context = GLib.MainContext.default()

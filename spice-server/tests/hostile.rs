@@ -161,12 +161,14 @@ fn links_begun_before_the_lock_out_are_locked_out_as_well() {
     for (link, key) in &mut links {
         link.send_ticket(key, "wrong").unwrap();
     }
+    // Not the answers, which take seconds: a link has ten until it is cut off.
+    eventually("the lock-out", || setup.server.status().wrong_passwords == 10);
+    late.0.send_ticket(&late.1, PASSWORD).unwrap();
+    assert_ne!(late.0.result().unwrap(), 0, "the right one is not looked at either");
     for (link, _) in &mut links {
         assert_ne!(link.result().unwrap(), 0);
     }
     assert_eq!(setup.server.status().wrong_passwords, 10, "the others are not looked at");
-    late.0.send_ticket(&late.1, PASSWORD).unwrap();
-    assert_ne!(late.0.result().unwrap(), 0, "neither is the right one");
     // Who is in may open more, from where it is.
     let mut more = Peer::connect(setup.address(), from(2), plain).unwrap();
     more.link(inside.0, 3, PASSWORD).unwrap();

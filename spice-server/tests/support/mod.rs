@@ -25,8 +25,9 @@ pub mod xvfb;
 
 use picture::{Event, Reporter};
 
-/// How long anything may take before a test gives up.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+/// How long anything may take before a test gives up: only what hangs takes so long, on however slow a
+/// machine.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A server with everything it reports.
 pub struct Setup {
