@@ -22,7 +22,7 @@ use super::device::{
 use crate::GuestMemory;
 
 /// Milliseconds after which a test has failed; never reached by one that passes.
-const PATIENCE: i32 = 20_000;
+const PATIENCE: i32 = 120_000;
 /// Guest memory of a test.
 pub(crate) const MEMORY_SIZE: usize = 32 << 20;
 /// Where buffers begin; rings lie below.

@@ -398,14 +398,18 @@ fn namespace(name: &str, flags: &str, attempt: &[&str]) -> bool {
         eprintln!("SKIPPED: {attempt:?} is not possible in a network namespace here");
         return false;
     }
-    let status = Command::new("unshare")
+    let done = Command::new("unshare")
         .arg(flags)
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture"])
         .env("DRAGO_TEST_NAMESPACE", "1")
-        .status()
+        .output()
         .unwrap();
-    assert!(status.success());
+    // As this test's, and not to be taken for a report of its own.
+    for said in [&done.stdout, &done.stderr] {
+        String::from_utf8_lossy(said).lines().for_each(|line| println!("    {line}"));
+    }
+    assert!(done.status.success());
     false
 }
 

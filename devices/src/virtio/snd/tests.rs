@@ -145,7 +145,7 @@ impl Card {
     }
 
     fn event(&self) -> Event {
-        self.events.recv_timeout(Duration::from_secs(20)).unwrap()
+        self.events.recv_timeout(Duration::from_secs(120)).unwrap()
     }
 
     /// What is played next, `count` frames.

@@ -28,4 +28,4 @@ use std::time::Duration;
 use super::*;
 use crate::{GuestMemory, virtio::device::VirtioDevice};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);

@@ -224,7 +224,9 @@ fn what_is_not_drawn_again_comes_back_by_itself() {
 #[test]
 fn while_starts_are_rationed_commands_are_refused() {
     drago_gpu();
-    let restart = RestartPolicy { quick: 0, ..AT_ONCE };
+    // So long that a busy machine has answered by then.
+    let pause = Duration::from_secs(3);
+    let restart = RestartPolicy { quick: 0, pause, longest_pause: pause, ..AT_ONCE };
     let config = GpuConfig { restart, ..GpuConfig::default() };
     let mut rig = Rig::with(BackEnd::Shared, config).unwrap();
     let screen = Resource::new(1, 300, 200);
