@@ -122,7 +122,9 @@ fn an_unprivileged_user_gets_a_sandbox_too() {
     let mode = std::fs::Permissions::from_mode(0o755);
     std::fs::set_permissions(folder.path(), mode).unwrap();
     let program = folder.path().join("drago-gpu");
-    std::fs::copy(PROGRAM, &program).unwrap();
+    // By another process: a child that another test forks meanwhile would have our end of the copy open
+    // for writing until it executes its program, and what is open for writing cannot be executed.
+    assert!(Command::new("cp").arg(PROGRAM).arg(&program).status().unwrap().success());
     let run = |what: &str| -> Seen {
         let mut command = Command::new(&program);
         command
