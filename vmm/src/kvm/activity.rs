@@ -119,11 +119,12 @@ impl Activity {
         }
     }
 
-    fn ask(&self, interrupt: impl Fn()) -> Option<Place> {
+    /// Where the guest is, if its thread says so within `limit`.
+    fn ask(&self, interrupt: impl Fn(), limit: Duration) -> Option<Place> {
         let mut place = self.place();
         *place = None;
         self.asked.store(true, Ordering::Release);
-        let end = Instant::now() + ANSWER;
+        let end = Instant::now() + limit;
         while place.is_none() && Instant::now() < end {
             interrupt();
             let waited = self.answered.wait_timeout(place, INTERRUPTION);
@@ -260,6 +261,10 @@ impl Activities {
 
     /// What everybody does. Takes a quarter of a second for each thread that does not answer.
     pub fn ask(&self) -> Vec<Report> {
+        self.ask_for(ANSWER)
+    }
+
+    fn ask_for(&self, limit: Duration) -> Vec<Report> {
         let _one = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         let mut handling = Vec::new();
@@ -271,7 +276,8 @@ impl Activities {
         }
         let mut reports = Vec::new();
         for (id, (activity, handling)) in self.processors.iter().zip(handling).enumerate() {
-            let place = self.interrupt.get().and_then(|interrupt| activity.ask(|| interrupt(id)));
+            let interrupt = self.interrupt.get();
+            let place = interrupt.and_then(|interrupt| activity.ask(|| interrupt(id), limit));
             // Who has answered is done with what he was seen doing.
             let handling = handling.filter(|_| place.is_none());
             let handling = handling.map(|(access, time)| (self.describe(access), time));
@@ -374,7 +380,8 @@ mod tests {
                 activity.answer(|| Some(Place { rip: 0x10 + id as u64, rflags: 2, cr3: 0 }));
             });
         }));
-        let [report] = &all.ask()[..] else { panic!("one processor") };
+        // However busy the machine is.
+        let [report] = &all.ask_for(Duration::from_secs(60))[..] else { panic!("one processor") };
         assert_eq!(report.place, Some(Place { rip: 0x10, rflags: 2, cr3: 0 }));
         assert!(report.to_string().starts_with("in the guest at 0x10, interrupts off; exits: 0 "));
     }
