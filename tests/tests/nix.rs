@@ -264,11 +264,11 @@ fn a_run_makes_volumes_once_and_adds_arguments() {
     let program = package.join("bin/drago-vmm");
     fs::write(&program, "#!/bin/bash\nprintf '%s\\n' \"$@\"\n").unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-    let Some(evaluated) = evaluate(&package.display().to_string()) else { return };
-    let script = &evaluated.accepted["volumes"].scripts["microvm-run"];
     let more = place.path().join("more-arguments");
     fs::write(&more, "#!/bin/bash\necho --spice 127.0.0.1:5999\n").unwrap();
     fs::set_permissions(&more, fs::Permissions::from_mode(0o755)).unwrap();
+    let Some(evaluated) = evaluate(&package.display().to_string()) else { return };
+    let script = &evaluated.accepted["volumes"].scripts["microvm-run"];
 
     let run = || {
         let out = Command::new("bash")
