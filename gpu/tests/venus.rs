@@ -411,7 +411,7 @@ fn servers_are_not_started_for_ever() {
         }
         refused
     });
-    assert!(deaths >= 3, "{deaths}");
+    assert!((3..30).contains(&deaths), "{deaths}");
     assert_eq!(vulkan.front.draw(2, &support::three_d::prologue()), kind::OK_NODATA);
 }
 

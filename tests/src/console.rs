@@ -1,9 +1,10 @@
 //! Text that a running program writes, and waiting for it.
 
+use std::io::Write;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 /// What a kernel says when one of its processors will not go on (docs/testing.md).
 pub const STUCK: [&str; 3] = ["soft lockup", "detected stalls", "kthread starved"];
@@ -43,6 +44,20 @@ impl Console {
     pub fn since(&self, mark: usize) -> String {
         let text = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(text.bytes.get(mark..).unwrap_or_default()).into_owned()
+    }
+
+    /// Runs a command in the shell that writes here and reads from `stdin`; what it printed.
+    ///
+    /// # Errors
+    /// If the shell cannot be written to, or the end of the command is not seen in time.
+    pub fn shell(&self, stdin: &mut impl Write, command: &str, limit: Duration) -> Result<String> {
+        let mark = self.mark();
+        // The quotes keep the markers out of the echo of the line.
+        let line = format!("echo 'BE''GIN'; {command}; echo 'E''ND'\n");
+        stdin.write_all(line.as_bytes()).context("no serial console")?;
+        let said = self.wait_for(mark, "END", limit)?;
+        let said = said.rsplit_once("BEGIN").map_or(said.as_str(), |(_, rest)| rest);
+        Ok(said.trim_end_matches("END").trim().replace('\r', ""))
     }
 
     /// What the kernel that writes here says if it is stuck.

@@ -1,10 +1,13 @@
 //! Picks kernel modules for an initramfs: dependency order from `modules.dep` (see modules.dep(5)).
 
 use std::collections::HashMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+
+use crate::cpio::Archive;
 
 /// The modules of one kernel version.
 #[derive(Debug)]
@@ -124,6 +127,23 @@ fn parse(text: &str) -> HashMap<String, (String, Vec<String>)> {
         modules.insert(key(name), (path.to_owned(), needs));
     }
     modules
+}
+
+/// Puts modules into a folder of an archive, and `order`: their names in the order in which they are loaded.
+///
+/// # Errors
+/// If the archive cannot be written to.
+pub fn pack(
+    archive: &mut Archive<impl Write>,
+    folder: &str,
+    modules: &[Module],
+) -> std::io::Result<()> {
+    let mut order = String::new();
+    for module in modules {
+        archive.file(&format!("{folder}/{}", module.file_name), 0o644, &module.object)?;
+        order.push_str(&format!("{}\n", module.file_name));
+    }
+    archive.file(&format!("{folder}/order"), 0o644, order.as_bytes())
 }
 
 #[cfg(test)]

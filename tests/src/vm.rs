@@ -143,6 +143,14 @@ impl Host {
         self.testbed.command("sh").args(["-c", script]).output()
     }
 
+    /// Runs a command in the test host that is to succeed; what it printed.
+    ///
+    /// # Errors
+    /// If it does not end with 0.
+    pub fn shell(&self, script: &str) -> Result<String> {
+        self.testbed.shell(script)
+    }
+
     /// The path of one of the project's programs.
     pub fn program(&self, name: &str) -> String {
         self.programs.join(name).display().to_string()
@@ -282,12 +290,7 @@ impl Vm {
     /// # Errors
     /// If the end of the command is not seen.
     pub fn serial_command(&self, command: &str) -> Result<String> {
-        let mark = self.serial.mark();
-        // The quotes keep the markers out of the echo of the line.
-        self.type_serial(&format!("echo 'BE''GIN'; {command}; echo 'E''ND'"))?;
-        let said = self.serial.wait_for(mark, "END", PATIENCE)?;
-        let said = said.rsplit_once("BEGIN").map_or(said.as_str(), |(_, rest)| rest);
-        Ok(said.trim_end_matches("END").trim().replace('\r', ""))
+        self.serial.shell(&mut self.child.stdin(), command, PATIENCE)
     }
 
     /// Waits for the end of drago-vmm: its exit status.

@@ -47,23 +47,13 @@ impl Machine {
 
     /// Runs a command in the guest.
     fn guest(&mut self, command: &str) -> String {
-        let mark = self.serial.mark();
-        // The quotes keep the markers out of the echo of the line.
-        let line = format!("echo 'BE''GIN'; {command}; echo 'E''ND'\n");
-        self.child.stdin().write_all(line.as_bytes()).unwrap();
-        let said = self.serial.wait_for(mark, "END", PATIENCE);
-        let said = said.unwrap_or_else(|error| panic!("{error}\n{}", self.log.since(0)));
-        let said = said.rsplit_once("BEGIN").map_or(said.as_str(), |(_, rest)| rest);
-        said.trim_end_matches("END").trim().replace('\r', "")
+        let said = self.serial.shell(&mut self.child.stdin(), command, PATIENCE);
+        said.unwrap_or_else(|error| panic!("{error}\n{}", self.log.since(0)))
     }
 }
 
 fn shell(host: &Testbed, script: &str) -> String {
-    let output = host.command("sh").args(["-c", script]).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.code, 0, "{script}: {said}{errors}");
-    said.trim().to_owned()
+    host.shell(script).unwrap()
 }
 
 /// Compiles the program that reports like systemd, to run in the guest.

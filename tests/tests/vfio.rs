@@ -62,10 +62,7 @@ fn rig() -> MutexGuard<'static, Rig> {
 }
 
 fn run(host: &Host, script: &str) -> String {
-    let out = host.run(script).unwrap();
-    let text = String::from_utf8_lossy(&out.stdout).into_owned();
-    assert_eq!(out.code, 0, "{script}: {text}{}", String::from_utf8_lossy(&out.stderr));
-    text
+    host.shell(script).unwrap()
 }
 
 /// What our own message tells people to do.

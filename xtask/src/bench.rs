@@ -113,6 +113,18 @@ struct Side {
     display: bool,
 }
 
+impl Side {
+    fn new(
+        name: &'static str,
+        guest: &Guest,
+        command: String,
+        processes: &'static str,
+        display: bool,
+    ) -> Self {
+        Self { name, guest: guest.clone(), command, processes, display }
+    }
+}
+
 /// What one run showed.
 struct Run {
     seconds: f64,
@@ -165,13 +177,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 
 /// Those without a display, with `guest`.
 fn plain_sides(vmm: &str, guest: &Guest) -> Vec<Side> {
-    let side = |name, command, processes| Side {
-        name,
-        guest: guest.clone(),
-        command,
-        processes,
-        display: false,
-    };
+    let side = |name, command, processes| Side::new(name, guest, command, processes, false);
     vec![
         side("drago", drago(vmm, guest), "drago-vmm"),
         side("qemu q35", qemu("q35", guest), "qemu-system-x86_64"),
@@ -187,13 +193,7 @@ fn plain_sides(vmm: &str, guest: &Guest) -> Vec<Side> {
 
 /// Those with one, with `guest`.
 fn display_sides(vmm: &str, guest: &Guest) -> Vec<Side> {
-    let side = |name, command, processes| Side {
-        name,
-        guest: guest.clone(),
-        command,
-        processes,
-        display: true,
-    };
+    let side = |name, command, processes| Side::new(name, guest, command, processes, true);
     vec![
         side(
             "drago + display",
@@ -320,11 +320,16 @@ fn end(child: &mut RemoteChild) -> Result<()> {
 
 /// Proportional set size of the processes, without mappings that are the guest's RAM.
 fn memory(host: &Testbed, side: &Side) -> Result<f64> {
-    let ram_kib = side.guest.memory_mib * 1024 / 2;
+    let pids = format!("$(for p in {}; do pidof $p; done)", side.processes);
+    pss_mib(host, &pids, side.guest.memory_mib)
+}
+
+/// The same of the processes with these numbers, in the shell's words, in MiB.
+pub(crate) fn pss_mib(host: &Testbed, pids: &str, ram_mib: u32) -> Result<f64> {
+    let ram_kib = ram_mib * 1024 / 2;
     let script = format!(
-        "cat $(for p in {}; do for i in $(pidof $p); do echo /proc/$i/smaps; done; done) | \
-         awk '/^Size:/ {{ size = $2 }} /^Pss:/ {{ if (size < {ram_kib}) sum += $2 }} END {{ print sum }}'",
-        side.processes
+        "for p in {pids}; do cat /proc/$p/smaps; done | \
+         awk '/^Size:/ {{ size = $2 }} /^Pss:/ {{ if (size < {ram_kib}) sum += $2 }} END {{ print sum }}'"
     );
     Ok(number(host, &script)? / 1024.0)
 }

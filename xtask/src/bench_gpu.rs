@@ -160,10 +160,11 @@ fn glmark2(scene: &str, seconds: u32) -> Result<f64> {
     fps.with_context(|| format!("glmark2 did not draw {scene}:\n{text}"))
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+/// The middle one, or the mean of the two in the middle; `None` of no values.
+pub(crate) fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
-    let at = |index: usize| values.get(index).copied().unwrap_or(0.0);
-    (at(values.len() / 2) + at(values.len().saturating_sub(1) / 2)) / 2.0
+    let last = values.len().checked_sub(1)?;
+    Some(f64::midpoint(*values.get(values.len() / 2)?, *values.get(last / 2)?))
 }
 
 fn build() -> Result<PathBuf> {
@@ -207,6 +208,7 @@ pub(crate) fn run(rounds: usize) -> Result<Value> {
         let ratios = (0..SCENES.len()).map(|scene| {
             let (of, against) = (&seen[&(scene, of)], &seen[&(scene, against)]);
             median(of.iter().zip(against).map(|(a, b)| what(a) / what(b)).collect())
+                .unwrap_or_default()
         });
         let ratios: Vec<f64> = ratios.collect();
         100.0 * ratios.iter().map(|ratio| ratio.ln()).sum::<f64>().div(ratios.len() as f64).exp()
@@ -216,9 +218,9 @@ pub(crate) fn run(rounds: usize) -> Result<Value> {
         let mut figures = serde_json::Map::new();
         for side in sides {
             let all = &seen[&(number, side)];
-            let fps = median(all.iter().map(|one| one.fps).collect());
-            let cpu_ms = median(all.iter().map(|one| one.cpu_ms).collect());
-            let viewed = median(all.iter().map(|one| one.viewed).collect());
+            let fps = median(all.iter().map(|one| one.fps).collect()).unwrap_or_default();
+            let cpu_ms = median(all.iter().map(|one| one.cpu_ms).collect()).unwrap_or_default();
+            let viewed = median(all.iter().map(|one| one.viewed).collect()).unwrap_or_default();
             note(format_args!(
                 "{scene:<24} {side:?}: {fps:>5.0} fps, {cpu_ms:>6.2} ms CPU a frame, {viewed:.0} viewed"
             ));

@@ -21,14 +21,14 @@ use drago_tests::{
     cpio::Archive,
     debian::Release,
     guest::{DEBIAN, Guest, Nixos, Shape, Store},
-    modules::ModuleTree,
+    modules::{self, ModuleTree},
     paths,
     progress::{note, step},
     testbed::{Options, RemoteChild, Stream, Testbed},
 };
 use serde_json::{Value, json};
 
-use crate::build;
+use crate::{bench::pss_mib, bench_gpu::median, build};
 
 const PATIENCE: Duration = Duration::from_secs(240);
 const PROMPT: &str = "minimal# ";
@@ -177,14 +177,8 @@ fn guest(folder: &Path) -> Result<Guest> {
     let mut archive = Archive::new(std::fs::read(&minimal.initrd)?);
     archive.dir("bench")?;
     archive.file("bench/run", 0o755, SCRIPT.replace("DEBIAN", DEBIAN).as_bytes())?;
-    let mut order = String::new();
-    for module in
-        ModuleTree::open(&kernel.root, &kernel.version)?.closure(&["crc32c_generic", "erofs"])?
-    {
-        archive.file(&format!("bench/{}", module.file_name), 0o644, &module.object)?;
-        order.push_str(&format!("{}\n", module.file_name));
-    }
-    archive.file("bench/order", 0o644, order.as_bytes())?;
+    let tree = ModuleTree::open(&kernel.root, &kernel.version)?;
+    modules::pack(&mut archive, "bench", &tree.closure(&["crc32c_generic", "erofs"])?)?;
     let initrd = folder.join("io.cpio");
     std::fs::write(&initrd, archive.finish()?)?;
     Ok(Guest { initrd, cmdline: "console=ttyS0 mitigations=off quiet".to_owned(), ..minimal })
@@ -211,25 +205,11 @@ struct Machine<'a> {
 /// What was measured: of each figure ours and QEMU's.
 type Seen = BTreeMap<String, [Vec<f64>; 2]>;
 
-/// Runs a script in the test host.
-fn shell(host: &Testbed, script: &str) -> Result<String> {
-    let out = host.command("sh").args(["-c", script]).output()?;
-    let said = String::from_utf8_lossy(&out.stdout).trim().to_owned();
-    ensure!(out.code == 0, "{script}: {said}{}", String::from_utf8_lossy(&out.stderr));
-    Ok(said)
-}
-
 impl Machine<'_> {
     /// Runs a command in the guest.
     fn guest(&mut self, command: &str) -> Result<String> {
-        let mark = self.serial.mark();
-        // The quotes keep the markers out of the echo of the line.
-        let line = format!("echo 'BE''GIN'; {command}; echo 'E''ND'\n");
-        self.child.stdin().write_all(line.as_bytes())?;
-        let said = self.serial.wait_for(mark, "END", PATIENCE);
-        let said = said.with_context(|| format!("standard error: {}", self.log.since(0)))?;
-        let said = said.rsplit_once("BEGIN").map_or(said.as_str(), |(_, rest)| rest);
-        Ok(said.trim_end_matches("END").trim().replace('\r', ""))
+        let said = self.serial.shell(&mut self.child.stdin(), command, PATIENCE);
+        said.with_context(|| format!("standard error: {}", self.log.since(0)))
     }
 
     /// A command that says which process it is.
@@ -243,7 +223,7 @@ impl Machine<'_> {
             "p=$({}); cat /sys/kernel/debug/kvm/$p-*/exits 2>/dev/null || echo 0; cat /proc/$p/stat",
             self.process()
         );
-        let said = shell(self.host, &script)?;
+        let said = self.host.shell(&script)?;
         let mut lines = said.lines();
         let exits: f64 = lines.next().unwrap_or_default().parse()?;
         let stat = lines.next().and_then(|line| line.rsplit_once(')')).context("no process")?.1;
@@ -256,13 +236,7 @@ impl Machine<'_> {
 
     /// Proportional set size without mappings that are the guest's RAM, in MiB.
     fn memory(&self) -> Result<f64> {
-        let script = format!(
-            "cat /proc/$({})/smaps | awk '/^Size:/ {{ size = $2 }} \
-             /^Pss:/ {{ if (size < {}) sum += $2 }} END {{ print sum }}'",
-            self.process(),
-            MEMORY_MIB * 1024 / 2
-        );
-        Ok(shell(self.host, &script)?.parse::<f64>()? / 1024.0)
+        pss_mib(self.host, &format!("$({})", self.process()), MEMORY_MIB)
     }
 
     /// One figure.
@@ -384,7 +358,7 @@ impl Bench {
             machine.child.stdin().write_all(b"poweroff -f\n")?;
             machine.child.wait_timeout(PATIENCE)?;
         }
-        shell(&self.host, "pkill -x passt; pkill -x virtiofsd; true")?;
+        self.host.shell("pkill -x passt; pkill -x virtiofsd; true")?;
         Ok(())
     }
 
@@ -420,8 +394,7 @@ impl Bench {
                     .to_owned(),
             )
         };
-        let said = shell(
-            &self.host,
+        let said = self.host.shell(
             &format!(
                 "cd /run/b; rm -f notify ready; \
                  ({listen} & echo $! >listener; wait) | grep -a -q -m1 READY=1 && date +%s%N >ready & \
@@ -451,16 +424,6 @@ impl Bench {
     }
 }
 
-fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => f64::NAN,
-        odd if odd % 2 == 1 => values[odd / 2],
-        even => f64::midpoint(values[even / 2 - 1], values[even / 2]),
-    }
-}
-
 fn load() -> String {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split(' ').next().unwrap_or_default().to_owned()
@@ -479,7 +442,7 @@ pub(crate) fn run(rounds: usize, cpus: u32, parts: &[Part]) -> Result<Value> {
     let nixos_initrd = nixos.initrd(&shape, &folder)?;
     let guest = guest(&folder)?;
     let host = Testbed::boot(&Options::new(build::agent()?))?;
-    shell(&host, PREPARE)?;
+    host.shell(PREPARE)?;
     let vmm = vmm.display().to_string();
     let bench = Bench { host, guest, nixos, nixos_initrd, vmm, cpus };
     let mut seen = Seen::new();
@@ -500,7 +463,8 @@ pub(crate) fn run(rounds: usize, cpus: u32, parts: &[Part]) -> Result<Value> {
     let mut rows = serde_json::Map::new();
     note(format_args!("{:<32} {:>10} {:>10} {:>7}", "", "drago-vmm", "QEMU", "ratio"));
     for (name, [ours, theirs]) in &seen {
-        let (mine, other) = (median(ours), median(theirs));
+        let middle = |values: &[f64]| median(values.to_vec()).unwrap_or(f64::NAN);
+        let (mine, other) = (middle(ours), middle(theirs));
         let ratio = if more_is_better(name) { mine / other } else { other / mine };
         note(format_args!("{name:<32} {mine:>10.1} {other:>10.1} {ratio:>7.2}"));
         rows.insert(

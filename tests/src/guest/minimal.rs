@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use super::{Guest, recipe_text};
 use crate::cpio::Archive;
 use crate::debian::{self, Kernel, Release};
-use crate::modules::ModuleTree;
+use crate::modules::{self, ModuleTree};
 use crate::{paths, progress};
 
 /// `virtio_pci` is built in; so are fbcon and the console on DRM.
@@ -50,7 +50,7 @@ pub(crate) fn guest() -> Result<Guest> {
 
 fn build(kernel: &Kernel, busybox: &Path, recipe: &Path, path: &Path) -> Result<()> {
     let tree = ModuleTree::open(&kernel.root, &kernel.version)?;
-    let modules = tree.closure(&tree.existing(MODULES))?;
+    let drivers = tree.closure(&tree.existing(MODULES))?;
     let read = |path: &Path| {
         std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
     };
@@ -65,12 +65,7 @@ fn build(kernel: &Kernel, busybox: &Path, recipe: &Path, path: &Path) -> Result<
     archive.file("etc/shell", 0o755, &read(&recipe.join("shell"))?)?;
     archive.file("etc/udhcpc.sh", 0o755, &read(&recipe.join("udhcpc.sh"))?)?;
     archive.file("etc/passwd", 0o644, b"root::0:0:root:/root:/bin/sh\n")?;
-    let mut order = String::new();
-    for module in &modules {
-        archive.file(&format!("modules/{}", module.file_name), 0o644, &module.object)?;
-        order.push_str(&format!("{}\n", module.file_name));
-    }
-    archive.file("modules/order", 0o644, order.as_bytes())?;
+    modules::pack(&mut archive, "modules", &drivers)?;
     let fresh = path.with_extension(format!("tmp{}", std::process::id()));
     std::fs::write(&fresh, archive.finish()?)?;
     std::fs::rename(&fresh, path)?;

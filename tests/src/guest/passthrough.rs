@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use super::Guest;
 use crate::cpio::Archive;
 use crate::debian::{self, Kernel, Release};
-use crate::modules::ModuleTree;
+use crate::modules::{self, ModuleTree};
 use crate::{paths, progress};
 
 const MODULES: &[&str] = &["nvme", "e1000e"];
@@ -31,12 +31,8 @@ fn build(minimal: &Guest, kernel: &Kernel, path: &Path) -> Result<()> {
         .with_context(|| format!("cannot read {}", minimal.initrd.display()))?;
     let mut archive = Archive::new(first);
     archive.dir("passthrough")?;
-    let mut order = String::new();
-    for module in ModuleTree::open(&kernel.root, &kernel.version)?.closure(MODULES)? {
-        archive.file(&format!("passthrough/{}", module.file_name), 0o644, &module.object)?;
-        order.push_str(&format!("{}\n", module.file_name));
-    }
-    archive.file("passthrough/order", 0o644, order.as_bytes())?;
+    let tree = ModuleTree::open(&kernel.root, &kernel.version)?;
+    modules::pack(&mut archive, "passthrough", &tree.closure(MODULES)?)?;
     let fresh = path.with_extension(format!("tmp{}", std::process::id()));
     std::fs::write(&fresh, archive.finish()?)?;
     std::fs::rename(&fresh, path)?;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use super::Guest;
 use crate::cpio::Archive;
 use crate::debian::{self, Kernel, Release};
-use crate::modules::ModuleTree;
+use crate::modules::{self, ModuleTree};
 use crate::{paths, progress};
 
 /// aplay (which is arecord, too), what it is linked with, and ALSA's configuration.
@@ -72,12 +72,7 @@ fn build(minimal: &Guest, kernel: &Kernel, roots: &[impl AsRef<Path>], path: &Pa
         archive.file(&file, 0o644, &find(roots, &file)?)?;
     }
     let tree = ModuleTree::open(&kernel.root, &kernel.version)?;
-    let mut order = String::new();
-    for module in tree.closure(&["virtio_snd"])? {
-        archive.file(&format!("sound/{}", module.file_name), 0o644, &module.object)?;
-        order.push_str(&format!("{}\n", module.file_name));
-    }
-    archive.file("sound/order", 0o644, order.as_bytes())?;
+    modules::pack(&mut archive, "sound", &tree.closure(&["virtio_snd"])?)?;
     let fresh = path.with_extension(format!("tmp{}", std::process::id()));
     std::fs::write(&fresh, archive.finish()?)?;
     std::fs::rename(&fresh, path)?;

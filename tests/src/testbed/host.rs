@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdout, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::image;
 use super::proto::{AGENT_PORT, FAILED, READY, Request};
@@ -188,6 +188,17 @@ impl Testbed {
     /// A program to run inside. It starts in the caller's working directory, with a plain environment.
     pub fn command(&self, program: impl Into<String>) -> RemoteCommand {
         RemoteCommand::new(self.agent_port, self.token.clone(), program.into())
+    }
+
+    /// Runs a shell script inside; what it printed, without white space around it.
+    ///
+    /// # Errors
+    /// If it does not end with 0; the text has what it printed.
+    pub fn shell(&self, script: &str) -> Result<String> {
+        let out = self.command("sh").args(["-c", script]).output()?;
+        let said = String::from_utf8_lossy(&out.stdout).trim().to_owned();
+        ensure!(out.code == 0, "{script}: {said}{}", String::from_utf8_lossy(&out.stderr));
+        Ok(said)
     }
 
     /// The port on this machine's 127.0.0.1 that leads to a port inside.

@@ -13,7 +13,10 @@ use kvm_ioctls::{Kvm, VcpuExit, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::node::Node;
-use crate::{kvm, sys};
+use crate::{
+    kvm::{self, uninterrupted},
+    sys,
+};
 use devices::GuestMemory;
 
 /// Iterations of the two-instruction loop that is timed: 0.2 s where kernels are interpreted,
@@ -162,18 +165,6 @@ fn time_loop(kvm: &Kvm) -> Result<Duration, Unusable> {
     let vm = uninterrupted(|| kvm.create_vm());
     let vm = vm.map_err(|errno| Unusable::Create(errno.errno()))?;
     time_guest(&vm).map_err(|error| Unusable::Guest(error.to_string()))
-}
-
-/// Something for the process in the middle of a slow call, be it no signal of ours, is no failure.
-fn uninterrupted<T>(
-    mut call: impl FnMut() -> Result<T, kvm_ioctls::Error>,
-) -> Result<T, kvm_ioctls::Error> {
-    loop {
-        match call() {
-            Err(errno) if matches!(errno.errno(), libc::EINTR | libc::EAGAIN) => {}
-            other => return other,
-        }
-    }
 }
 
 fn time_guest(vm: &VmFd) -> Result<Duration, Box<dyn std::error::Error>> {

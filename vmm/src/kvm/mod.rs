@@ -96,16 +96,22 @@ pub fn has_tsc_deadline(kvm: &Kvm) -> bool {
     kvm.check_extension(Cap::TscDeadlineTimer)
 }
 
+/// Something for the process in the middle of a slow call, be it no signal of ours, is no failure.
+pub(crate) fn uninterrupted<T>(
+    mut request: impl FnMut() -> Result<T, kvm_ioctls::Error>,
+) -> Result<T, kvm_ioctls::Error> {
+    loop {
+        match request() {
+            Err(errno) if errno.errno() == libc::EINTR => {}
+            other => return other,
+        }
+    }
+}
+
 /// Creates a virtual machine with interrupt controllers; a timer chip only where the processors
 /// have no TSC deadline timer. Returns whether there is one.
 pub fn create_vm(kvm: &Kvm) -> Result<(VmFd, bool), Error> {
-    let vm = loop {
-        match kvm.create_vm() {
-            // A signal arriving in the middle of a slow creation is no failure.
-            Err(errno) if errno.errno() == libc::EINTR => {}
-            other => break other.map_err(call("create a virtual machine"))?,
-        }
-    };
+    let vm = uninterrupted(|| kvm.create_vm()).map_err(call("create a virtual machine"))?;
     if kvm.check_extension(Cap::SetIdentityMapAddr) {
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(call("place its identity map"))?;

@@ -181,7 +181,6 @@ impl State {
         // Of that size, with memory of ours.
         self.set_size(id, size);
         let Some(target) = self.scanouts.get_mut(id as usize) else { return };
-        target.dmabuf = None;
         if target.size.is_none() {
             return;
         }
@@ -199,13 +198,6 @@ impl State {
                     );
                 }
             }
-        }
-    }
-
-    /// The picture is in no dmabuf any more.
-    pub(super) fn forget_dmabuf(&mut self, id: u32) {
-        if let Some(scanout) = self.scanouts.get_mut(id as usize) {
-            scanout.dmabuf = None;
         }
     }
 

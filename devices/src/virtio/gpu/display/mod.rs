@@ -347,8 +347,6 @@ impl Display {
             FromBackEnd::Scanout { scanout, width, height } => {
                 let size = (width > 0 && height > 0).then_some((width, height));
                 state.set_size(scanout, size);
-                // Also where it is as large as the one before.
-                state.forget_dmabuf(scanout);
             }
             FromBackEnd::Update { scanout, rect, pixels } => state.update(scanout, rect, pixels),
             FromBackEnd::Frame(frame) => state.frame(&frame, &self.this),

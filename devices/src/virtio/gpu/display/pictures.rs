@@ -39,10 +39,11 @@ impl State {
         // The picture of a new back end that takes over: nothing changes but the memory.
         let taken_over = std::mem::take(&mut scanout.stale) && size.is_some();
         let same = scanout.size == size;
+        // Also where the next picture is as large: it comes in another way.
+        scanout.dmabuf = None;
         if same && !taken_over {
             return;
         }
-        scanout.dmabuf = None;
         scanout.size = size;
         scanout.slots = None;
         scanout.newest = None;
@@ -116,7 +117,11 @@ impl State {
             let Some((width, height)) = scanout.size.filter(|_| scanout.full) else { continue };
             let frame = match (&scanout.shadow, &scanout.slots, scanout.newest) {
                 (Some(shadow), _, _) => {
-                    scanout.read_dmabuf(Rect::of_size(width, height));
+                    let is_new = scanout.read_dmabuf(Rect::of_size(width, height));
+                    if scanout.dmabuf.is_some() && !is_new {
+                        // With its next update, then all of it.
+                        continue;
+                    }
                     scanout.sequence = scanout.sequence.wrapping_add(1);
                     Frame::over_shadow(shadow.clone(), (width, height), scanout.sequence)
                 }
