@@ -69,6 +69,11 @@ impl TestInterrupt {
         self.broken.load(Ordering::SeqCst)
     }
 
+    /// Whether there was an interrupt of a queue since the last call.
+    pub(crate) fn take_used(&self, queue: usize) -> bool {
+        self.queues[queue].read().is_ok()
+    }
+
     /// Waits for a configuration change, or for the device to give up.
     pub(crate) fn wait_config_change(&self) {
         wait_readable(&self.config, "a configuration change");
@@ -183,6 +188,23 @@ impl DriverQueue {
         };
         if wanted {
             self.kick.write(1).unwrap();
+        }
+    }
+
+    /// What another thread can make `head` available with, again and again, without looking at what
+    /// becomes of it: as only a driver does that wants to keep the device busy.
+    pub(crate) fn flood(&self, head: u16) -> impl FnMut() + Send + use<> {
+        let (memory, kick) = (self.memory.clone(), self.kick.try_clone().unwrap());
+        let (avail, used, size) = (self.avail, self.used, self.size);
+        for slot in 0..u64::from(size) {
+            memory.write_obj(head.to_le(), GuestAddress(avail + 4 + 2 * slot)).unwrap();
+        }
+        move || {
+            // As far ahead of the device as may be.
+            let done: u16 = memory.load(GuestAddress(used + 2), Ordering::Acquire).unwrap();
+            let next = u16::from_le(done).wrapping_add(size);
+            memory.store(next.to_le(), GuestAddress(avail + 2), Ordering::Release).unwrap();
+            kick.write(1).unwrap();
         }
     }
 

@@ -3,7 +3,7 @@
 use std::{
     io::{self, ErrorKind, Read, Write},
     os::{
-        fd::{AsRawFd, RawFd},
+        fd::{AsFd, AsRawFd, RawFd},
         unix::net::UnixStream,
     },
     sync::{
@@ -22,11 +22,18 @@ use super::{
 };
 use crate::virtio::VirtioInterrupt;
 
+/// A received packet, virtio header included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Packet {
+    pub(super) length: usize,
+    /// So many bytes are in the driver's buffers; the others are in the buffer for spills.
+    pub(super) placed: usize,
+}
+
 /// What became of an attempt to receive.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Received {
-    /// A packet of this length, virtio header included.
-    Packet(usize),
+    Packet(Packet),
     /// Nothing there at the moment.
     Empty,
     /// The peer is gone.
@@ -68,19 +75,20 @@ impl Backend {
         }
     }
 
-    /// Receives a packet, with a virtio header in front.
-    pub(super) fn receive(&mut self, packet: &mut [u8]) -> Received {
+    /// Receives a packet, with a virtio header in front: into `pieces`, or what does not fit there into
+    /// `spill`, which has room for the largest packet.
+    pub(super) fn receive(&mut self, pieces: &mut Pieces, spill: &mut [u8]) -> Received {
         match self {
-            Self::Tap(tap) => match tap.receive(packet) {
-                Ok(length) if length >= HEADER + MIN_FRAME => Received::Packet(length),
+            Self::Tap(tap) => match tap.receive(pieces, spill) {
+                Ok(packet) if packet.length >= HEADER + MIN_FRAME => Received::Packet(packet),
                 // EIO while the interface is down; the descriptor stays usable.
                 Ok(_) | Err(_) => Received::Empty,
             },
-            Self::Stream(stream) => stream.receive(packet),
+            Self::Stream(stream) => stream.receive(pieces, spill),
         }
     }
 
-    /// Sends what is left of the last packet; `true` if something is left still.
+    /// Sends what was kept back; `true` if something is left still.
     pub(super) fn has_unsent(&mut self) -> bool {
         match self {
             Self::Tap(_) => false,
@@ -88,21 +96,9 @@ impl Backend {
         }
     }
 
-    /// Whether [`transmit_pieces`](Self::transmit_pieces) is possible.
-    pub(super) fn takes_pieces(&self) -> bool {
-        matches!(self, Self::Tap(tap) if tap.takes_pieces())
-    }
-
-    /// Sends a packet that has a virtio header, without a copy of it.
-    pub(super) fn transmit_pieces(&mut self, pieces: &Pieces) -> Sent {
-        match self {
-            Self::Tap(tap) => sent(tap.transmit_pieces(pieces)),
-            Self::Stream(_) => Sent::Done,
-        }
-    }
-
-    /// Sends a packet that has a virtio header.
-    pub(super) fn transmit(&mut self, packet: &[u8]) -> Sent {
+    /// Sends a packet that has a virtio header. It may be kept back until
+    /// [`has_unsent`](Self::has_unsent).
+    pub(super) fn transmit(&mut self, packet: &mut Pieces) -> Sent {
         match self {
             Self::Tap(tap) => sent(tap.transmit(packet)),
             Self::Stream(stream) => stream.transmit(packet),
@@ -113,7 +109,9 @@ impl Backend {
 /// What the interface made of a packet.
 fn sent(result: io::Result<()>) -> Sent {
     match result {
-        Err(error) if error.kind() == ErrorKind::WouldBlock => Sent::Full,
+        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+            Sent::Full
+        }
         // The interface is down, or the header makes no sense: a lost packet.
         Ok(()) | Err(_) => Sent::Done,
     }
@@ -125,9 +123,14 @@ pub(super) struct Stream {
     link: Arc<Link>,
     socket: Option<UnixStream>,
     decoder: FrameDecoder,
-    /// The rest of a frame that was sent in part.
+    /// Frames to be sent together, or the rest of what was sent in part.
     unsent: Vec<u8>,
 }
+
+/// Frames up to this length are collected: copying one costs less than a call and waking the peer for it.
+const COLLECTED: usize = 8 << 10;
+/// What is sent in one call then.
+const COLLECTION: usize = 64 << 10;
 
 impl Stream {
     pub(super) fn new(link: Arc<Link>) -> Self {
@@ -143,16 +146,21 @@ impl Stream {
         true
     }
 
-    fn receive(&mut self, packet: &mut [u8]) -> Received {
+    fn receive(&mut self, pieces: &mut Pieces, spill: &mut [u8]) -> Received {
         let Some(socket) = &mut self.socket else { return Received::Empty };
         loop {
             match self.decoder.next_frame() {
                 Ok(Some(frame)) if frame.len() < MIN_FRAME => continue,
                 Ok(Some(frame)) => {
                     let length = HEADER + frame.len();
-                    packet[..HEADER].fill(0);
-                    packet[HEADER..length].copy_from_slice(frame);
-                    return Received::Packet(length);
+                    if length <= pieces.len() {
+                        pieces.store(0, &[0; HEADER]);
+                        pieces.store(HEADER, frame);
+                        return Received::Packet(Packet { length, placed: length });
+                    }
+                    spill[..HEADER].fill(0);
+                    spill[HEADER..length].copy_from_slice(frame);
+                    return Received::Packet(Packet { length, placed: 0 });
                 }
                 Ok(None) => {}
                 Err(error) => {
@@ -170,24 +178,35 @@ impl Stream {
         }
     }
 
-    fn transmit(&mut self, packet: &[u8]) -> Sent {
+    fn transmit(&mut self, packet: &mut Pieces) -> Sent {
         // Without a peer the cable is unplugged; a new one may not have been noticed yet.
         if self.socket.is_none() {
             self.reconnect();
         }
         let Some(socket) = &mut self.socket else { return Sent::Done };
-        if !flush(socket, &mut self.unsent) {
+        let length = packet.len().saturating_sub(HEADER);
+        let announced = (length as u32).to_be_bytes();
+        let collect = length <= COLLECTED;
+        if (!collect || self.unsent.len() >= COLLECTION) && !flush(socket, &mut self.unsent) {
             return Sent::Full;
         }
-        let frame = packet.get(HEADER..).unwrap_or_default();
-        self.unsent.reserve(LENGTH + frame.len());
-        self.unsent.extend_from_slice(&(frame.len() as u32).to_be_bytes());
-        self.unsent.extend_from_slice(frame);
-        flush(socket, &mut self.unsent);
-        Sent::Done
+        if collect {
+            self.unsent.extend_from_slice(&announced);
+            packet.append_to(&mut self.unsent, HEADER);
+            return Sent::Done;
+        }
+        match packet.write(socket.as_fd(), &announced, HEADER) {
+            Ok(count) => {
+                // The peer has the start of the frame: it must get the rest, whatever the driver does.
+                self.unsent.extend_from_slice(announced.get(count..).unwrap_or_default());
+                packet.append_to(&mut self.unsent, HEADER + count.saturating_sub(LENGTH));
+                Sent::Done
+            }
+            Err(error) => sent(Err(error)),
+        }
     }
 
-    /// Sends what is left of the last frame; `false` if that is not possible yet.
+    /// Sends what was kept back; `false` if that is not possible yet.
     fn flush(&mut self) -> bool {
         self.socket.as_mut().is_none_or(|socket| flush(socket, &mut self.unsent))
     }

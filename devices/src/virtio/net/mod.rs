@@ -6,15 +6,17 @@
 //! | [`mac`] | hardware addresses and their stable defaults |
 //! | [`hostfwd`] | port forwarding rules in QEMU's syntax |
 //! | `backend` | where packets go: a tap interface or a stream socket |
+//! | `buffers` | where received packets go: the driver's buffers |
 //! | `kernel` | queues served by the kernel (vhost-net) |
 //! | `control` | the control queue: how many queues the driver uses |
-//! | `tap`, `sys` | tap interfaces, opened by name or inherited |
+//! | `tap`, `sys` | tap interfaces, opened by name or inherited; packets in guest memory |
 //! | [`stream`] | framing of packets on a stream socket |
 //! | `passt` | user networking: a supervised `passt` process |
 //! | `worker` | the receive and the transmit queue |
 //! | `device` | configuration space and life cycle |
 
 mod backend;
+mod buffers;
 pub mod config;
 mod control;
 mod device;

@@ -1,14 +1,15 @@
 #![allow(unsafe_code, reason = "tap interfaces are driven by ioctls that no safe crate wraps")]
-//! System calls of tap interfaces and of inherited descriptors.
+//! System calls of tap interfaces, of inherited descriptors, and on packets in guest memory.
 
 use std::{
     ffi::c_ulong,
     io,
+    ops::Range,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     sync::Arc,
 };
 
-use vm_memory::{GuestAddress, GuestMemory as _, Permissions};
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _, Permissions};
 
 use crate::GuestMemory;
 
@@ -21,13 +22,17 @@ pub(super) struct TapInfo {
     pub(super) flags: i32,
 }
 
-/// Pieces of guest memory that hold one packet of the driver's.
+/// Pieces of guest memory, in the order of the bytes of one packet or of several.
 #[derive(Default)]
 pub(super) struct Pieces {
     /// Keeps the mapping alive that `list` points into.
     memory: Option<Arc<GuestMemory>>,
     list: Vec<libc::iovec>,
+    /// Where each of them is for the guest.
+    addresses: Vec<GuestAddress>,
     length: usize,
+    /// What one call is given, between calls empty.
+    call: Vec<libc::iovec>,
 }
 
 // SAFETY: the pointers lead into guest memory, which any thread may access and which `memory` keeps
@@ -35,22 +40,29 @@ pub(super) struct Pieces {
 unsafe impl Send for Pieces {}
 
 impl Pieces {
-    /// Pieces that the kernel takes in one call (`UIO_MAXIOV`).
-    const LIMIT: usize = 1024;
+    /// Pieces that the kernel takes in one call (`UIO_MAXIOV`), less one of this process.
+    const LIMIT: usize = 1023;
 
     /// Empties the list for the next packet, keeping its allocation.
     pub(super) fn clear(&mut self, memory: &Arc<GuestMemory>) {
         self.list.clear();
+        self.addresses.clear();
         self.length = 0;
-        self.memory = Some(memory.clone());
+        if self.memory.as_ref().is_none_or(|old| !Arc::ptr_eq(old, memory)) {
+            self.memory = Some(memory.clone());
+        }
     }
 
     /// Appends guest memory; `false` if it is not all there, or there are too many pieces.
-    pub(super) fn push(&mut self, address: GuestAddress, length: usize) -> bool {
+    pub(super) fn push(
+        &mut self,
+        address: GuestAddress,
+        length: usize,
+        access: Permissions,
+    ) -> bool {
         let Some(memory) = &self.memory else { return false };
-        let Ok(slices) = memory.get_slices(address, length, Permissions::Read) else {
-            return false;
-        };
+        let Ok(slices) = memory.get_slices(address, length, access) else { return false };
+        let mut address = address;
         for slice in slices {
             let Ok(slice) = slice else { return false };
             if self.list.len() == Self::LIMIT {
@@ -58,6 +70,8 @@ impl Pieces {
             }
             let iov_base = slice.ptr_guard_mut().as_ptr().cast();
             self.list.push(libc::iovec { iov_base, iov_len: slice.len() });
+            self.addresses.push(address);
+            address = GuestAddress(address.0.wrapping_add(slice.len() as u64));
         }
         self.length += length;
         true
@@ -68,13 +82,98 @@ impl Pieces {
         self.length
     }
 
-    /// Writes all of it in one call, as one packet.
-    pub(super) fn write(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let count = self.list.len() as libc::c_int;
-        // SAFETY: the elements of the list are initialised and describe guest memory of that length,
-        // which `memory` keeps mapped; the kernel only reads it; the descriptor is open.
-        let result = unsafe { libc::writev(fd.as_raw_fd(), self.list.as_ptr(), count) };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Forgets the first `count` pieces.
+    pub(super) fn drop_front(&mut self, count: usize) {
+        let gone = self.list.drain(..count.min(self.addresses.len()));
+        self.length -= gone.map(|piece| piece.iov_len).sum::<usize>();
+        self.addresses.drain(..count.min(self.addresses.len()));
+    }
+
+    /// Writes `first`, then all pieces but their first `skip` bytes, in one call; the bytes that went.
+    pub(super) fn write(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        first: &[u8],
+        skip: usize,
+    ) -> io::Result<usize> {
+        self.call.clear();
+        if !first.is_empty() {
+            let iov_base = first.as_ptr().cast_mut().cast();
+            self.call.push(libc::iovec { iov_base, iov_len: first.len() });
+        }
+        let mut skip = skip;
+        for piece in &self.list {
+            let gone = skip.min(piece.iov_len);
+            skip -= gone;
+            if gone < piece.iov_len {
+                // In bounds: the piece is longer.
+                let iov_base = piece.iov_base.wrapping_byte_add(gone);
+                self.call.push(libc::iovec { iov_base, iov_len: piece.iov_len - gone });
+            }
+        }
+        let count = self.call.len() as libc::c_int;
+        // SAFETY: the elements describe `first` and guest memory of that length, which `memory` keeps
+        // mapped; the kernel only reads it; the descriptor is open.
+        let result = unsafe { libc::writev(fd.as_raw_fd(), self.call.as_ptr(), count) };
+        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Reads one packet into the pieces, and what does not fit into `rest`; its length.
+    pub(super) fn read(&mut self, fd: BorrowedFd<'_>, rest: &mut [u8]) -> io::Result<usize> {
+        self.call.clear();
+        self.call.extend_from_slice(&self.list);
+        let iov_base = rest.as_mut_ptr().cast();
+        self.call.push(libc::iovec { iov_base, iov_len: rest.len() });
+        let count = self.call.len() as libc::c_int;
+        // SAFETY: the elements describe guest memory of that length, which `memory` keeps mapped and to
+        // which no reference exists, and `rest`, which is borrowed for writing; the descriptor is open.
+        let result = unsafe { libc::readv(fd.as_raw_fd(), self.call.as_ptr(), count) };
+        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Copies `bytes` to where byte `offset` is and on; what is behind the last piece is left out.
+    pub(super) fn store(&self, offset: usize, bytes: &[u8]) {
+        self.walk(offset, bytes.len(), |memory, address, range| {
+            memory.write_slice(bytes.get(range).unwrap_or_default(), address).is_ok()
+        });
+    }
+
+    /// Appends the bytes from `offset` on to `target`.
+    pub(super) fn append_to(&self, target: &mut Vec<u8>, offset: usize) {
+        let start = target.len();
+        let wanted = self.length.saturating_sub(offset);
+        target.resize(start + wanted, 0);
+        self.walk(offset, wanted, |memory, address, range| {
+            let range = start + range.start..start + range.end;
+            memory.read_slice(target.get_mut(range).unwrap_or_default(), address).is_ok()
+        });
+    }
+
+    /// Calls `each` for all guest memory of `length` bytes from `offset` on, with the range of these
+    /// bytes.
+    fn walk(
+        &self,
+        offset: usize,
+        length: usize,
+        mut each: impl FnMut(&GuestMemory, GuestAddress, Range<usize>) -> bool,
+    ) {
+        let Some(memory) = &self.memory else { return };
+        let (mut skip, mut done) = (offset, 0);
+        for (piece, address) in self.list.iter().zip(&self.addresses) {
+            let gone = skip.min(piece.iov_len);
+            skip -= gone;
+            let here = (piece.iov_len - gone).min(length - done);
+            let address = GuestAddress(address.0.wrapping_add(gone as u64));
+            if here > 0 && !each(memory, address, done..done + here) {
+                return;
+            }
+            done += here;
+        }
     }
 }
 

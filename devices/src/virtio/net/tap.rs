@@ -2,11 +2,16 @@
 
 use std::{
     fs::File,
-    io::{self, ErrorKind, Read, Write},
+    io::{self, ErrorKind, Read},
     os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
 };
 
-use super::{HEADER, mac::MacAddress, sys};
+use super::{
+    HEADER,
+    backend::Packet,
+    mac::MacAddress,
+    sys::{self, Pieces},
+};
 use crate::virtio::registry::BuildError;
 
 const OPTION: &str = "net";
@@ -184,29 +189,22 @@ impl Tap {
         sys::set_offload(self.file.as_fd(), wanted.fold(0, |flags, (_, flag)| flags | flag))
     }
 
-    /// Receives a packet into `packet`, behind a virtio header; its length, header included.
-    pub(super) fn receive(&self, packet: &mut [u8]) -> io::Result<usize> {
+    /// Receives a packet, behind a virtio header, into `pieces` and what does not fit there into
+    /// `spill`, which has room for the largest packet.
+    pub(super) fn receive(&self, pieces: &mut Pieces, spill: &mut [u8]) -> io::Result<Packet> {
         if self.header {
-            return (&self.file).read(packet);
+            let length = pieces.read(self.file.as_fd(), spill)?;
+            return Ok(Packet { length, placed: length.min(pieces.len()) });
         }
-        packet[..HEADER].fill(0);
-        Ok(HEADER + (&self.file).read(&mut packet[HEADER..])?)
-    }
-
-    /// Whether packets go to the descriptor as the driver has them.
-    pub(super) fn takes_pieces(&self) -> bool {
-        self.header
+        spill[..HEADER].fill(0);
+        let length = HEADER + (&self.file).read(&mut spill[HEADER..])?;
+        Ok(Packet { length, placed: 0 })
     }
 
     /// Sends a packet that has a virtio header, from where the driver has it.
-    pub(super) fn transmit_pieces(&self, pieces: &sys::Pieces) -> io::Result<()> {
-        pieces.write(self.file.as_fd())
-    }
-
-    /// Sends a packet that has a virtio header.
-    pub(super) fn transmit(&self, packet: &[u8]) -> io::Result<()> {
+    pub(super) fn transmit(&self, packet: &mut Pieces) -> io::Result<()> {
         let skip = if self.header { 0 } else { HEADER };
-        (&self.file).write(packet.get(skip..).unwrap_or_default()).map(|_| ())
+        packet.write(self.file.as_fd(), &[], skip).map(|_| ())
     }
 }
 

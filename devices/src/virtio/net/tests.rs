@@ -6,7 +6,10 @@ use std::{
         unix::net::UnixStream,
     },
     process::Command,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use super::{
@@ -157,6 +160,63 @@ fn without_mergeable_buffers_a_packet_takes_one() {
 }
 
 #[test]
+fn more_buffers_than_a_queue_has_are_not_waited_for() {
+    let (mut net, _link, mut peer) = stream_card();
+    let mut driver = Driver::start(&mut net);
+    driver.queues[0].fill(256, 20);
+    write_frame(&mut peer, &frame(9000));
+    assert_eq!(driver.queues[0].wait_used().1, b"", "it can never fit");
+    write_frame(&mut peer, &frame(60));
+    let packet: Vec<u8> = (0..4).flat_map(|_| driver.queues[0].wait_used().1).collect();
+    assert_eq!(packet[HEADER..], frame(60));
+}
+
+#[test]
+fn small_frames_are_sent_together_and_none_is_kept() {
+    let (mut net, _link, mut peer) = stream_card();
+    let mut driver = Driver::start(&mut net);
+    for round in 0..3 {
+        for length in 60..160 {
+            driver.queues[1].add(&[Part::Out(&[0; HEADER]), Part::Out(&frame(length + round))]);
+        }
+        driver.queues[1].add(&[Part::Out(&[0; HEADER]), Part::Out(&frame(30_000))]);
+        driver.queues[1].kick();
+        for length in 60..160 {
+            assert_eq!(read_frame(&mut peer), frame(length + round));
+        }
+        assert_eq!(read_frame(&mut peer), frame(30_000));
+        for _ in 0..101 {
+            driver.queues[1].wait_used();
+        }
+    }
+}
+
+#[test]
+fn a_driver_that_never_pauses_cannot_keep_the_card_from_being_stopped() {
+    let (mut net, _link, mut peer) = stream_card();
+    let mut driver = Driver::start(&mut net);
+    // Too short to be sent, so that nobody has to take it.
+    let head = driver.queues[1].add(&[Part::Out(&[0; HEADER])]);
+    let mut flood = driver.queues[1].flood(head);
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = stop.clone();
+    let flooding = std::thread::spawn(move || {
+        while !stopped.load(Ordering::Relaxed) {
+            flood();
+        }
+    });
+    // The other direction gets its turn.
+    driver.queues[0].fill(8, BUFFER);
+    for length in 100..108 {
+        write_frame(&mut peer, &frame(length));
+        assert_eq!(driver.queues[0].wait_used().1[HEADER..], frame(length));
+    }
+    net.reset();
+    stop.store(true, Ordering::Relaxed);
+    flooding.join().unwrap();
+}
+
+#[test]
 fn the_cable_follows_the_peer() {
     let (mut net, link, peer) = stream_card();
     let status = |net: &Net| {
@@ -176,7 +236,7 @@ fn the_cable_follows_the_peer() {
     link.connect(ours);
     driver.interrupt.wait_config_change();
     assert_eq!(status(&net), 1);
-    driver.queues[0].fill(1, BUFFER);
+    driver.queues[0].fill(2, BUFFER);
     write_frame(&mut peer, &frame(77));
     assert_eq!(driver.queues[0].wait_used().1.len(), HEADER + 77);
     // A peer that breaks the protocol is dropped like one that is gone.
@@ -508,6 +568,28 @@ fn packets_cross_a_tap_interface() {
     listener.send_to(&frame(1000), "192.0.2.2:9").unwrap();
     let packet = guest.wait_for(|frame| frame[12..14] == [8, 0] && frame[23] == 17);
     assert_eq!(packet[42..], frame(1000));
+
+    // With less room than it needs: the rest follows when there is more.
+    built.device.reset();
+    let mut driver = Driver::start(&mut *built.device);
+    driver.queues[0].fill(3, 128);
+    listener.send_to(&frame(1200), "192.0.2.2:9").unwrap();
+    // An answer on the other queue proves that the card has looked.
+    for _ in 0..2 {
+        send(&mut driver.queues[1], &request);
+        driver.queues[1].wait_used();
+    }
+    driver.queues[0].fill(60, 128);
+    let packet = loop {
+        let mut packet = driver.queues[0].wait_used().1;
+        for _ in 1..packet[10] {
+            packet.extend(driver.queues[0].try_used().expect("all of a packet at once").1);
+        }
+        if packet.len() > HEADER + 1200 {
+            break packet;
+        }
+    };
+    assert_eq!(packet[HEADER + 42..], frame(1200));
 
     // In use, then free again, also as an inherited descriptor.
     let busy = parse("tap=dragotest0").build().unwrap_err().to_string();

@@ -1,7 +1,6 @@
 //! The receive and the transmit queue of the card.
 
 use std::{
-    io::{Read, Write},
     os::fd::{AsRawFd, RawFd},
     sync::{
         Arc,
@@ -10,17 +9,16 @@ use std::{
 };
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use vm_memory::Permissions;
 
 use super::{
-    HEADER, MAX_FRAME, MIN_FRAME, NUM_BUFFERS,
-    backend::{Backend, Link, Received, Sent},
+    HEADER, MAX_FRAME, MIN_FRAME,
+    backend::{Backend, Link, Packet, Received, Sent},
+    buffers::{Buffers, Placed},
     control::Switch,
     sys::Pieces,
 };
-use crate::{
-    GuestMemory,
-    virtio::ring::{Chain, Ring},
-};
+use crate::virtio::ring::{Chain, Ring};
 
 // Event data.
 const RECEIVE: u32 = 0;
@@ -41,23 +39,32 @@ pub(super) struct Counters {
     pub(super) transmit_dropped: AtomicU64,
 }
 
+/// What receiving waits for, other than packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Waiting {
+    Nothing,
+    /// The driver has no buffers; packets stay where they are.
+    Buffers,
+    /// A packet has come that needs more buffers than there are.
+    Placing(Packet),
+}
+
 /// The subscriber of the worker thread.
 pub(super) struct NetWorker {
     backend: Backend,
     receive: Option<Ring>,
     transmit: Option<Ring>,
-    /// VIRTIO_NET_F_MRG_RXBUF: a packet may take several buffers.
-    mergeable: bool,
+    /// For packets to come.
+    buffers: Buffers,
     link: Arc<Link>,
     /// Whether the driver uses this pair of queues.
     switch: Option<Arc<Switch>>,
     counters: Arc<Counters>,
-    /// A received packet, and its length if it still waits for buffers.
-    packet: Box<[u8]>,
-    waiting: Option<usize>,
-    outgoing: Box<[u8]>,
-    /// A packet to be sent from where it is.
-    pieces: Pieces,
+    waiting: Waiting,
+    /// What the driver's buffers had no room for.
+    spill: Box<[u8]>,
+    /// The packet that is being sent.
+    outgoing: Pieces,
     /// The transmit queue waits for the backend.
     blocked: bool,
     /// What is registered for the backend.
@@ -78,14 +85,13 @@ impl NetWorker {
             backend,
             receive,
             transmit,
-            mergeable,
+            buffers: Buffers::new(mergeable),
             link,
             switch,
             counters,
-            packet: vec![0; HEADER + MAX_FRAME].into(),
-            waiting: None,
-            outgoing: vec![0; HEADER + MAX_FRAME].into(),
-            pieces: Pieces::default(),
+            waiting: Waiting::Nothing,
+            spill: vec![0; HEADER + MAX_FRAME].into(),
+            outgoing: Pieces::default(),
             blocked: false,
             watched: None,
         }
@@ -99,88 +105,70 @@ impl NetWorker {
     /// Moves packets from the backend to the driver. Returns `false` if the peer is gone.
     fn receive(&mut self) -> bool {
         let Some(ring) = &mut self.receive else { return true };
-        let mut used = false;
-        let mut open = true;
         for _ in 0..BURST {
-            let length = match self.waiting {
-                Some(length) => length,
-                None => match self.backend.receive(&mut self.packet) {
-                    Received::Packet(length) => length,
-                    Received::Empty => break,
-                    Received::Closed => {
-                        open = false;
+            let packet = match self.waiting {
+                Waiting::Placing(packet) => packet,
+                Waiting::Nothing | Waiting::Buffers => {
+                    if !self.buffers.prepare(ring) {
+                        self.waiting = Waiting::Buffers;
                         break;
                     }
-                },
+                    self.waiting = Waiting::Nothing;
+                    match self.backend.receive(self.buffers.pieces(), &mut self.spill) {
+                        Received::Packet(packet) => packet,
+                        Received::Empty => break,
+                        Received::Closed => return false,
+                    }
+                }
             };
-            self.waiting = None;
-            match place(ring, &mut self.packet[..length], self.mergeable) {
-                Placed::Done => used = true,
+            self.waiting = Waiting::Nothing;
+            match self.buffers.place(ring, packet, &self.spill) {
+                Placed::Done => {}
                 Placed::TooLarge => {
-                    used = true;
                     count(&self.counters.receive_dropped, "larger than the guest's buffers");
                 }
                 Placed::NoBuffers => {
-                    self.waiting = Some(length);
+                    self.waiting = Waiting::Placing(packet);
                     break;
                 }
             }
-        }
-        if used {
+            // With each packet: a driver that sleeps is to work on it while the next one comes.
             ring.notify_driver();
         }
-        open
+        true
     }
 
     /// Moves packets from the driver to the backend.
     fn transmit(&mut self) {
         let Some(ring) = &mut self.transmit else { return };
         self.blocked = false;
-        let mut used = false;
-        loop {
-            ring.disable_kicks();
-            while let Some(chain) = ring.pop() {
-                let memory = ring.memory();
-                let sent = if self.backend.takes_pieces() {
-                    let Some(length) = gather(ring, &chain, &memory, &mut self.pieces) else {
-                        break;
-                    };
-                    (length >= HEADER + MIN_FRAME)
-                        .then(|| self.backend.transmit_pieces(&self.pieces))
-                } else {
-                    let Some(mut reader) = ring.reader(&chain, &memory) else { break };
-                    let length = reader.available_bytes();
-                    if length > self.outgoing.len() {
-                        ring.fail(format_args!("a packet of {length} bytes"));
-                        break;
-                    }
-                    let packet = &mut self.outgoing[..length];
-                    (length >= HEADER + MIN_FRAME && reader.read_exact(packet).is_ok())
-                        .then(|| self.backend.transmit(packet))
-                };
-                if sent.is_none() {
-                    count(&self.counters.transmit_dropped, "shorter than an Ethernet header");
-                } else if sent == Some(Sent::Full) {
-                    ring.put_back();
-                    self.blocked = true;
-                    break;
+        ring.disable_kicks();
+        for _ in 0..BURST {
+            let Some(chain) = ring.pop() else {
+                if ring.enable_kicks() {
+                    continue;
                 }
-                ring.push_used(chain.head_index(), 0);
-                used = true;
+                return;
+            };
+            let Some(length) = gather(ring, &chain, &mut self.outgoing) else { return };
+            if length < HEADER + MIN_FRAME {
+                count(&self.counters.transmit_dropped, "shorter than an Ethernet header");
+            } else if self.backend.transmit(&mut self.outgoing) == Sent::Full {
+                ring.put_back();
+                self.blocked = true;
+                return;
             }
-            if self.blocked || !ring.enable_kicks() {
-                break;
-            }
-        }
-        if used {
+            ring.push_used(chain.head_index(), 0);
+            // With each packet: a driver whose queue is full is to go on as soon as there is room.
             ring.notify_driver();
         }
+        ring.come_back();
     }
 
     /// Watches the backend for what would let something move.
     fn watch(&mut self, ops: &mut EventOps<'_>) {
         let mut events = EventSet::empty();
-        if self.waiting.is_none() && self.receive.is_some() {
+        if self.waiting == Waiting::Nothing && self.receive.is_some() {
             events |= EventSet::IN;
         }
         if self.blocked || self.backend.has_unsent() {
@@ -235,20 +223,15 @@ impl NetWorker {
 }
 
 /// Finds the pieces of a packet of the driver's; its length. `None` after a violation.
-fn gather(
-    ring: &mut Ring,
-    chain: &Chain,
-    memory: &Arc<GuestMemory>,
-    pieces: &mut Pieces,
-) -> Option<usize> {
-    pieces.clear(memory);
+fn gather(ring: &mut Ring, chain: &Chain, pieces: &mut Pieces) -> Option<usize> {
+    pieces.clear(&ring.memory());
     for part in chain.clone().readable() {
         let length = part.len() as usize;
         if pieces.len() + length > HEADER + MAX_FRAME {
             ring.fail(format_args!("a packet of {} bytes or more", pieces.len() + length));
             return None;
         }
-        if length > 0 && !pieces.push(part.addr(), length) {
+        if length > 0 && !pieces.push(part.addr(), length, Permissions::Read) {
             ring.fail("a packet is not in guest memory, or in too many pieces");
             return None;
         }
@@ -261,60 +244,6 @@ fn count(counter: &AtomicU64, reason: &'static str) {
     if counter.fetch_add(1, Ordering::Relaxed) == 0 {
         tracing::warn!(reason, "the network card drops a packet");
     }
-}
-
-/// What became of a received packet.
-enum Placed {
-    Done,
-    /// It does not fit, and took a buffer with it.
-    TooLarge,
-    /// The driver will notify when there are more.
-    NoBuffers,
-}
-
-/// Copies a packet into the driver's buffers.
-fn place(ring: &mut Ring, packet: &mut [u8], mergeable: bool) -> Placed {
-    let memory = ring.memory();
-    let mut buffers = Vec::new();
-    let mut room = 0;
-    while room < packet.len() {
-        let Some(chain) = ring.pop() else {
-            // Before any goes back: the notification is to come with one more than there are now.
-            if ring.enable_kicks() {
-                continue;
-            }
-            for _ in &buffers {
-                ring.put_back();
-            }
-            return Placed::NoBuffers;
-        };
-        let Some(writer) = ring.writer(&chain, &memory) else { return Placed::NoBuffers };
-        let available = writer.available_bytes();
-        if available == 0 || (room == 0 && available < HEADER) {
-            ring.fail("a receive buffer is too small for the packet header");
-            return Placed::NoBuffers;
-        }
-        room += available;
-        buffers.push((chain.head_index(), writer));
-        if !mergeable {
-            break;
-        }
-    }
-    if room < packet.len() {
-        for (head, _) in buffers {
-            ring.push_used(head, 0);
-        }
-        return Placed::TooLarge;
-    }
-    // One buffer each for at least one byte, of at most 64 KiB: it fits, see VIRTIO 1.3 §5.1.6.4.
-    packet[NUM_BUFFERS..HEADER].copy_from_slice(&(buffers.len() as u16).to_le_bytes());
-    let mut rest = &*packet;
-    for (head, mut writer) in buffers {
-        let written = writer.write(rest).unwrap_or_default();
-        rest = rest.get(written..).unwrap_or_default();
-        ring.push_used(head, written as u32);
-    }
-    Placed::Done
 }
 
 impl MutEventSubscriber for NetWorker {
@@ -347,7 +276,7 @@ impl MutEventSubscriber for NetWorker {
                 if let Some(ring) = &self.receive {
                     ring.take_kick();
                 }
-                if self.waiting.is_some() {
+                if self.waiting != Waiting::Nothing {
                     open = self.receive();
                 }
             }
@@ -373,9 +302,11 @@ impl MutEventSubscriber for NetWorker {
                     self.transmit();
                 }
                 let broken = set.intersects(EventSet::HANG_UP | EventSet::ERROR);
-                if broken && (self.waiting.is_some() || matches!(self.backend, Backend::Tap(_))) {
+                if broken
+                    && (self.waiting != Waiting::Nothing || matches!(self.backend, Backend::Tap(_)))
+                {
                     open = false;
-                } else if self.waiting.is_none() {
+                } else if self.waiting == Waiting::Nothing {
                     open = self.receive();
                 }
             }
