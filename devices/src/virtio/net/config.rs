@@ -11,7 +11,7 @@ use super::{
     hostfwd::HostForward,
     kernel::KernelPair,
     mac::MacAddress,
-    passt::{Passt, PasstConfig},
+    passt::{LARGEST_MTU, Passt, PasstConfig},
     tap::Tap,
 };
 use crate::{
@@ -126,7 +126,7 @@ impl NetConfig {
                 let default = || MacAddress::from_seed(&format!("user {number}"));
                 let mac = self.mac.unwrap_or_else(default);
                 let passt = Passt::start(&config, mac, link.clone())?;
-                return Ok(Net::stream(Some(passt), link, mac, self.mtu));
+                return Ok(Net::stream(Some(passt), link, mac, Some(config.mtu)));
             }
         };
         let default = || {
@@ -168,6 +168,7 @@ fn user(spec: &mut Spec, mtu: Option<u16>) -> Result<PasstConfig, SpecError> {
     let host_access = spec.take_switch("host-access")?.unwrap_or(true);
     let ipv6 = spec.take_switch("ipv6")?.unwrap_or(true);
     let program = spec.take_path("passt")?;
+    let mtu = mtu.unwrap_or(LARGEST_MTU);
     Ok(PasstConfig { forwards, host_access, mtu, ipv6, program })
 }
 

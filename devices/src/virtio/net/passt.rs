@@ -41,13 +41,17 @@ const GOOD_RUN: Duration = Duration::from_secs(30);
 /// Longest line of passt's that is logged.
 const LINE_LIMIT: u64 = 512;
 
+/// The largest MTU that passt offers. It passes on what connections carry, not the guest's packets, so
+/// what they are cut into costs only time, and nothing on the host's way out need be as large.
+pub(super) const LARGEST_MTU: u16 = 65_520;
+
 /// What passt is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct PasstConfig {
     pub(super) forwards: Vec<HostForward>,
     /// Whether the guest reaches services on the host's loopback at [`HOST_ADDRESS`].
     pub(super) host_access: bool,
-    pub(super) mtu: Option<u16>,
+    pub(super) mtu: u16,
     pub(super) ipv6: bool,
     /// The program, where it is to be no other one.
     pub(super) program: Option<PathBuf>,
@@ -80,7 +84,7 @@ impl PasstConfig {
         add(&["--foreground", "--quiet", "--mac-addr", HOST_MAC]);
         add(&["--address", &GUEST_ADDRESS.to_string(), "--netmask", "24"]);
         add(&["--gateway", &HOST_ADDRESS.to_string()]);
-        add(&["--mtu", &self.mtu.unwrap_or(1500).to_string()]);
+        add(&["--mtu", &self.mtu.to_string()]);
         if host == HostRoutes::None {
             // passt insists on a template interface. Any one will do, as addresses are given.
             add(&["--interface", "lo"]);
@@ -387,7 +391,7 @@ mod tests {
         let config = PasstConfig {
             forwards: vec!["tcp:127.0.0.1:2223-:22".parse().unwrap(), "udp::5-:6".parse().unwrap()],
             host_access: false,
-            mtu: Some(9000),
+            mtu: 9000,
             ipv6: false,
             program: None,
         };
@@ -405,7 +409,7 @@ mod tests {
         let mut config = PasstConfig {
             forwards: Vec::new(),
             host_access: true,
-            mtu: None,
+            mtu: 1500,
             ipv6: true,
             program: Some("/bin/sh".into()),
         };

@@ -347,7 +347,7 @@ fn passt_config(forward: &str) -> PasstConfig {
     PasstConfig {
         forwards: vec![forward.parse().unwrap()],
         host_access: true,
-        mtu: None,
+        mtu: 1500,
         ipv6: false,
         program: None,
     }
@@ -388,6 +388,13 @@ fn the_guest_gets_an_address_and_a_forwarded_port_from_passt() {
     assert_eq!(dhcp_option(&ack, 3), Some(HOST_ADDRESS.octets().to_vec()));
     assert_eq!(dhcp_option(&ack, 1), Some(vec![255, 255, 255, 0]));
     assert_eq!(dhcp_option(&ack, 26), Some(vec![0x05, 0xdc]));
+
+    // Unless it is told otherwise a card can take what passt can.
+    let user = NetConfig::parse(Spec::parse("net", "user").unwrap()).unwrap().build().unwrap();
+    let mut mtu = [0; 2];
+    user.device.read_config(10, &mut mtu);
+    assert_eq!((user.device.features() >> 3 & 1, u16::from_le_bytes(mtu)), (1, 65_520));
+    drop(user);
 
     // A connection to the forwarded port reaches port 22 of the guest.
     let _client = TcpStream::connect(("127.0.0.1", port)).unwrap();
