@@ -315,30 +315,30 @@ mod tests {
         };
         event(0);
         push(&mut with_event, 1);
-        assert!(interrupt.take_used(0));
+        assert_eq!(interrupt.take_used(0), 1);
         push(&mut with_event, 3);
-        assert!(!interrupt.take_used(0), "it has not asked again");
+        assert_eq!(interrupt.take_used(0), 0, "it has not asked again");
         with_event.notify_driver();
         event(5);
         push(&mut with_event, 1);
-        assert!(!interrupt.take_used(0), "one short of it");
+        assert_eq!(interrupt.take_used(0), 0, "one short of it");
         push(&mut with_event, 4);
-        assert!(interrupt.take_used(0), "in the middle of some");
+        assert_eq!(interrupt.take_used(0), 1, "in the middle of some");
         event(8);
         with_event.notify_driver();
-        assert!(!interrupt.take_used(0), "nothing was used since");
+        assert_eq!(interrupt.take_used(0), 0, "nothing was used since");
         // Across the end of the 16 bits.
         while push(&mut with_event, 8) < u16::MAX - 8 {}
         event(u16::MAX);
         interrupt.take_used(0);
         push(&mut with_event, 8);
-        assert!(interrupt.take_used(0));
+        assert_eq!(interrupt.take_used(0), 1);
 
         let (mut without, memory, interrupt) = ring(false);
         push(&mut without, 1);
-        assert!(interrupt.take_used(0));
+        assert_eq!(interrupt.take_used(0), 1);
         memory.write_obj(AVAIL_NO_INTERRUPT, GuestAddress(AVAIL)).unwrap();
         push(&mut without, 1);
-        assert!(!interrupt.take_used(0), "it said that it does not want any");
+        assert_eq!(interrupt.take_used(0), 0, "it said that it does not want any");
     }
 }

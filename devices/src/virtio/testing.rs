@@ -69,9 +69,9 @@ impl TestInterrupt {
         self.broken.load(Ordering::SeqCst)
     }
 
-    /// Whether there was an interrupt of a queue since the last call.
-    pub(crate) fn take_used(&self, queue: usize) -> bool {
-        self.queues[queue].read().is_ok()
+    /// How many interrupts of a queue there were since the last call.
+    pub(crate) fn take_used(&self, queue: usize) -> u64 {
+        self.queues[queue].read().unwrap_or_default()
     }
 
     /// Waits for a configuration change, or for the device to give up.

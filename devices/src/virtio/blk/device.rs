@@ -31,6 +31,9 @@ const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
 /// Chains served before other events get their turn.
 const BATCH: usize = 64;
+/// The driver hears of requests together, unless they moved so many bytes: then it has work to do while the
+/// next ones are served.
+const NEWS: usize = 128 << 10;
 /// Event data: the driver's notification.
 const KICK: u32 = 0;
 /// Event data: requests came back from the pool.
@@ -163,6 +166,7 @@ impl VirtioDevice for Disk {
             completed: Vec::new(),
             free: Vec::new(),
             in_flight: 0,
+            news: 0,
         };
         let worker = Worker::spawn("blk", worker)
             .map_err(|error| ActivateError::Host("the worker thread", error))?;
@@ -205,6 +209,8 @@ struct DiskWorker {
     /// Requests to be used again.
     free: Vec<Request>,
     in_flight: usize,
+    /// Bytes of completed requests that the driver may not have heard of.
+    news: usize,
 }
 
 impl DiskWorker {
@@ -214,7 +220,7 @@ impl DiskWorker {
             // A driver may offer the same chain again and again; more than a queue full of
             // requests waits for others to complete.
             if self.in_flight >= usize::from(QUEUE_SIZE) {
-                self.ring.notify_driver();
+                self.notify();
                 return;
             }
             let Some(chain) = self.ring.pop() else { break };
@@ -236,16 +242,25 @@ impl DiskWorker {
                 }
             }
         }
-        self.ring.notify_driver();
+        self.notify();
         if self.ring.enable_kicks() {
             self.ring.come_back();
         }
+    }
+
+    fn notify(&mut self) {
+        self.news = 0;
+        self.ring.notify_driver();
     }
 
     fn complete(&mut self, request: Request) {
         match request.finish(&self.memory) {
             Ok(()) => self.ring.push_used(request.head, request.written),
             Err(error) => self.ring.fail(error),
+        }
+        self.news += request.size;
+        if self.news >= NEWS {
+            self.notify();
         }
         self.free.push(request);
     }
@@ -262,7 +277,7 @@ impl DiskWorker {
         if was_full {
             self.serve();
         } else {
-            self.ring.notify_driver();
+            self.notify();
         }
     }
 }

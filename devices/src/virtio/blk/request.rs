@@ -58,6 +58,8 @@ pub(super) struct Request {
     /// Where the operation is on the disk, in bytes.
     offset: u64,
     buffers: GuestBuffers,
+    /// Bytes of data it is about.
+    pub(super) size: usize,
     status: GuestAddress,
     /// Head of its descriptor chain.
     pub(super) head: u16,
@@ -75,6 +77,7 @@ impl Request {
             operation: Operation::Answer(S_IOERR),
             offset: 0,
             buffers: GuestBuffers::default(),
+            size: 0,
             status: GuestAddress(0),
             head: 0,
             written: 0,
@@ -146,6 +149,7 @@ impl Request {
             .checked_add(length as u64 - 1)
             .map(GuestAddress)
             .ok_or(Malformed("the status byte is not in guest memory"))?;
+        self.size = self.buffers.len();
         self.check(image);
         Ok(())
     }

@@ -482,6 +482,31 @@ fn many_requests_at_once_keep_their_data_apart() {
     }
 }
 
+/// A driver that waits for all of a burst of large requests has nothing to do meanwhile.
+#[test]
+fn large_requests_are_reported_one_by_one() {
+    const ROOM: u32 = 256 << 10;
+    let file = image(&pattern(4 * MIB, 14));
+    let mut device = build(file.path(), "");
+    // Without EVENT_IDX, so that each report is an interrupt.
+    let mut driver =
+        Driver::start_with(device.as_mut(), RING_FEATURES & !(1 << 29), guest_memory());
+    for index in 0..8 {
+        let request = header(IN, index * (ROOM as u64 / 512));
+        driver.queues[0].add(&[Part::Out(&request), Part::In(ROOM), Part::In(1)]);
+    }
+    driver.queues[0].kick();
+    let mut interrupts = 0;
+    for _ in 0..8 {
+        while driver.queues[0].try_used().is_none() {
+            std::thread::yield_now();
+        }
+        interrupts += driver.interrupt.take_used(0);
+    }
+    // That of the last one may come after it is seen.
+    assert!(interrupts >= 7, "{interrupts}");
+}
+
 #[test]
 fn a_reset_in_the_middle_leaves_nothing_behind() {
     let file = image(&pattern(MIB, 12));
