@@ -56,6 +56,8 @@ struct Inner {
     generation: u64,
     out: Vec<u8>,
     sent: usize,
+    /// Somebody found no room and is to be told when there is some, whoever makes it.
+    refused: bool,
     /// Descriptors, and with which byte of `out` each goes.
     fds: VecDeque<(usize, OwnedFd)>,
     cursors: [Cursor; MAX_SCANOUTS],
@@ -126,10 +128,13 @@ impl Link {
         self.lock().generation
     }
 
-    /// Whether there is a connection whose socket has taken all that was sent.
+    /// Whether there is a connection whose socket has taken all that was sent. If it has not,
+    /// [`Listener::room`] is called as soon as it has.
     pub fn has_room(&self) -> bool {
-        let inner = self.lock();
-        inner.socket.is_some() && inner.out.is_empty()
+        let mut inner = self.lock();
+        let has_room = inner.socket.is_some() && inner.out.is_empty();
+        inner.refused |= !has_room;
+        has_room
     }
 
     /// Sends a message, at once or by and by. For messages whose number is bounded by design;
@@ -201,7 +206,7 @@ impl Link {
     }
 
     /// Lets the socket's thread look for room again.
-    pub fn wake(&self) {
+    fn wake(&self) {
         // The counter cannot overflow in practice; a full one wakes just as well.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
@@ -246,6 +251,9 @@ impl Link {
             if inner.sent == inner.out.len() {
                 inner.out.clear();
                 inner.sent = 0;
+                if inner.refused {
+                    self.wake();
+                }
             }
         }
     }
@@ -306,25 +314,22 @@ impl Reader {
         let mut buffer = vec![0; 16 * 1024];
         loop {
             let Some(listener) = self.listener.upgrade() else { return Ok(()) };
-            let pending = {
-                let inner = self.link.lock();
+            let (pending, room) = {
+                let mut inner = self.link.lock();
                 if inner.generation != self.generation {
                     return Ok(());
                 }
-                !inner.out.is_empty()
+                let pending = !inner.out.is_empty();
+                (pending, !pending && std::mem::take(&mut inner.refused))
             };
+            if room {
+                listener.room();
+            }
             drop(listener);
             let events = self.wait(pending)?;
             let Some(listener) = self.listener.upgrade() else { return Ok(()) };
             if events.contains(PollFlags::OUT) {
-                let drained = {
-                    let mut inner = self.link.lock();
-                    self.link.flush(&mut inner);
-                    inner.out.is_empty()
-                };
-                if drained {
-                    listener.room();
-                }
+                self.link.flush(&mut self.link.lock());
             }
             if events.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
                 match socket_io::receive(&self.socket, &mut buffer, &mut fds, RecvFlags::DONTWAIT) {
@@ -361,5 +366,55 @@ impl Reader {
             let _ = rustix::io::read(wake, &mut [0; 8]);
         }
         Ok(events)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::Read,
+        sync::mpsc::{Sender, channel},
+    };
+
+    use super::*;
+
+    struct Told(Mutex<Sender<()>>);
+
+    impl Listener for Told {
+        fn message(&self, _: FromFrontEnd, _: Option<OwnedFd>) {}
+        fn room(&self) {
+            let _ = self.0.lock().unwrap().send(());
+        }
+        fn closed(&self, _: u64) {}
+    }
+
+    /// The socket's thread only sees that there is nothing to be sent.
+    #[test]
+    fn who_found_no_room_is_told_of_it_whoever_made_it() {
+        let link = Link::new().unwrap();
+        let (socket, mut front_end) = UnixStream::pair().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let socket = Arc::new(socket);
+        link.lock().socket = Some(socket.clone());
+        let mut sent = 0;
+        while link.has_room() {
+            link.send(&FromBackEnd::GetDisplayInfo);
+            sent += 1;
+        }
+        // The front end reads, and the next message takes the rest along.
+        let mut bytes = vec![0; 12 * (sent - 1)];
+        front_end.read_exact(&mut bytes).unwrap();
+        link.send(&FromBackEnd::GetDisplayInfo);
+        assert!(link.lock().out.is_empty());
+        let (told, heard) = channel();
+        let listener: Arc<dyn Listener> = Arc::new(Told(Mutex::new(told)));
+        let weak = Arc::downgrade(&listener);
+        let reader = Reader { link: link.clone(), socket, listener: weak, generation: 0 };
+        let reader = thread::spawn(move || reader.run());
+        heard.recv().unwrap();
+        assert!(link.has_room());
+        drop(front_end);
+        reader.join().unwrap();
+        assert!(heard.try_recv().is_err(), "once");
     }
 }

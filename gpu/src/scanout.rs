@@ -336,8 +336,7 @@ impl Scanout {
             let pixels = &self.pixels;
             link.send(&FromBackEnd::Update { scanout: id, rect: now, pixels });
         }
-        // The next piece goes when the socket has taken this one.
-        link.wake();
+        // The next piece goes when the socket has taken this one: the link tells us.
     }
 }
 
