@@ -23,6 +23,8 @@ use support::{
 };
 
 const SIZE: (u32, u32) = (640, 480);
+/// The time between two frames.
+const FRAME: Duration = Duration::from_millis(33);
 /// Bytes per second.
 const LINE: u32 = 1_500_000;
 
@@ -55,7 +57,7 @@ fn messages(setup: &Setup, codec: Codec) -> u64 {
     stats.flat_map(|d| &d.codecs).filter(|c| c.codec == codec).map(|c| c.messages).sum()
 }
 
-/// A film that is shown at 30 frames per second.
+/// A film of 30 frames per second.
 struct Film {
     scene: Scene,
     step: u32,
@@ -94,12 +96,20 @@ impl Film {
 
     /// Plays until something is true.
     fn play(&mut self, setup: &Setup, what: &str, mut until: impl FnMut(&Self) -> bool) {
-        let end = Instant::now() + PATIENCE;
+        let (mut due, end) = (Instant::now(), Instant::now() + PATIENCE);
         while !until(self) {
             assert!(Instant::now() < end, "{what} did not happen");
             self.next();
-            setup.show(SIZE, self.last.clone());
-            std::thread::sleep(Duration::from_millis(33));
+            // On a slow machine again, as frames that nobody gets to see: it is a film with the same rate.
+            for _ in 0..8 {
+                setup.show(SIZE, self.last.clone());
+                due += FRAME;
+                if due > Instant::now() {
+                    break;
+                }
+            }
+            due = due.max(Instant::now());
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
         }
     }
 
