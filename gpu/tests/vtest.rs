@@ -12,7 +12,7 @@ use std::{
 
 /// Mesa's client knows no other place.
 const SOCKET: &str = "/tmp/.virgl_test";
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 const SCENES: [&str; 5] = ["build", "texture", "shading:shading=phong", "bump", "shadow"];
 
 struct Bridge(Child);
@@ -68,7 +68,7 @@ fn mesa_draws_through_the_device() {
     }
     // The X server must not draw with virpipe as well: it would be a client of its own.
     let out = Command::new("xvfb-run")
-        .args(["-a", "timeout", "120", "env", "LIBGL_ALWAYS_SOFTWARE=1", "GALLIUM_DRIVER=virpipe"])
+        .args(["-a", "timeout", "600", "env", "LIBGL_ALWAYS_SOFTWARE=1", "GALLIUM_DRIVER=virpipe"])
         .args(["glmark2-es2", "--off-screen", "--validate"])
         .args(SCENES.into_iter().flat_map(|scene| ["-b", scene]))
         .stdin(Stdio::null())

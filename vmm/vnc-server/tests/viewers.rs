@@ -19,7 +19,7 @@ mod xvfb;
 use xvfb::Xvfb;
 
 /// Long enough for the slowest machine; nothing waits so long unless it fails.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A child process that does not outlive the test.
 struct Running(Child);
