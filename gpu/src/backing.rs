@@ -1,56 +1,38 @@
-//! The guest memory behind a resource: a list of pieces, read as if it were one.
+//! The guest memory behind a resource.
 
-use gpu_protocol::virtio::{BackingEntry, Refusal};
+use gpu_protocol::{
+    pieces::Pieces,
+    virtio::{BackingEntry, Refusal},
+};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use crate::GuestMemory;
 
-/// Pieces of guest memory in order. Every piece was inside guest memory when it was attached; reads
-/// check again, because the memory table may have been replaced.
+/// Pieces that were all inside guest memory when they were attached; reads check again, because the
+/// memory table may have been replaced.
 #[derive(Debug)]
-pub struct Backing {
-    entries: Vec<BackingEntry>,
-    /// Offset just behind each entry.
-    ends: Vec<u64>,
-}
+pub struct Backing(Pieces);
 
 impl Backing {
-    /// What one entry costs this process, for the limit on memory.
-    pub const ENTRY_BYTES: u64 = (size_of::<BackingEntry>() + size_of::<u64>()) as u64;
-
     /// Checks the pieces against guest memory.
     pub fn new(entries: Vec<BackingEntry>, memory: &GuestMemory) -> Result<Self, Refusal> {
-        let mut ends = Vec::with_capacity(entries.len());
-        let mut end = 0_u64;
-        for entry in &entries {
-            if !memory.check_range(GuestAddress(entry.address), entry.length as usize) {
-                return Err(Refusal::InvalidParameter);
-            }
-            // At most 16384 pieces of 4 GiB each.
-            end += u64::from(entry.length);
-            ends.push(end);
+        let is_there = |entry: &BackingEntry| {
+            memory.check_range(GuestAddress(entry.address), entry.length as usize)
+        };
+        if !entries.iter().all(is_there) {
+            return Err(Refusal::InvalidParameter);
         }
-        Ok(Self { entries, ends })
+        Ok(Self(Pieces::new(entries)))
     }
 
     /// The pieces.
-    pub fn entries(&self) -> &[BackingEntry] {
-        &self.entries
-    }
-
-    /// Bytes in all pieces together.
-    pub fn len(&self) -> u64 {
-        self.ends.last().copied().unwrap_or(0)
-    }
-
-    /// Whether there is no byte.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+    pub fn pieces(&self) -> &Pieces {
+        &self.0
     }
 
     /// Bytes of this process that the list occupies.
     pub fn cost(&self) -> u64 {
-        self.entries.len() as u64 * Self::ENTRY_BYTES
+        self.0.entries().len() as u64 * Pieces::ENTRY_BYTES
     }
 
     /// Fills `target` from `offset`; the guest may be writing at the same time.
@@ -60,11 +42,12 @@ impl Backing {
         offset: u64,
         mut target: &mut [u8],
     ) -> Result<(), Refusal> {
-        self.for_pieces(offset, target.len(), |address, count| {
+        let read = self.0.for_each(offset, target.len(), |address, count| {
             let (now, later) = std::mem::take(&mut target).split_at_mut(count);
             target = later;
-            memory.read_slice(now, address).map_err(|_| Refusal::InvalidParameter)
-        })
+            memory.read_slice(now, GuestAddress(address)).ok()
+        });
+        read.ok_or(Refusal::InvalidParameter)
     }
 
     /// [`read`](Self::read) to memory that others may read at the same time.
@@ -75,38 +58,15 @@ impl Backing {
         target: &VolatileSlice<'_>,
     ) -> Result<(), Refusal> {
         let mut done = 0;
-        self.for_pieces(offset, target.len(), |address, count| {
-            for slice in memory.get_slices(address, count) {
-                let slice = slice.map_err(|_| Refusal::InvalidParameter)?;
-                let now = target.subslice(done, slice.len());
-                slice.copy_to_volatile_slice(now.map_err(|_| Refusal::InvalidParameter)?);
+        let copied = self.0.for_each(offset, target.len(), |address, count| {
+            for slice in memory.get_slices(GuestAddress(address), count) {
+                let slice = slice.ok()?;
+                slice.copy_to_volatile_slice(target.subslice(done, slice.len()).ok()?);
                 done += slice.len();
             }
-            Ok(())
-        })
-    }
-
-    /// Calls `each` with address and length of the pieces that make up `length` bytes at `offset`.
-    fn for_pieces(
-        &self,
-        mut offset: u64,
-        mut length: usize,
-        mut each: impl FnMut(GuestAddress, usize) -> Result<(), Refusal>,
-    ) -> Result<(), Refusal> {
-        let mut index = self.ends.partition_point(|end| *end <= offset);
-        while length > 0 {
-            let (Some(entry), Some(end)) = (self.entries.get(index), self.ends.get(index)) else {
-                return Err(Refusal::InvalidParameter);
-            };
-            let left = end - offset;
-            let count = length.min(usize::try_from(left).unwrap_or(usize::MAX));
-            let address = entry.address + (u64::from(entry.length) - left);
-            each(GuestAddress(address), count)?;
-            length -= count;
-            offset += count as u64;
-            index += 1;
-        }
-        Ok(())
+            Some(())
+        });
+        copied.ok_or(Refusal::InvalidParameter)
     }
 }
 
@@ -122,7 +82,7 @@ mod tests {
         let piece = |address, length| BackingEntry { address, length };
         let entries = vec![piece(0x2000, 10), piece(0x1000, 0), piece(0x1005, 3), piece(0x3000, 7)];
         let backing = Backing::new(entries, &memory).unwrap();
-        assert_eq!(backing.len(), 20);
+        assert_eq!(backing.pieces().len(), 20);
         let all = [&bytes[0x1000..0x100a], &bytes[5..8], &bytes[0x2000..0x2007]].concat();
         for start in 0..20 {
             for end in start..=20 {

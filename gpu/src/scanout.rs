@@ -3,7 +3,8 @@
 //! With shared memory ([`gpu_protocol::frames`]): a flush copies what changed into a free slot, once,
 //! and names it in a FRAME. Where no slot is free, or frames come faster than wanted, the damage is
 //! kept and the newest picture goes out later; nobody waits (a mailbox with one place). Each slot
-//! remembers what has changed since it was last drawn, so that only that is copied.
+//! remembers what has changed since it was last drawn, so that only that is copied. What is in guest
+//! memory is not copied at all: the front end reads it there ([`gpu_protocol::guest_frames`]).
 //!
 //! Without: damage is kept and sent as UPDATE messages, piece by piece, as fast as the socket takes
 //! them.
@@ -15,8 +16,9 @@ use std::{
 
 use gpu_protocol::{
     Damage, Rect,
-    format::PixelFormat,
+    format::BlobLayout,
     frames::{Frame, MAX_SLOTS, Release, ShmScanout, WANT_FULL, Want},
+    guest_frames::GuestFrame,
     socket::FromBackEnd,
     virtio::Refusal,
 };
@@ -34,23 +36,16 @@ pub struct Source {
     pub resource: u32,
     /// Which part; not empty.
     pub rect: Rect,
-    /// Where the picture is in a blob; `None` for a resource that is a picture itself.
+    /// Where the picture is in a blob, checked against its size; `None` for a resource that is a
+    /// picture itself.
     pub blob: Option<BlobLayout>,
-}
-
-/// A picture in a blob, checked against the blob's size.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BlobLayout {
-    /// Pixel format.
-    pub format: PixelFormat,
-    /// Bytes from one row to the next.
-    pub stride: u32,
-    /// Where the first pixel is.
-    pub offset: u32,
 }
 
 /// Where pixels come from.
 pub trait Pictures {
+    /// Whether the front end can read the resource where the guest has it.
+    fn share(&mut self, resource: u32) -> bool;
+
     /// Writes `part` of the resource of `source` to `target` as B, G, R, A/X, rows `stride` bytes
     /// apart.
     fn read(
@@ -125,6 +120,8 @@ pub struct Scanout {
     /// A flush (or a request for a picture) happened and nothing has been sent since.
     due: bool,
     slots: Option<Slots>,
+    /// The last frame was in guest memory.
+    in_guest: bool,
     max_fps: u32,
     sequence: u64,
     /// Not before this.
@@ -167,6 +164,7 @@ impl Scanout {
     pub fn reconnect(&mut self) {
         self.told = (0, 0);
         self.slots = None;
+        self.in_guest = false;
         self.max_fps = 0;
         self.earliest = None;
         if self.source.is_some() {
@@ -225,7 +223,8 @@ impl Scanout {
 
     /// When [`pump`](Self::pump) has to be called although nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
-        self.earliest.filter(|_| self.due && self.max_fps > 0 && self.free_slot().is_some())
+        let has_room = self.in_guest || self.free_slot().is_some();
+        self.earliest.filter(|_| self.due && self.max_fps > 0 && has_room)
     }
 
     /// Sends what there is to send and can be sent now.
@@ -281,33 +280,75 @@ impl Scanout {
             // The device's thread comes back at the deadline.
             return;
         }
-        let (Some(source), Some(index)) = (self.source, self.free_slot()) else { return };
-        let Some(slots) = &mut self.slots else { return };
+        let Some(source) = self.source else { return };
+        let blob = source.blob.filter(|_| pictures.share(source.resource));
+        self.in_guest = blob.is_some();
+        let frame = match blob {
+            Some(layout) => self.guest_frame(id, &source, layout, link),
+            None => self.frame(id, &source, pictures),
+        };
+        let Some(frame) = frame else { return };
+        self.due = false;
+        self.earliest = Some(now + Duration::from_secs(1) / self.max_fps);
+        link.send(&frame);
+    }
+
+    /// The picture where the guest has it.
+    fn guest_frame(
+        &mut self,
+        id: u32,
+        source: &Source,
+        layout: BlobLayout,
+        link: &Link,
+    ) -> Option<FromBackEnd<'static>> {
+        // No slot limits their number; without room the socket's thread comes back.
+        if !link.has_room() {
+            self.earliest = None;
+            return None;
+        }
+        self.sequence += 1;
+        Some(FromBackEnd::GuestFrame(GuestFrame {
+            scanout: id,
+            resource: source.resource,
+            part: source.rect,
+            layout,
+            sequence: self.sequence,
+            damage: self.unsent.take().rects().to_vec(),
+        }))
+    }
+
+    /// A picture in the slot that takes the least copying.
+    fn frame(
+        &mut self,
+        id: u32,
+        source: &Source,
+        pictures: &mut dyn Pictures,
+    ) -> Option<FromBackEnd<'static>> {
+        let index = self.free_slot()?;
+        let slots = self.slots.as_mut()?;
         let stride = slots.layout.stride as usize;
         let stale = slots.slots[index].stale.take();
         for rect in stale.rects() {
             let part = Rect { x: source.rect.x + rect.x, y: source.rect.y + rect.y, ..*rect };
             let done = slots
                 .target(index, *rect)
-                .map(|target| pictures.read(&source, part, &target, stride));
+                .map(|target| pictures.read(source, part, &target, stride));
             if !matches!(done, Some(Ok(()))) {
                 tracing::error!(?rect, ?source, "a frame could not be drawn");
                 slots.slots[index].stale = stale;
                 self.due = false;
-                return;
+                return None;
             }
         }
         slots.slots[index].held = true;
         self.sequence += 1;
-        self.due = false;
-        self.earliest = Some(now + Duration::from_secs(1) / self.max_fps);
-        link.send(&FromBackEnd::Frame(Frame {
+        Some(FromBackEnd::Frame(Frame {
             scanout: id,
             generation: slots.layout.generation,
             slot: index as u32,
             sequence: self.sequence,
             damage: self.unsent.take().rects().to_vec(),
-        }));
+        }))
     }
 
     fn pump_updates(&mut self, id: u32, pictures: &mut dyn Pictures, link: &Link) {
@@ -342,8 +383,12 @@ impl Scanout {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixStream;
+    use std::{io::Read, os::unix::net::UnixStream};
 
+    use gpu_protocol::{
+        format::PixelFormat,
+        socket::{Decoder, Side},
+    };
     use rustix::fs::{MemfdFlags, SealFlags};
 
     use super::*;
@@ -362,6 +407,10 @@ mod tests {
     struct Counter(u64);
 
     impl Pictures for Counter {
+        fn share(&mut self, resource: u32) -> bool {
+            resource == SHARED
+        }
+
         fn read(
             &mut self,
             _: &Source,
@@ -375,6 +424,7 @@ mod tests {
     }
 
     const SIZE: (u32, u32) = (640, 480);
+    const SHARED: u32 = 7;
 
     fn slots(generation: u32) -> (ShmScanout, Option<OwnedFd>) {
         let layout = ShmScanout::layout(0, generation, SIZE.0, SIZE.1, 2).unwrap();
@@ -439,5 +489,51 @@ mod tests {
         give_back(&mut scanout, 0);
         assert_eq!(flush(&mut scanout, whole), 0);
         drop(peer);
+    }
+
+    /// The front end reads guest memory itself, and needs no slot for it.
+    #[test]
+    fn what_the_guest_has_is_not_read() {
+        let link = Link::new().unwrap();
+        let (socket, mut peer) = UnixStream::pair().unwrap();
+        let listener: std::sync::Arc<dyn Listener> = std::sync::Arc::new(Quiet);
+        link.connect(socket, std::sync::Arc::downgrade(&listener)).unwrap();
+        let mut counter = Counter::default();
+        let mut scanout = Scanout::default();
+        let whole = Rect::of_size(SIZE.0, SIZE.1);
+        let layout = BlobLayout { format: PixelFormat::B8G8R8X8, stride: 2560, offset: 0 };
+        let source = Source { resource: SHARED, rect: whole, blob: Some(layout) };
+        scanout.set_source(Some(source));
+        scanout.want(&Want { scanout: 0, max_fps: 1, flags: 0, reserved: 0 });
+        let mut decoder = Decoder::new(Side::FrontEnd);
+        let mut next = || {
+            let mut bytes = [0; 4096];
+            loop {
+                if let Some(raw) = decoder.next_message().unwrap() {
+                    let message = FromBackEnd::decode(&raw).unwrap();
+                    let FromBackEnd::GuestFrame(frame) = message else { continue };
+                    return frame;
+                }
+                let count = peer.read(&mut bytes).unwrap();
+                decoder.push(&bytes[..count]);
+            }
+        };
+        let part = Rect::new(10, 10, 20, 5);
+        let mut damage = vec![whole];
+        for sequence in 1..=3 {
+            scanout.flush(SHARED, part);
+            scanout.pump(0, Some(Transport::Shm), &mut counter, &link);
+            let expected =
+                GuestFrame { scanout: 0, resource: SHARED, part: whole, layout, sequence, damage };
+            assert_eq!(next(), expected);
+            damage = vec![part];
+            // Not more often than wanted, but then without anybody's asking.
+            scanout.flush(SHARED, part);
+            scanout.pump(0, Some(Transport::Shm), &mut counter, &link);
+            assert_eq!(scanout.sequence, sequence);
+            assert!(scanout.deadline().is_some());
+            scanout.earliest = None;
+        }
+        assert_eq!(counter.0, 0);
     }
 }

@@ -1,5 +1,7 @@
 //! Pixel formats of 2D resources (VIRTIO 1.3 §5.7.6.8), all 32 bits per pixel.
 
+use crate::rect::Rect;
+
 /// `DRM_FORMAT_XRGB8888`: in memory B, G, R and one byte without meaning. Every frame that leaves
 /// the back end has this format.
 pub const FOURCC_XRGB8888: u32 = u32::from_le_bytes(*b"XR24");
@@ -73,6 +75,32 @@ impl PixelFormat {
             let [p0, p1, p2, p3] = [pixel[b], pixel[g], pixel[r], pixel[a]];
             pixel.copy_from_slice(&[p0, p1, p2, p3]);
         }
+    }
+}
+
+/// How a picture lies in a blob (SET_SCANOUT_BLOB, VIRTIO 1.3 §5.7.6.8).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlobLayout {
+    /// Pixel format.
+    pub format: PixelFormat,
+    /// Bytes from one row to the next.
+    pub stride: u32,
+    /// Where the first pixel is.
+    pub offset: u32,
+}
+
+impl BlobLayout {
+    /// Bytes from the start of the blob to row `line` of a part of the picture.
+    pub fn row(&self, part: Rect, line: u32) -> u64 {
+        let line = u64::from(part.y) + u64::from(line);
+        let in_row = u64::from(part.x) * u64::from(BYTES_PER_PIXEL);
+        u64::from(self.offset) + line * u64::from(self.stride) + in_row
+    }
+
+    /// Bytes from the start of the blob to the end of the last pixel of a part.
+    pub fn end_of(&self, part: Rect) -> u64 {
+        let row = u64::from(part.width) * u64::from(BYTES_PER_PIXEL);
+        self.row(part, part.height.saturating_sub(1)) + row
     }
 }
 

@@ -162,21 +162,14 @@ impl Frame {
             sequence: self.sequence,
         };
         out.extend_from_slice(header.as_bytes());
-        out.extend_from_slice(rects.as_bytes());
+        encode_rects(rects, out);
     }
 
     /// Decodes a payload; rectangles are not yet compared with the size of the scanout.
     pub(crate) fn decode_payload(bytes: &[u8]) -> Result<Self, ProtocolError> {
-        let (header, rest) = FrameHeader::read_from_prefix(bytes)
-            .map_err(|_| ProtocolError::Payload { request: id::FRAME })?;
-        let count = header.rect_count as usize;
-        if count == 0 || count > MAX_RECTS || rest.len() != count * size_of::<Rect>() {
-            return Err(ProtocolError::Payload { request: id::FRAME });
-        }
-        let damage = rest
-            .chunks_exact(size_of::<Rect>())
-            .filter_map(|chunk| Rect::read_from_bytes(chunk).ok())
-            .collect();
+        let wrong = ProtocolError::Payload { request: id::FRAME };
+        let (header, rest) = FrameHeader::read_from_prefix(bytes).map_err(|_| wrong)?;
+        let damage = decode_rects(rest, header.rect_count).ok_or(wrong)?;
         Ok(Self {
             scanout: header.scanout,
             generation: header.generation,
@@ -185,6 +178,19 @@ impl Frame {
             damage,
         })
     }
+}
+
+/// Appends a frame's rectangles.
+pub(crate) fn encode_rects(rects: &[Rect], out: &mut Vec<u8>) {
+    out.extend_from_slice(rects.as_bytes());
+}
+
+/// A frame's rectangles: as many as its header says, and at least one.
+pub(crate) fn decode_rects(bytes: &[u8], count: u32) -> Option<Vec<Rect>> {
+    let count = count as usize;
+    let fits = (1..=MAX_RECTS).contains(&count) && bytes.len() == count * size_of::<Rect>();
+    let rects = bytes.chunks_exact(size_of::<Rect>());
+    fits.then(|| rects.filter_map(|chunk| Rect::read_from_bytes(chunk).ok()).collect())
 }
 
 /// The front end no longer reads a slot.

@@ -12,6 +12,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
     frames::{self, Frame, Release, ShmScanout, Want},
+    guest_frames::{self, GuestFrame, GuestMemory},
     host_memory::{self, Map, Unmap},
     rect::Rect,
     virtio::{CURSOR_BYTES, RespDisplayInfo, RespEdid},
@@ -31,6 +32,8 @@ bitflags! {
         const EDID = 1 << 0;
         /// The front end understands DMABUF_SCANOUT2.
         const DMABUF2 = 1 << 1;
+        /// Frames that stay in guest memory, see [`crate::guest_frames`]. Not part of the standard.
+        const GUEST_FRAMES = 1 << 60;
         /// Memory of the host in the guest's shared memory region, see [`crate::host_memory`]. Not
         /// part of the standard.
         const HOST_MEMORY = 1 << 61;
@@ -228,6 +231,15 @@ pub enum FromBackEnd<'a> {
     Map(Map),
     /// The end of it.
     Unmap(Unmap),
+    /// Where a resource's memory is.
+    GuestMemory(GuestMemory),
+    /// It is not to be read any more; has an answer.
+    ForgetMemory {
+        /// Whose memory.
+        resource: u32,
+    },
+    /// A frame is in such memory.
+    GuestFrame(GuestFrame),
 }
 
 /// A message from the front end to the back end.
@@ -243,6 +255,8 @@ pub enum FromFrontEnd {
     DmabufUpdated,
     /// Answer to MAP: 0, or an error number of Linux.
     Mapped(u32),
+    /// Answer to FORGET_MEMORY.
+    MemoryForgotten,
     /// Memory for frames.
     ShmScanout(ShmScanout),
     /// A slot is free again.
@@ -309,6 +323,19 @@ impl<'a> FromBackEnd<'a> {
             }
             Self::Map(map) => put(out, host_memory::id::MAP, &[map.as_bytes()]),
             Self::Unmap(unmap) => put(out, host_memory::id::UNMAP, &[unmap.as_bytes()]),
+            Self::GuestMemory(memory) => {
+                let at = start(out, guest_frames::id::GUEST_MEMORY, 0);
+                memory.encode_payload(out);
+                finish(out, at);
+            }
+            Self::ForgetMemory { resource } => {
+                put(out, guest_frames::id::FORGET_MEMORY, &[resource.as_bytes()]);
+            }
+            Self::GuestFrame(frame) => {
+                let at = start(out, guest_frames::id::GUEST_FRAME, 0);
+                frame.encode_payload(out);
+                finish(out, at);
+            }
         }
     }
 
@@ -360,6 +387,13 @@ impl<'a> FromBackEnd<'a> {
             frames::id::FRAME => Self::Frame(Frame::decode_payload(payload)?),
             host_memory::id::MAP => Self::Map(exact(request, payload)?),
             host_memory::id::UNMAP => Self::Unmap(exact(request, payload)?),
+            guest_frames::id::GUEST_MEMORY => {
+                Self::GuestMemory(GuestMemory::decode_payload(payload)?)
+            }
+            guest_frames::id::FORGET_MEMORY => {
+                Self::ForgetMemory { resource: exact(request, payload)? }
+            }
+            guest_frames::id::GUEST_FRAME => Self::GuestFrame(GuestFrame::decode_payload(payload)?),
             _ => return Err(ProtocolError::Unknown { request, flags: message.header.flags }),
         })
     }
@@ -398,6 +432,7 @@ impl FromFrontEnd {
             Self::Edid(edid) => reply(out, id::GET_EDID, edid.as_bytes()),
             Self::DmabufUpdated => reply(out, id::DMABUF_UPDATE, &[]),
             Self::Mapped(status) => reply(out, host_memory::id::MAP, status.as_bytes()),
+            Self::MemoryForgotten => reply(out, guest_frames::id::FORGET_MEMORY, &[]),
             Self::ShmScanout(scanout) => put(out, frames::id::SHM_SCANOUT, &[scanout.as_bytes()]),
             Self::Release(release) => put(out, frames::id::RELEASE, &[release.as_bytes()]),
             Self::Want(want) => put(out, frames::id::WANT, &[want.as_bytes()]),
@@ -416,6 +451,7 @@ impl FromFrontEnd {
             (id::GET_EDID, true) => Self::Edid(alloc::boxed::Box::new(exact(request, payload)?)),
             (id::DMABUF_UPDATE, true) => Self::DmabufUpdated,
             (host_memory::id::MAP, true) => Self::Mapped(exact(request, payload)?),
+            (guest_frames::id::FORGET_MEMORY, true) => Self::MemoryForgotten,
             (frames::id::SHM_SCANOUT, false) => Self::ShmScanout(exact(request, payload)?),
             (frames::id::RELEASE, false) => Self::Release(exact(request, payload)?),
             (frames::id::WANT, false) => Self::Want(exact(request, payload)?),
@@ -464,7 +500,11 @@ impl Side {
             }
             (Self::FrontEnd, host_memory::id::MAP, false) => size_of::<Map>(),
             (Self::FrontEnd, host_memory::id::UNMAP, false) => size_of::<Unmap>(),
+            (Self::FrontEnd, guest_frames::id::GUEST_MEMORY, false) => GuestMemory::MAX_BYTES,
+            (Self::FrontEnd, guest_frames::id::FORGET_MEMORY, false) => size_of::<u32>(),
+            (Self::FrontEnd, guest_frames::id::GUEST_FRAME, false) => GuestFrame::MAX_BYTES,
             (Self::BackEnd, host_memory::id::MAP, true) => size_of::<u32>(),
+            (Self::BackEnd, guest_frames::id::FORGET_MEMORY, true) => 0,
             (Self::BackEnd, id::GET_PROTOCOL_FEATURES, true) => size_of::<u64>(),
             (Self::BackEnd, id::GET_DISPLAY_INFO, true) => size_of::<RespDisplayInfo>(),
             (Self::BackEnd, id::GET_EDID, true) => size_of::<RespEdid>(),
@@ -540,7 +580,11 @@ mod tests {
     use alloc::{boxed::Box, vec};
 
     use super::*;
-    use crate::virtio::{CtrlHdr, kind};
+    use crate::{
+        format::{BlobLayout, PixelFormat},
+        pieces::Pieces,
+        virtio::{BackingEntry, CtrlHdr, kind},
+    };
 
     fn outgoing() -> Vec<FromBackEnd<'static>> {
         static IMAGE: [u8; CURSOR_BYTES] = [7; CURSOR_BYTES];
@@ -566,6 +610,22 @@ mod tests {
                 mapping: 4,
             }),
             FromBackEnd::Unmap(Unmap { offset: 0x1000, mapping: 4 }),
+            FromBackEnd::GuestMemory(GuestMemory {
+                resource: 7,
+                pieces: Pieces::new(vec![
+                    BackingEntry { address: 1 << 33, length: 4096 },
+                    BackingEntry { address: 0x7000, length: 12 },
+                ]),
+            }),
+            FromBackEnd::GuestFrame(GuestFrame {
+                scanout: 2,
+                resource: 7,
+                part: Rect::new(3, 4, 30, 40),
+                layout: BlobLayout { format: PixelFormat::R8G8B8A8, stride: 160, offset: 64 },
+                sequence: 1 << 40,
+                damage: vec![Rect::of_size(3, 3), Rect::new(4, 4, 1, 1)],
+            }),
+            FromBackEnd::ForgetMemory { resource: 7 },
             FromBackEnd::Frame(Frame {
                 scanout: 1,
                 generation: 2,
@@ -587,6 +647,7 @@ mod tests {
             FromFrontEnd::ShmScanout(ShmScanout::layout(0, 1, 640, 480, 3).unwrap()),
             FromFrontEnd::Release(Release { scanout: 0, generation: 1, slot: 2, reserved: 0 }),
             FromFrontEnd::Mapped(22),
+            FromFrontEnd::MemoryForgotten,
             FromFrontEnd::Want(Want { scanout: 0, max_fps: 60, flags: 1, reserved: 0 }),
         ]
     }
@@ -667,5 +728,16 @@ mod tests {
         assert!(decode(frames::id::FRAME, frame.as_bytes()).is_err());
         let frame = frames::FrameHeader { rect_count: u32::MAX, ..Default::default() };
         assert!(decode(frames::id::FRAME, frame.as_bytes()).is_err());
+        for count in [1_u32, u32::MAX] {
+            let memory = [7, count].map(u32::to_ne_bytes).concat();
+            assert!(decode(guest_frames::id::GUEST_MEMORY, &memory).is_err(), "{count}");
+        }
+        // Neither an unknown format nor a frame without damage.
+        for (format, rects) in [(5_u32, 1_usize), (1, 0)] {
+            let words = [0, 7, 0, 0, 9, 9, format, 36, 0, rects as u32, 0, 0];
+            let mut frame = words.map(u32::to_ne_bytes).concat();
+            frame.resize(frame.len() + rects * size_of::<Rect>(), 1);
+            assert!(decode(guest_frames::id::GUEST_FRAME, &frame).is_err(), "{format}");
+        }
     }
 }

@@ -1,13 +1,17 @@
 //! Blobs: resources that are a piece of memory.
 //!
-//! A picture in guest memory is read from there when it is wanted, without a copy of ours in between.
+//! A picture in guest memory is read from there when it is wanted, without a copy of ours in between;
+//! by the front end itself where it can ([`gpu_protocol::guest_frames`]).
 //! Memory of the host, made by a 3D context, is shown to the guest in its shared memory region, which
 //! the front end has ([`gpu_protocol::host_memory`]).
 
+use std::collections::HashSet;
+
 use gpu_protocol::{
     Rect,
-    format::{BYTES_PER_PIXEL, PixelFormat},
+    format::{BYTES_PER_PIXEL, BlobLayout, PixelFormat},
     frames::MAX_SIZE,
+    guest_frames::{self, MAX_MEMORIES, MAX_PIECES},
     host_memory::{Map, Unmap},
     socket::{FromBackEnd, ProtocolFeatures},
     virtio::{
@@ -19,23 +23,11 @@ use zerocopy::IntoBytes;
 
 use super::{
     Control, Mapping,
-    resources::{Kind, Resource},
+    resources::{Kind, Resource, Resources},
 };
-use crate::{
-    GuestMemory,
-    backing::Backing,
-    scanout::{BlobLayout, Source},
-};
+use crate::{GuestMemory, backing::Backing, link::Link, scanout::Source};
 
 const PAGE: u64 = 4096;
-
-/// Bytes from the start of the blob to the end of the last pixel of `rect`.
-fn end_of(layout: &BlobLayout, rect: Rect) -> u64 {
-    let rows = rect.bottom().saturating_sub(1);
-    u64::from(layout.offset)
-        + rows * u64::from(layout.stride)
-        + rect.right() * u64::from(BYTES_PER_PIXEL)
-}
 
 /// Writes `part` of the picture to `target` as B, G, R, A/X, rows `stride` bytes apart.
 pub(super) fn read_pixels(
@@ -51,16 +43,15 @@ pub(super) fn read_pixels(
     if part.is_empty() {
         return Ok(());
     }
-    if end_of(layout, part) > *size {
+    if layout.end_of(part) > *size {
         return Err(Refusal::InvalidParameter);
     }
     let row = part.width as usize * BYTES_PER_PIXEL as usize;
-    let first = u64::from(layout.offset) + u64::from(part.x) * u64::from(BYTES_PER_PIXEL);
     let mut converted = vec![0; if layout.format.is_bgrx() { 0 } else { row }];
     let out_of_bounds = |_| Refusal::InvalidParameter;
-    for line in 0..part.height as usize {
-        let offset = first + (u64::from(part.y) + line as u64) * u64::from(layout.stride);
-        let target = target.subslice(line * stride, row).map_err(out_of_bounds)?;
+    for line in 0..part.height {
+        let offset = layout.row(part, line);
+        let target = target.subslice(line as usize * stride, row).map_err(out_of_bounds)?;
         if layout.format.is_bgrx() {
             backing.copy_to(memory, offset, &target)?;
         } else {
@@ -70,6 +61,37 @@ pub(super) fn read_pixels(
         }
     }
     Ok(())
+}
+
+/// The resources whose memory the front end knows, and may read until it has forgotten it.
+#[derive(Debug, Default)]
+pub(super) struct Shared(HashSet<u32>);
+
+impl Shared {
+    /// Whether the front end knows where the resource is; it is told if need be.
+    pub(super) fn share(&mut self, id: u32, resources: &Resources, link: &Link) -> bool {
+        if self.0.contains(&id) {
+            return true;
+        }
+        let backing = resources.get(&id).and_then(|resource| resource.backing.as_ref());
+        let Some(pieces) = backing.map(Backing::pieces) else { return false };
+        if self.0.len() >= MAX_MEMORIES || pieces.entries().len() > MAX_PIECES {
+            return false;
+        }
+        let memory = guest_frames::GuestMemory { resource: id, pieces: pieces.clone() };
+        link.send(&FromBackEnd::GuestMemory(memory));
+        self.0.insert(id)
+    }
+
+    /// The resource is gone; whether the front end has to forget it.
+    pub(super) fn remove(&mut self, id: u32) -> bool {
+        self.0.remove(&id)
+    }
+
+    /// The front end forgets all by itself.
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
 }
 
 impl Control {
@@ -90,7 +112,7 @@ impl Control {
             return Err(Refusal::InvalidParameter);
         }
         let backing = Backing::new(entries, memory)?;
-        if backing.len() < size {
+        if backing.pieces().len() < size {
             return Err(Refusal::InvalidParameter);
         }
         let cost = backing.cost();
@@ -229,7 +251,7 @@ impl Control {
         if !sizes.contains(&width)
             || !sizes.contains(&height)
             || u64::from(stride) < u64::from(width) * u64::from(BYTES_PER_PIXEL)
-            || end_of(&layout, Rect::of_size(width, height)) > size
+            || layout.end_of(Rect::of_size(width, height)) > size
             || rect.is_empty()
             || !rect.fits(width, height)
         {

@@ -10,8 +10,12 @@ use gpu_protocol::{
 };
 use vm_memory::VolatileSlice;
 
-use super::{Control, Resources, blob};
+use super::{
+    Control, Resources,
+    blob::{self, Shared},
+};
 use crate::{
+    link::Link,
     renderer::Renderer,
     scanout::{Pictures, Scanout, Source, Transport},
 };
@@ -20,9 +24,17 @@ use crate::{
 struct Reader<'a> {
     renderer: &'a mut dyn Renderer,
     resources: &'a Resources,
+    link: &'a Link,
+    /// `None`: the front end reads no guest memory.
+    shared: Option<&'a mut Shared>,
 }
 
 impl Pictures for Reader<'_> {
+    fn share(&mut self, resource: u32) -> bool {
+        let shared = self.shared.as_mut();
+        shared.is_some_and(|shared| shared.share(resource, self.resources, self.link))
+    }
+
     fn read(
         &mut self,
         source: &Source,
@@ -47,14 +59,17 @@ impl Control {
     pub fn connected(&mut self) {
         self.features = None;
         self.edids.clear();
+        self.shared.clear();
         self.scanouts.iter_mut().for_each(Scanout::reconnect);
         self.link.send(&FromBackEnd::GetProtocolFeatures);
     }
 
     /// The front end offers these protocol features.
     pub fn negotiate(&mut self, offered: u64) {
-        let known =
-            ProtocolFeatures::EDID | ProtocolFeatures::SHM_FRAMES | ProtocolFeatures::HOST_MEMORY;
+        let known = ProtocolFeatures::EDID
+            | ProtocolFeatures::SHM_FRAMES
+            | ProtocolFeatures::GUEST_FRAMES
+            | ProtocolFeatures::HOST_MEMORY;
         let features = ProtocolFeatures::from_bits_truncate(offered) & known;
         let path = match features.contains(ProtocolFeatures::SHM_FRAMES) {
             true => "in shared memory",
@@ -102,7 +117,14 @@ impl Control {
                 true => Transport::Shm,
                 false => Transport::Update,
             });
-        let mut pictures = Reader { renderer: &mut *self.renderer, resources: &self.resources };
+        let in_guest =
+            self.features.is_some_and(|features| features.contains(ProtocolFeatures::GUEST_FRAMES));
+        let mut pictures = Reader {
+            renderer: &mut *self.renderer,
+            resources: &self.resources,
+            link: &self.link,
+            shared: in_guest.then_some(&mut self.shared),
+        };
         for (id, scanout) in self.scanouts.iter_mut().enumerate() {
             scanout.pump(id as u32, transport, &mut pictures, &self.link);
         }

@@ -25,7 +25,7 @@ use gpu_protocol::{
 };
 use zerocopy::IntoBytes;
 
-use self::resources::Resources;
+use self::{blob::Shared, resources::Resources};
 use crate::{GuestMemory, link::Link, renderer::Renderer, scanout::Scanout};
 
 /// Limits on what one guest may occupy in this process.
@@ -58,6 +58,8 @@ pub enum Question {
     EdidFromInfo(u32),
     /// RESOURCE_MAP_BLOB.
     Map(Mapping),
+    /// RESOURCE_UNREF of what the front end may be reading.
+    Forget(u32),
 }
 
 /// A resource's memory in the guest's shared memory region.
@@ -97,6 +99,7 @@ pub struct Control {
     map_info: u32,
     /// Mappings so far.
     mappings: u64,
+    shared: Shared,
     display: RespDisplayInfo,
     edids: HashMap<u32, Box<RespEdid>>,
 }
@@ -129,6 +132,7 @@ impl Control {
             features: None,
             map_info: 0,
             mappings: 0,
+            shared: Shared::default(),
             display: default_display(),
             edids: HashMap::new(),
         }
@@ -162,6 +166,8 @@ impl Control {
             self.renderer.destroy(id);
         }
         self.bytes = 0;
+        // The front end has forgotten them before the guest can know that its device is reset.
+        self.shared.clear();
         self.link.reset_cursors();
         self.pump();
     }
@@ -187,7 +193,12 @@ impl Control {
             Ok(Command::ResourceCreate2d { resource, format, width, height }) => {
                 self.create_2d(resource, format, width, height)
             }
-            Ok(Command::ResourceUnref { resource }) => self.unref(resource),
+            Ok(Command::ResourceUnref { resource }) => match self.unref(resource) {
+                Ok(()) if self.shared.remove(resource) => {
+                    return Outcome::Ask(Question::Forget(resource));
+                }
+                done => done,
+            },
             Ok(Command::SetScanout { scanout, resource, rect }) => {
                 self.set_scanout(scanout, resource, rect)
             }
@@ -262,6 +273,7 @@ impl Control {
                 let hdr = hdr.answer(kind::OK_DISPLAY_INFO);
                 RespDisplayInfo { hdr, ..self.display }.as_bytes().to_vec()
             }
+            Question::Forget(_) => hdr.answer(kind::OK_NODATA).as_bytes().to_vec(),
             // Only the front end can do that.
             Question::Map(..) => hdr.answer(kind::ERR_UNSPEC).as_bytes().to_vec(),
             Question::Edid(scanout) if self.edids.contains_key(&scanout) => {

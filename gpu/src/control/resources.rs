@@ -4,20 +4,14 @@ use std::collections::HashMap;
 
 use gpu_protocol::{
     Rect,
-    format::PixelFormat,
+    format::{BlobLayout, PixelFormat},
     frames::MAX_SIZE,
     virtio::{BackingEntry, CURSOR_BYTES, CURSOR_SIZE, MAX_SCANOUTS, Refusal},
 };
 use vm_memory::VolatileSlice;
 
 use super::{Control, blob};
-use crate::{
-    GuestMemory,
-    backing::Backing,
-    link::CursorImage,
-    renderer::Layout,
-    scanout::{BlobLayout, Source},
-};
+use crate::{GuestMemory, backing::Backing, link::CursorImage, renderer::Layout, scanout::Source};
 
 /// All resources by their ids.
 pub(super) type Resources = HashMap<u32, Resource>;

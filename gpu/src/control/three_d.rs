@@ -169,7 +169,10 @@ impl Control {
             transfer.y.checked_add(transfer.height),
             transfer.z.checked_add(transfer.depth),
         ];
-        if ends.contains(&None) || transfer.offset >= backing.len() || transfer.level > MAX_LEVEL {
+        if ends.contains(&None)
+            || transfer.offset >= backing.pieces().len()
+            || transfer.level > MAX_LEVEL
+        {
             return Err(Refusal::InvalidParameter);
         }
         Ok(())

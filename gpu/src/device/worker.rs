@@ -364,18 +364,19 @@ impl Worker {
 
     /// Sends a question unless the same one is already on its way.
     fn ask(&mut self, question: Question) -> Result<(), Refusal> {
-        if let Question::Map(mapping) = question {
-            self.control.send_map(mapping)?;
-            self.asked.push(question);
-            return Ok(());
-        }
-        if !self.asked.contains(&question) {
-            self.asked.push(question);
-            self.common.link.send(&match question {
-                Question::Edid(scanout) => FromBackEnd::GetEdid { scanout },
-                _ => FromBackEnd::GetDisplayInfo,
-            });
-        }
+        let message = match question {
+            Question::Map(mapping) => {
+                self.control.send_map(mapping)?;
+                self.asked.push(question);
+                return Ok(());
+            }
+            Question::Forget(resource) => FromBackEnd::ForgetMemory { resource },
+            _ if self.asked.contains(&question) => return Ok(()),
+            Question::Edid(scanout) => FromBackEnd::GetEdid { scanout },
+            Question::DisplayInfo | Question::EdidFromInfo(_) => FromBackEnd::GetDisplayInfo,
+        };
+        self.asked.push(question);
+        self.common.link.send(&message);
         Ok(())
     }
 
@@ -413,8 +414,9 @@ impl Worker {
         // A command that was paused on the old front end asks the new one.
         if let Some(question) = self.paused.as_ref().map(|paused| paused.question) {
             match question {
-                // The memory's way to the old one is the last that is known of it.
-                Question::Map(..) => self.resume(question, None),
+                // The memory's way to the old one is the last that is known of it; and what the old
+                // one knew, the new one does not.
+                Question::Map(..) | Question::Forget(_) => self.resume(question, None),
                 _ => {
                     let _ = self.ask(question);
                 }
@@ -444,6 +446,12 @@ impl Worker {
                 }
             }
             FromFrontEnd::Mapped(status) => self.mapped(status),
+            FromFrontEnd::MemoryForgotten => {
+                if let Some(question) = self.answered(|asked| matches!(asked, Question::Forget(_)))
+                {
+                    self.resume(question, None);
+                }
+            }
             // Never asked for.
             FromFrontEnd::DmabufUpdated => {}
             FromFrontEnd::ShmScanout(layout) => self.control.set_slots(layout, fd),

@@ -23,8 +23,17 @@ pub trait Frame: Send + Sync {
     /// `rect` lies inside the frame, `out_stride` is at least `4 * rect.width`, and `out` holds at
     /// least `(rect.height - 1) * out_stride + 4 * rect.width` bytes. The memory behind the frame
     /// may be written by somebody else meanwhile; any mixture of pixels is fine.
-    fn copy_rect(&self, rect: Rect, out: &mut [u8], out_stride: usize);
+    ///
+    /// # Errors
+    /// If the memory behind the frame is somebody else's by now. Nothing of it is shown then, and what
+    /// `out` holds means nothing; the program presents a newer frame, all of it damaged, or none.
+    fn copy_rect(&self, rect: Rect, out: &mut [u8], out_stride: usize) -> Result<(), FrameGone>;
 }
+
+/// A [`Frame`] whose pixels cannot be had any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the frame's pixels are gone")]
+pub struct FrameGone;
 
 /// How a pixel's four bytes are ordered (DRM fourcc naming: a little-endian 32-bit word).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -87,7 +96,7 @@ impl Frame for MemoryFrame {
         PixelFormat::Xrgb8888
     }
 
-    fn copy_rect(&self, rect: Rect, out: &mut [u8], out_stride: usize) {
+    fn copy_rect(&self, rect: Rect, out: &mut [u8], out_stride: usize) -> Result<(), FrameGone> {
         let stride = self.width as usize * 4;
         let row_bytes = rect.width as usize * 4;
         let start = rect.y as usize * stride + rect.x as usize * 4;
@@ -96,6 +105,7 @@ impl Frame for MemoryFrame {
             let bytes = row_bytes.min(from.len()).min(to.len());
             to[..bytes].copy_from_slice(&from[..bytes]);
         }
+        Ok(())
     }
 }
 

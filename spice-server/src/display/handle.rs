@@ -73,7 +73,7 @@ impl DisplayHandle {
         let (width, height) = (frame.width(), frame.height());
         let stride = width as usize * 4;
         let mut pixels = vec![0; stride * height as usize];
-        frame.copy_rect(Rect::new(0, 0, width, height), &mut pixels, stride);
+        frame.copy_rect(Rect::new(0, 0, width, height), &mut pixels, stride).ok()?;
         to_xrgb8888(frame.format(), &mut pixels);
         Some(Snapshot { width, height, pixels })
     }
@@ -98,7 +98,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        MemoryFrame,
+        FrameGone, MemoryFrame,
         display::state::{HasWork, Work},
     };
 
@@ -118,12 +118,13 @@ mod tests {
         fn format(&self) -> PixelFormat {
             PixelFormat::Xbgr8888
         }
-        fn copy_rect(&self, rect: Rect, out: &mut [u8], stride: usize) {
+        fn copy_rect(&self, rect: Rect, out: &mut [u8], stride: usize) -> Result<(), FrameGone> {
             for row in out.chunks_mut(stride).take(rect.height as usize) {
                 for pixel in row[..rect.width as usize * 4].chunks_exact_mut(4) {
                     pixel.copy_from_slice(&[1, 2, 3, 4]);
                 }
             }
+            Ok(())
         }
     }
 

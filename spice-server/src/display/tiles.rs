@@ -202,7 +202,10 @@ impl Tiles {
         let stride = run.width as usize * PIXEL;
         let mut pixels = std::mem::take(&mut self.scratch);
         pixels.resize(stride * run.height as usize, 0);
-        frame.copy_rect(run, &mut pixels, stride);
+        if frame.copy_rect(run, &mut pixels, stride).is_err() {
+            self.scratch = pixels;
+            return;
+        }
         to_xrgb8888(frame.format(), &mut pixels);
         for column in column..column + count {
             let tile = self.tile_rect(column, row);

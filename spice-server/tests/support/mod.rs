@@ -361,8 +361,13 @@ impl Frame for CountedFrame {
     fn format(&self) -> spice_server::PixelFormat {
         self.inner.format()
     }
-    fn copy_rect(&self, rect: Rect, out: &mut [u8], out_stride: usize) {
-        self.inner.copy_rect(rect, out, out_stride);
+    fn copy_rect(
+        &self,
+        rect: Rect,
+        out: &mut [u8],
+        out_stride: usize,
+    ) -> Result<(), spice_server::FrameGone> {
+        self.inner.copy_rect(rect, out, out_stride)
     }
 }
 

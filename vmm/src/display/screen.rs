@@ -7,8 +7,8 @@ use std::{
 
 use devices::virtio::gpu::{self, DisplayMode, DisplaySink, GpuHandle};
 use spice_server::{
-    CursorImage, DisplayHandle, Frame, MonitorConfig, PixelFormat, Rect, Severity, SpiceServer,
-    SurfaceInfo,
+    CursorImage, DisplayHandle, Frame, FrameGone, MonitorConfig, PixelFormat, Rect, Severity,
+    SpiceServer, SurfaceInfo,
 };
 
 use super::vnc;
@@ -311,11 +311,14 @@ impl Frame for Picture {
         PixelFormat::Xrgb8888
     }
 
-    fn copy_rect(&self, rect: Rect, out: &mut [u8], out_stride: usize) {
+    fn copy_rect(&self, rect: Rect, out: &mut [u8], out_stride: usize) -> Result<(), FrameGone> {
         let rect = gpu::Rect { x: rect.x, y: rect.y, width: rect.width, height: rect.height };
-        if let Err(error) = self.0.copy_rect(rect, out, out_stride) {
-            tracing::error!(%error, ?rect, "the SPICE server asked for pixels that do not exist");
-        }
+        self.0.copy_rect(rect, out, out_stride).map_err(|error| {
+            if error == gpu::CopyError::OutOfFrame {
+                tracing::error!(?rect, "the SPICE server asked for pixels that do not exist");
+            }
+            FrameGone
+        })
     }
 }
 

@@ -9,7 +9,7 @@ use devices::virtio::{console::PortHandle, gpu};
 use spice_server::{
     Clipboard, InputSink, KeyEvent, MonitorConfig, PointerPosition, ScancodePrefix,
 };
-use vnc_server::{Button, Config, Events, Frame, Rect, Scancode, VncServer};
+use vnc_server::{Button, Config, Events, Frame, FrameGone, Rect, Scancode, VncServer};
 
 use super::{
     DisplayError,
@@ -134,10 +134,13 @@ impl Frame for Picture {
         self.0.height()
     }
 
-    fn copy_rect(&self, rect: Rect, out: &mut [u8], stride: usize) {
+    fn copy_rect(&self, rect: Rect, out: &mut [u8], stride: usize) -> Result<(), FrameGone> {
         let rect = gpu::Rect { x: rect.x, y: rect.y, width: rect.width, height: rect.height };
-        if let Err(error) = self.0.copy_rect(rect, out, stride) {
-            tracing::error!(%error, ?rect, "the VNC server asked for pixels that do not exist");
-        }
+        self.0.copy_rect(rect, out, stride).map_err(|error| {
+            if error == gpu::CopyError::OutOfFrame {
+                tracing::error!(?rect, "the VNC server asked for pixels that do not exist");
+            }
+            FrameGone
+        })
     }
 }

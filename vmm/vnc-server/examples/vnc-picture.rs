@@ -14,7 +14,9 @@ use std::{
     time::Duration,
 };
 
-use vnc_server::{Button, Config, Cursor, Events, Frame, Rect, Scancode, Screen, VncServer};
+use vnc_server::{
+    Button, Config, Cursor, Events, Frame, FrameGone, Rect, Scancode, Screen, VncServer,
+};
 
 struct Picture {
     width: u32,
@@ -49,13 +51,14 @@ impl Frame for Picture {
         self.height
     }
 
-    fn copy_rect(&self, rect: Rect, out: &mut [u8], stride: usize) {
+    fn copy_rect(&self, rect: Rect, out: &mut [u8], stride: usize) -> Result<(), FrameGone> {
         for (row, y) in out.chunks_mut(stride).zip(rect.y..rect.y + rect.height) {
             let (pixels, _) = row.as_chunks_mut::<4>();
             for (pixel, x) in pixels.iter_mut().zip(rect.x..rect.x + rect.width) {
                 *pixel = self.pixel(x, y);
             }
         }
+        Ok(())
     }
 }
 

@@ -136,7 +136,9 @@ impl Painter {
         for rect in looked_at.iter() {
             let row = rect.width as usize * 4;
             let tile = &mut self.tile[..row * rect.height as usize];
-            frame.copy_rect(rect, tile, row);
+            if frame.copy_rect(rect, tile, row).is_err() {
+                continue;
+            }
             let start = rect.y as usize * stride + rect.x as usize * 4;
             let rows = tile.chunks_exact(row).zip(self.shadow[start..].chunks_mut(stride));
             let mut differs = false;

@@ -17,8 +17,16 @@ pub trait Frame: Send + Sync {
     /// Pixels.
     fn height(&self) -> u32;
     /// Copies a part, which lies inside, as B, G, R, X; rows of `out` are `stride` bytes apart.
-    fn copy_rect(&self, rect: Rect, out: &mut [u8], stride: usize);
+    ///
+    /// # Errors
+    /// If the pixels cannot be had any more; the program shows a newer picture, all of it changed.
+    fn copy_rect(&self, rect: Rect, out: &mut [u8], stride: usize) -> Result<(), FrameGone>;
 }
+
+/// A [`Frame`] whose pixels cannot be had any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the frame's pixels are gone")]
+pub struct FrameGone;
 
 /// The pointer's picture.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -57,7 +57,8 @@ pub(super) fn build(config: &GpuConfig) -> Result<(VirtioGpu, GpuHandle), BuildE
         None => Some(Launcher::find(config)?),
     };
     let mut offered = ProtocolFeatures::EDID | ProtocolFeatures::DMABUF2;
-    offered.set(ProtocolFeatures::SHM_FRAMES, config.shared_frames);
+    let shared = ProtocolFeatures::SHM_FRAMES | ProtocolFeatures::GUEST_FRAMES;
+    offered.set(shared, config.shared_frames);
     let region = config.host_memory.map(SharedMemory::new).transpose().map_err(host)?;
     let display =
         Display::new(config.scanouts, config.mode, offered, region.clone()).map_err(host)?;

@@ -7,17 +7,27 @@ use std::{
 
 use gpu_protocol::{
     Rect,
-    format::{BYTES_PER_PIXEL, FOURCC_XRGB8888},
+    format::{BYTES_PER_PIXEL, BlobLayout, FOURCC_XRGB8888},
     frames::{Release, ShmScanout},
+    pieces::Pieces,
+    virtio::BackingEntry,
 };
-use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, MmapRegion, VolatileMemory};
 
 use super::display::Display;
+use crate::GuestMemory;
 
-/// A rectangle that is not inside its frame, or a buffer that is too small for it.
+/// Why pixels of a frame cannot be copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the rectangle does not lie inside the frame, or the buffer is too small for it")]
-pub struct OutOfFrame;
+pub enum CopyError {
+    /// A rectangle that is not inside its frame, or a buffer that is too small for it.
+    #[error("the rectangle does not lie inside the frame, or the buffer is too small for it")]
+    OutOfFrame,
+    /// The guest uses the picture's memory for something else. What it shows now comes as another
+    /// frame, all of it damaged, or the scanout is off.
+    #[error("the guest has taken back the memory of this picture")]
+    Gone,
+}
 
 /// The memory for the frames of one scanout, shared with the back end.
 pub(super) struct SlotMemory {
@@ -47,7 +57,44 @@ pub(super) struct Shadow {
     pub(super) pixels: RwLock<Vec<u8>>,
 }
 
+/// Memory of the guest that holds a picture, until the guest takes it back.
+pub(super) struct GuestPixels {
+    pieces: Pieces,
+    /// `None`: it is not to be read any more.
+    memory: RwLock<Option<GuestMemory>>,
+}
+
+impl GuestPixels {
+    /// `None` if not all pieces are in guest memory.
+    pub(super) fn new(pieces: Pieces, memory: &GuestMemory) -> Option<Self> {
+        let is_there = |entry: &BackingEntry| {
+            memory.check_range(GuestAddress(entry.address), entry.length as usize)
+        };
+        let all = pieces.entries().iter().all(is_there);
+        all.then(|| Self { pieces, memory: RwLock::new(Some(memory.clone())) })
+    }
+
+    /// Bytes.
+    pub(super) fn len(&self) -> u64 {
+        self.pieces.len()
+    }
+
+    /// When this returns nobody reads it, now or later.
+    pub(super) fn forget(&self) {
+        *self.memory.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    fn read(&self, memory: &GuestMemory, offset: u64, mut target: &mut [u8]) -> Option<()> {
+        self.pieces.for_each(offset, target.len(), |address, count| {
+            let (now, later) = std::mem::take(&mut target).split_at_mut(count);
+            target = later;
+            memory.read_slice(now, GuestAddress(address)).ok()
+        })
+    }
+}
+
 enum Pixels {
+    Guest { memory: Arc<GuestPixels>, layout: BlobLayout, part: Rect },
     Slot { memory: Arc<SlotMemory>, slot: u32, owner: Weak<Display> },
     Shadow(Arc<Shadow>),
 }
@@ -97,6 +144,18 @@ impl Frame {
         Self(Arc::new(Inner { width, height, sequence, pixels }))
     }
 
+    /// `part` of what lies in `memory`; it ends inside.
+    pub(super) fn in_guest(
+        memory: Arc<GuestPixels>,
+        layout: BlobLayout,
+        part: Rect,
+        sequence: u64,
+    ) -> Self {
+        let Rect { width, height, .. } = part;
+        let pixels = Pixels::Guest { memory, layout, part };
+        Self(Arc::new(Inner { width, height, sequence, pixels }))
+    }
+
     pub(super) fn over_shadow(
         shadow: Arc<Shadow>,
         (width, height): (u32, u32),
@@ -119,7 +178,7 @@ impl Frame {
     pub fn stride(&self) -> u32 {
         match &self.0.pixels {
             Pixels::Slot { memory, .. } => memory.layout().stride,
-            Pixels::Shadow(_) => self.0.width * BYTES_PER_PIXEL,
+            Pixels::Shadow(_) | Pixels::Guest { .. } => self.0.width * BYTES_PER_PIXEL,
         }
     }
 
@@ -136,44 +195,58 @@ impl Frame {
     /// Copies the pixels of `rect` to `target`, whose rows are `stride` bytes apart; bytes between
     /// the rows stay as they are. The pixels are read once, so what the other side writes meanwhile
     /// can tear the picture and nothing else.
-    pub fn copy_rect(
-        &self,
-        rect: Rect,
-        target: &mut [u8],
-        stride: usize,
-    ) -> Result<(), OutOfFrame> {
+    ///
+    /// # Errors
+    /// If the rectangle or the buffer does not fit, or the picture's memory is gone; the buffer may
+    /// have been written to.
+    pub fn copy_rect(&self, rect: Rect, target: &mut [u8], stride: usize) -> Result<(), CopyError> {
         if !rect.fits(self.0.width, self.0.height) {
-            return Err(OutOfFrame);
+            return Err(CopyError::OutOfFrame);
         }
         let row = rect.width as usize * BYTES_PER_PIXEL as usize;
-        let source_stride = self.stride() as usize;
-        let first = rect.y as usize * source_stride + rect.x as usize * BYTES_PER_PIXEL as usize;
         if row == 0 {
             return Ok(());
         }
-        let shadow = match &self.0.pixels {
-            Pixels::Slot { .. } => None,
-            Pixels::Shadow(shadow) => {
-                Some(shadow.pixels.read().unwrap_or_else(PoisonError::into_inner))
-            }
+        let source_stride = self.stride() as usize;
+        let first = rect.y as usize * source_stride + rect.x as usize * BYTES_PER_PIXEL as usize;
+        // From the start of the picture's memory.
+        let from = |line: u32| first + line as usize * source_stride;
+        let mut rows = (0..rect.height).map(|line| {
+            let to = (line as usize).checked_mul(stride)?;
+            Some((line, to..to.checked_add(row)?))
+        });
+        let mut copy = |each: &mut dyn FnMut(u32, &mut [u8]) -> Option<()>| {
+            let done = rows.try_for_each(|row| {
+                let (line, to) = row?;
+                each(line, target.get_mut(to)?)
+            });
+            done.ok_or(CopyError::OutOfFrame)
         };
-        for line in 0..rect.height as usize {
-            let from = first + line * source_stride;
-            let to = line.checked_mul(stride).ok_or(OutOfFrame)?;
-            let to_end = to.checked_add(row).ok_or(OutOfFrame)?;
-            let target = target.get_mut(to..to_end).ok_or(OutOfFrame)?;
-            match (&self.0.pixels, &shadow) {
-                (Pixels::Slot { memory, slot, .. }, _) => {
-                    let start = *slot as usize * memory.layout.slot_size as usize;
-                    let source = memory.memory.get_slice(start + from, row);
-                    source.map_err(|_| OutOfFrame)?.copy_to(target);
-                }
-                (Pixels::Shadow(_), Some(pixels)) => {
-                    target.copy_from_slice(pixels.get(from..from + row).ok_or(OutOfFrame)?);
-                }
-                (Pixels::Shadow(_), None) => return Err(OutOfFrame),
+        match &self.0.pixels {
+            Pixels::Slot { memory, slot, .. } => {
+                let start = *slot as usize * memory.layout.slot_size as usize;
+                copy(&mut |line, target| {
+                    memory.memory.get_slice(start + from(line), row).ok()?.copy_to(target);
+                    Some(())
+                })
+            }
+            Pixels::Shadow(shadow) => {
+                let pixels = shadow.pixels.read().unwrap_or_else(PoisonError::into_inner);
+                copy(&mut |line, target| {
+                    target.copy_from_slice(pixels.get(from(line)..from(line) + row)?);
+                    Some(())
+                })
+            }
+            Pixels::Guest { memory: pixels, layout, part } => {
+                let rect = Rect { x: part.x + rect.x, y: part.y + rect.y, ..rect };
+                let guard = pixels.memory.read().unwrap_or_else(PoisonError::into_inner);
+                let memory = guard.as_ref().ok_or(CopyError::Gone)?;
+                copy(&mut |line, target| {
+                    pixels.read(memory, layout.row(rect, line), target)?;
+                    layout.format.to_bgrx(target);
+                    Some(())
+                })
             }
         }
-        Ok(())
     }
 }

@@ -33,7 +33,7 @@ pub use gpu_protocol::Rect;
 
 pub use self::{
     config::{GpuConfig, MODULE, Renderer},
-    frame::{Frame, OutOfFrame},
+    frame::{CopyError, Frame},
     handle::{CursorImage, DisplayMode, DisplaySink, GpuHandle},
     recovery::RestartPolicy,
 };

@@ -249,7 +249,7 @@ impl BackEnd {
         }
         // A violation by the driver before this one is history.
         self.watch.take_ring_error();
-        self.display.set_interrupt(Some(active.interrupt.clone()));
+        self.display.set_driver(active.interrupt.clone(), GuestMemory::clone(&active.memory));
         let Some(vhost) = &mut state.vhost else {
             // Served when there is a back end again.
             state.active = Some(active);
@@ -273,7 +273,7 @@ impl BackEnd {
                 Ok(())
             }
             Err(error) => {
-                self.display.set_interrupt(None);
+                self.display.forget_driver();
                 Err(ActivateError::Backend(error.to_string()))
             }
         }
@@ -293,6 +293,8 @@ impl BackEnd {
         }
         state.inflight = None;
         let Some(active) = state.active.take() else { return };
+        // First: the back end answers what waits when it stops.
+        self.display.forget_driver();
         if let Some(vhost) = &mut state.vhost {
             let indices = active.queues.iter().map(|queue| queue.index);
             let stopped = self.watch.guard(&self.display, || vhost.stop(indices));
@@ -399,6 +401,8 @@ impl BackEnd {
                 state.process = None;
                 state.abandoned = self.launcher.is_none() || state.heirless;
                 if state.abandoned || pause >= GUEST_PATIENCE {
+                    // It hears that it can have its memory back.
+                    self.display.keep_pictures();
                     state.take_over();
                 }
                 state.abandoned

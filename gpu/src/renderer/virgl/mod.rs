@@ -284,7 +284,7 @@ impl Renderer for Virgl {
         if rect.is_empty() {
             return Ok(());
         }
-        if offset >= backing.len() {
+        if offset >= backing.pieces().len() {
             return Err(Refusal::InvalidParameter);
         }
         let part =

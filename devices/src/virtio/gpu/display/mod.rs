@@ -19,17 +19,26 @@ use rustix::event::EventfdFlags;
 
 mod cursor;
 mod dmabuf;
+mod guest_frames;
 mod host_memory;
 mod monitors;
 mod outbox;
 mod pictures;
 
-use self::{cursor::Cursor, dmabuf::Dmabuf, outbox::Waiting};
+use self::{
+    cursor::Cursor,
+    dmabuf::Dmabuf,
+    guest_frames::{InGuest, Memories},
+    outbox::Waiting,
+};
 use super::{
     frame::{Frame, Shadow, SlotMemory},
     handle::{CursorImage, DisplayMode, DisplaySink},
 };
-use crate::virtio::{device::VirtioInterrupt, shared_memory::SharedMemory};
+use crate::{
+    GuestMemory,
+    virtio::{device::VirtioInterrupt, shared_memory::SharedMemory},
+};
 
 /// Messages that may wait for a back end that does not read, before it is no longer listened to.
 const MAX_WAITING: usize = 256;
@@ -58,6 +67,8 @@ struct Scanout {
     dmabuf: Option<Dmabuf>,
     /// The slot of the newest frame, for after the back end's end.
     newest: Option<(u32, u64)>,
+    /// The newest frame, if the guest has it.
+    in_guest: Option<InGuest>,
     /// A complete frame is to be made here, because no back end sends it.
     full: bool,
     sequence: u64,
@@ -90,6 +101,7 @@ struct State {
     region: Option<Arc<SharedMemory>>,
     /// What the back end calls the mapping at each offset.
     mappings: HashMap<u64, u64>,
+    memories: Memories,
 }
 
 /// The monitors of one GPU.
@@ -198,9 +210,26 @@ impl Display {
 
 /// For [`super::device`].
 impl Display {
-    /// The driver is there and gets interrupts, or it is gone (`None`).
-    pub(super) fn set_interrupt(&self, interrupt: Option<Arc<dyn VirtioInterrupt>>) {
-        self.lock().interrupt = interrupt;
+    /// The driver is there: its interrupts, and its memory.
+    pub(super) fn set_driver(&self, interrupt: Arc<dyn VirtioInterrupt>, memory: GuestMemory) {
+        let mut state = self.lock();
+        state.interrupt = Some(interrupt);
+        state.set_guest_memory(Some(memory));
+    }
+
+    /// It cannot be served.
+    pub(super) fn forget_driver(&self) {
+        let mut state = self.lock();
+        state.interrupt = None;
+        state.set_guest_memory(None);
+        state.forget_all_memory();
+    }
+
+    /// Nobody reads pictures in guest memory any more when this returns. What is shown stays: the
+    /// back end is gone, or there will be another one.
+    pub(super) fn keep_pictures(&self) {
+        self.lock().keep_pictures();
+        self.wake();
     }
 
     pub(super) fn events_read(&self) -> u32 {
@@ -213,8 +242,8 @@ impl Display {
 
     /// The driver is gone, and what it showed with it.
     pub(super) fn reset(&self) {
+        self.forget_driver();
         let mut state = self.lock();
-        state.interrupt = None;
         state.events_read = 0;
         for id in 0..state.scanouts.len() as u32 {
             state.set_size(id, None);
@@ -252,6 +281,8 @@ impl Display {
         state.generation += 1;
         state.waiting.clear();
         state.features = None;
+        // The successor may tell the guest that it can have its memory back.
+        state.keep_pictures();
         for scanout in &mut state.scanouts {
             scanout.stale = true;
             scanout.sequence_base = scanout.sequence;
@@ -362,6 +393,9 @@ impl Display {
                 state.send(&FromFrontEnd::Mapped(status), None);
             }
             FromBackEnd::Unmap(unmap) => state.unmap(unmap),
+            FromBackEnd::GuestMemory(memory) => state.guest_memory(memory),
+            FromBackEnd::ForgetMemory { resource } => state.forget_memory(resource),
+            FromBackEnd::GuestFrame(frame) => state.guest_frame(&frame),
         }
     }
 

@@ -47,6 +47,7 @@ impl State {
         scanout.size = size;
         scanout.slots = None;
         scanout.newest = None;
+        scanout.in_guest = None;
         scanout.held = 0;
         let old_shadow = scanout.shadow.take().filter(|_| same);
         scanout.generation = scanout.generation.wrapping_add(1);
@@ -115,20 +116,23 @@ impl State {
         let alive = self.socket.is_some();
         for (id, scanout) in self.scanouts.iter_mut().enumerate() {
             let Some((width, height)) = scanout.size.filter(|_| scanout.full) else { continue };
-            let frame = match (&scanout.shadow, &scanout.slots, scanout.newest) {
-                (Some(shadow), _, _) => {
-                    let is_new = scanout.read_dmabuf(Rect::of_size(width, height));
-                    if scanout.dmabuf.is_some() && !is_new {
-                        // With its next update, then all of it.
-                        continue;
-                    }
-                    scanout.sequence = scanout.sequence.wrapping_add(1);
-                    Frame::over_shadow(shadow.clone(), (width, height), scanout.sequence)
+            let frame = if let Some(shadow) = scanout.shadow.clone() {
+                let is_new = scanout.read_dmabuf(Rect::of_size(width, height));
+                if scanout.dmabuf.is_some() && !is_new {
+                    // With its next update, then all of it.
+                    continue;
                 }
-                (None, Some(memory), Some((slot, sequence))) if !alive => {
-                    Frame::in_slot(memory.clone(), slot, sequence, owner.clone())
-                }
-                _ => continue,
+                scanout.sequence = scanout.sequence.wrapping_add(1);
+                Frame::over_shadow(shadow, (width, height), scanout.sequence)
+            } else if alive {
+                continue;
+            } else if let Some(last) = &scanout.in_guest {
+                last.frame.clone()
+            } else if let (Some(memory), Some((slot, sequence))) = (&scanout.slots, scanout.newest)
+            {
+                Frame::in_slot(memory.clone(), slot, sequence, owner.clone())
+            } else {
+                continue;
             };
             scanout.full = false;
             let damage = vec![Rect::of_size(width, height)];
@@ -149,24 +153,26 @@ impl State {
             tracing::debug!(slot = frame.slot, "a frame in a slot that is not the back end's");
             return;
         }
-        let surface = Rect::of_size(layout.width, layout.height);
-        let damage: Vec<Rect> = frame
-            .damage
-            .iter()
-            .map(|rect| rect.intersection(&surface))
-            .filter(|rect| !rect.is_empty())
-            .collect();
+        let damage = clipped(&frame.damage, layout.width, layout.height);
         scanout.held |= bit;
         let sequence = scanout.sequence_base.wrapping_add(frame.sequence);
         scanout.sequence = sequence;
         scanout.newest = Some((frame.slot, sequence));
+        scanout.in_guest = None;
         let picture = Frame::in_slot(memory, frame.slot, sequence, owner.clone());
         self.events.push_back(Event::Frame(frame.scanout, picture, damage));
     }
 }
 
+/// What of the rectangles is in a picture of that size.
+pub(super) fn clipped(damage: &[Rect], width: u32, height: u32) -> Vec<Rect> {
+    let picture = Rect::of_size(width, height);
+    let parts = damage.iter().map(|rect| rect.intersection(&picture));
+    parts.filter(|rect| !rect.is_empty()).collect()
+}
+
 /// Bytes of a picture, if it is one that gets memory.
-fn picture_bytes(width: u32, height: u32) -> Option<u64> {
+pub(super) fn picture_bytes(width: u32, height: u32) -> Option<u64> {
     let sides = 1..=MAX_SIZE;
     if !sides.contains(&width) || !sides.contains(&height) {
         return None;

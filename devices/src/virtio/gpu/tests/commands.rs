@@ -3,8 +3,8 @@
 use gpu_protocol::{
     format::PixelFormat,
     virtio::{
-        AttachBacking, CtrlHdr, CursorPos, MemEntry, ResourceCommand, ResourceCreate2d,
-        ResourceFlush, SetScanout, TransferToHost2d, UpdateCursor, kind,
+        AttachBacking, CreateBlob, CtrlHdr, CursorPos, MemEntry, ResourceCommand, ResourceCreate2d,
+        ResourceFlush, SetScanout, SetScanoutBlob, TransferToHost2d, UpdateCursor, blob_mem, kind,
     },
 };
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
@@ -85,7 +85,41 @@ impl Resource {
             resource_id: self.id.into(),
             entries: (self.pages().len() as u32).into(),
         };
-        let mut command = command.as_bytes().to_vec();
+        self.with_pages(command.as_bytes())
+    }
+
+    /// The picture's memory itself is the resource.
+    pub(super) fn create_blob(&self) -> Vec<u8> {
+        let command = CreateBlob {
+            hdr: CtrlHdr::new(kind::RESOURCE_CREATE_BLOB),
+            resource_id: self.id.into(),
+            blob_mem: blob_mem::GUEST.into(),
+            blob_flags: 0.into(),
+            entries: (self.pages().len() as u32).into(),
+            blob_id: 0.into(),
+            size: self.bytes().into(),
+        };
+        self.with_pages(command.as_bytes())
+    }
+
+    pub(super) fn show_blob(&self, part: Rect) -> SetScanoutBlob {
+        let stride = (self.width * 4).into();
+        SetScanoutBlob {
+            hdr: CtrlHdr::new(kind::SET_SCANOUT_BLOB),
+            rect: part.into(),
+            scanout_id: 0.into(),
+            resource_id: self.id.into(),
+            width: self.width.into(),
+            height: self.height.into(),
+            format: (self.format as u32).into(),
+            padding: 0.into(),
+            strides: [stride, 0.into(), 0.into(), 0.into()],
+            offsets: [0.into(); 4],
+        }
+    }
+
+    fn with_pages(&self, command: &[u8]) -> Vec<u8> {
+        let mut command = command.to_vec();
         for (address, length) in self.pages() {
             let entry =
                 MemEntry { address: address.into(), length: length.into(), padding: 0.into() };

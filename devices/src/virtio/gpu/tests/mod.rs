@@ -9,12 +9,14 @@
 //! | [`pictures`] | frames and cursors |
 //! | [`monitors`] | what the driver is told about them; options |
 //! | [`host_memory`] | what Vulkan shows the guest |
+//! | [`guest_frames`] | pictures that stay in guest memory |
 //! | [`dmabufs`] | pictures that other back ends have in dmabufs |
 //! | [`recovery`] | back ends that die, drivers that come and go or break rules |
 //! | [`peers`] | what only one foreign back end does |
 
 mod commands;
 mod dmabufs;
+mod guest_frames;
 mod host_memory;
 mod monitors;
 mod peers;

@@ -73,8 +73,9 @@ pub(super) struct IoVecs {
 impl IoVecs {
     /// The pieces of `backing`; neighbours become one.
     pub(super) fn new(backing: &Backing, memory: &GuestMemory) -> Option<Self> {
-        let mut vectors: Vec<iovec> = Vec::with_capacity(backing.entries().len());
-        for entry in backing.entries() {
+        let entries = backing.pieces().entries();
+        let mut vectors: Vec<iovec> = Vec::with_capacity(entries.len());
+        for entry in entries {
             if entry.length == 0 {
                 continue;
             }

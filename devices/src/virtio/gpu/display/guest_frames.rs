@@ -1,0 +1,114 @@
+//! Pictures that stay where the guest has them ([`gpu_protocol::guest_frames`]).
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, RwLock},
+};
+
+use gpu_protocol::{
+    Rect,
+    guest_frames::{self, GuestFrame, MAX_MEMORIES},
+    socket::FromFrontEnd,
+};
+
+use super::{
+    Event, State,
+    pictures::{clipped, picture_bytes},
+};
+use crate::{
+    GuestMemory,
+    virtio::gpu::frame::{Frame, GuestPixels, Shadow},
+};
+
+/// What of the guest's memory a back end has spoken of.
+#[derive(Default)]
+pub(super) struct Memories {
+    /// `None`: there is no driver.
+    guest: Option<GuestMemory>,
+    resources: HashMap<u32, Arc<GuestPixels>>,
+}
+
+/// The last frame of a scanout, if it is in such memory.
+pub(super) struct InGuest {
+    resource: u32,
+    pub(super) frame: Frame,
+}
+
+impl State {
+    /// Guest memory as the driver has it.
+    pub(super) fn set_guest_memory(&mut self, memory: Option<GuestMemory>) {
+        self.memories.guest = memory;
+    }
+
+    pub(super) fn guest_memory(&mut self, memory: guest_frames::GuestMemory) {
+        let Some(guest) = &self.memories.guest else { return };
+        let resource = memory.resource;
+        let Some(pixels) = GuestPixels::new(memory.pieces, guest) else {
+            tracing::warn!(resource, "the GPU's back end speaks of memory that the guest has not");
+            return;
+        };
+        self.forget(resource);
+        if self.memories.resources.len() < MAX_MEMORIES {
+            self.memories.resources.insert(resource, Arc::new(pixels));
+        } else {
+            tracing::warn!(resource, "the GPU's back end speaks of too many resources");
+        }
+    }
+
+    pub(super) fn forget_memory(&mut self, resource: u32) {
+        self.forget(resource);
+        self.send(&FromFrontEnd::MemoryForgotten, None);
+    }
+
+    fn forget(&mut self, resource: u32) {
+        let Some(pixels) = self.memories.resources.remove(&resource) else { return };
+        pixels.forget();
+        for scanout in &mut self.scanouts {
+            scanout.in_guest.take_if(|last| last.resource == resource);
+        }
+    }
+
+    /// When this returns nobody reads what back ends spoke of, and the guest may use it otherwise.
+    pub(super) fn forget_all_memory(&mut self) {
+        for (_, pixels) in self.memories.resources.drain() {
+            pixels.forget();
+        }
+        self.scanouts.iter_mut().for_each(|scanout| scanout.in_guest = None);
+    }
+
+    /// The same, but what is shown stays to be seen, in memory of our own: the back end is gone.
+    pub(super) fn keep_pictures(&mut self) {
+        for (id, scanout) in self.scanouts.iter_mut().enumerate() {
+            let Some(InGuest { frame, .. }) = scanout.in_guest.take() else { continue };
+            let (width, height) = (frame.width(), frame.height());
+            let Some(bytes) = picture_bytes(width, height) else { continue };
+            let mut pixels = vec![0; bytes as usize];
+            let whole = Rect::of_size(width, height);
+            if frame.copy_rect(whole, &mut pixels, frame.stride() as usize).is_err() {
+                continue;
+            }
+            let shadow = Arc::new(Shadow { pixels: RwLock::new(pixels) });
+            scanout.shadow = Some(shadow.clone());
+            scanout.sequence = scanout.sequence.wrapping_add(1);
+            let frame = Frame::over_shadow(shadow, (width, height), scanout.sequence);
+            self.events.push_back(Event::Frame(id as u32, frame, vec![whole]));
+        }
+        self.forget_all_memory();
+    }
+
+    pub(super) fn guest_frame(&mut self, frame: &GuestFrame) {
+        let Some(scanout) = self.scanouts.get_mut(frame.scanout as usize) else { return };
+        let size = (frame.part.width, frame.part.height);
+        let Some(pixels) = self.memories.resources.get(&frame.resource) else { return };
+        if scanout.size != Some(size) || pixels.len() < frame.layout.end_of(frame.part) {
+            tracing::debug!(?frame, "a frame that is not in its memory, or of another size");
+            return;
+        }
+        let damage = clipped(&frame.damage, size.0, size.1);
+        scanout.sequence = scanout.sequence_base.wrapping_add(frame.sequence);
+        let picture = Frame::in_guest(pixels.clone(), frame.layout, frame.part, scanout.sequence);
+        scanout.newest = None;
+        scanout.in_guest = Some(InGuest { resource: frame.resource, frame: picture.clone() });
+        self.events.push_back(Event::Frame(frame.scanout, picture, damage));
+    }
+}
