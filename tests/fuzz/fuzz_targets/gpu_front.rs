@@ -16,12 +16,17 @@ use std::{
 use devices::virtio::gpu::{CursorImage, DisplayMode, DisplaySink, Frame, Rect, fuzz::FrontEnd};
 use drago_fuzz::Input;
 use gpu_protocol::{
+    format::{BlobLayout, PixelFormat},
     frames,
+    guest_frames::{GuestFrame, GuestMemory},
     host_memory::{Map, Unmap},
+    pieces::Pieces,
     socket::{CursorPos, Decoder, DmabufScanout, FromBackEnd, ProtocolFeatures, Side},
+    virtio::BackingEntry,
 };
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, SealFlags};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 const SCANOUTS: u32 = 2;
 const HOST_MEMORY: u64 = 1 << 20;
@@ -126,7 +131,7 @@ fn message<'a>(input: &mut Input<'_>, damage: &'a mut Vec<Rect>) -> FromBackEnd<
         x: input.number(),
         y: input.number(),
     };
-    match input.u8() % 24 {
+    match input.u8() % 32 {
         0 => FromBackEnd::GetProtocolFeatures,
         1 => FromBackEnd::SetProtocolFeatures(input.u64()),
         2 => FromBackEnd::SetProtocolFeatures(ProtocolFeatures::all().bits()),
@@ -208,10 +213,37 @@ fn message<'a>(input: &mut Input<'_>, damage: &'a mut Vec<Rect>) -> FromBackEnd<
             let (offset, length, file_offset) = (page(input), page(input), page(input));
             FromBackEnd::Map(Map { offset, length, file_offset, mapping: input.u8().into() })
         }
-        _ => FromBackEnd::Unmap(Unmap {
+        23 => FromBackEnd::Unmap(Unmap {
             offset: u64::from(input.u8()) << 12,
             mapping: input.u8().into(),
         }),
+        24..26 => {
+            let resource = u32::from(input.u8() % 64);
+            let piece = |input: &mut Input<'_>| {
+                let address = match input.u8() {
+                    0xff => input.u64(),
+                    byte => u64::from(byte) << 9,
+                };
+                BackingEntry { address, length: input.number() }
+            };
+            let pieces = Pieces::new((0..input.u8() % 8).map(|_| piece(input)).collect());
+            FromBackEnd::GuestMemory(GuestMemory { resource, pieces })
+        }
+        26 => FromBackEnd::ForgetMemory { resource: u32::from(input.u8() % 64) },
+        _ => {
+            let formats = PixelFormat::ALL;
+            let format = formats[usize::from(input.u8()) % formats.len()];
+            let layout = BlobLayout { format, stride: input.number(), offset: input.number() };
+            damage.extend((0..=input.u8() % 4).map(|_| rect(input)));
+            FromBackEnd::GuestFrame(GuestFrame {
+                scanout: id(input),
+                resource: u32::from(input.u8() % 64),
+                part: rect(input),
+                layout,
+                sequence: input.u8().into(),
+                damage: std::mem::take(damage),
+            })
+        }
     }
 }
 
@@ -233,6 +265,9 @@ fuzz_target!(|bytes: &[u8]| {
     let mut input = Input::new(bytes);
     let host_memory = if input.u8() & 1 == 0 { HOST_MEMORY } else { 0 };
     let mut front = FrontEnd::new(SCANOUTS, host_memory).unwrap();
+    let ranges = [(GuestAddress(0), 0x8000), (GuestAddress(0x1_0000), 0x4000)];
+    let guest: devices::GuestMemory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+    front.activate(guest.clone());
     let handle = front.handle();
     let viewer = Arc::new(Viewer::default());
     let mut peer = connect(&mut front);
@@ -275,7 +310,8 @@ fuzz_target!(|bytes: &[u8]| {
                 }
             }
             224..232 => drain(&mut peer),
-            232..236 => front.reset(),
+            232..234 => front.reset(),
+            234..236 => front.activate(guest.clone()),
             236..240 => {
                 let mode = DisplayMode::new(input.number(), input.number());
                 let plugged = input.u8() & 3 != 0;
@@ -299,6 +335,12 @@ fuzz_target!(|bytes: &[u8]| {
         front.flush();
     }
     assert!(front.listens());
+    // Nobody reads what the driver has taken back.
+    front.reset();
+    for frame in &viewer.0.lock().unwrap().held {
+        let _ = frame.copy_rect(Rect::new(0, 0, 1, 1), &mut [0; 4], 4);
+    }
+    drop(guest);
     // Whatever happened: the next back end's picture is seen.
     front.disconnect();
     let _peer = connect(&mut front);

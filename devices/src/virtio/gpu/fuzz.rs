@@ -7,12 +7,31 @@ use std::{
 };
 
 use gpu_protocol::socket::{FromBackEnd, ProtocolFeatures};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{
     display::{self, Display},
     handle::{DisplayMode, GpuHandle},
 };
-use crate::virtio::shared_memory::SharedMemory;
+use crate::{
+    GuestMemory,
+    virtio::{device::VirtioInterrupt, shared_memory::SharedMemory},
+};
+
+/// Interrupts of a driver that does not care.
+struct Unheard;
+
+impl VirtioInterrupt for Unheard {
+    fn signal_used(&self, _: u16) {}
+
+    fn signal_config_change(&self) {}
+
+    fn set_needs_reset(&self) {}
+
+    fn queue_eventfd(&self, _: u16) -> io::Result<EventFd> {
+        EventFd::new(0)
+    }
+}
 
 /// The front end's state, driven as the thread of the GPU socket does it.
 #[derive(Debug)]
@@ -47,6 +66,11 @@ impl FrontEnd {
     /// The back end goes.
     pub fn disconnect(&self) {
         self.display.disconnect(self.connection);
+    }
+
+    /// A driver comes.
+    pub fn activate(&self, memory: GuestMemory) {
+        self.display.set_driver(Arc::new(Unheard), memory);
     }
 
     /// The driver goes.
