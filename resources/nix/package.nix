@@ -2,7 +2,7 @@
 #
 # Services that run it have an empty PATH, and it is called by any name (argv[0]). So what it needs at
 # run time is found by paths into the store: passt by a wrapper, the renderer by drago-gpu's run path,
-# libvpx by drago-vmm's.
+# libvpx and OpenH264 by drago-vmm's.
 { lib
 , rustPlatform
 , makeBinaryWrapper
@@ -10,6 +10,7 @@
 , passt
 , virglrenderer
 , libvpx
+, openh264
 , mesa
   # The directory where the host has its own OpenGL drivers, which fit its GPU best.
 , driverLink ? "/run/opengl-driver"
@@ -46,7 +47,7 @@ rustPlatform.buildRustPackage {
   # - drago-gpu gets the environment from drago-vmm.
   postFixup = ''
     patchelf --add-rpath ${lib.makeLibraryPath [ virglrenderer ]} $out/bin/drago-gpu
-    patchelf --add-rpath ${lib.makeLibraryPath [ libvpx ]} $out/bin/drago-vmm
+    patchelf --add-rpath ${lib.makeLibraryPath [ libvpx openh264 ]} $out/bin/drago-vmm
     wrapProgram $out/bin/drago-vmm \
       --inherit-argv0 \
       --suffix PATH : ${lib.makeBinPath [ passt ]} \

@@ -31,7 +31,7 @@ pub enum Error {
     },
     /// The video codec that was asked for is not there.
     #[error(
-        "there is no {codec} encoder: install its library (libvpx7 or libvpx9 in Debian, libvpx elsewhere), or ask for auto"
+        "there is no {codec} encoder: install its library ({}), or ask for auto", codec.library()
     )]
     Video {
         /// The codec.

@@ -18,6 +18,10 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+// For the pictures of the examples, which are in tests, too.
+#[cfg(test)]
+extern crate self as spice_server;
+
 mod agent;
 mod audio;
 mod capture;

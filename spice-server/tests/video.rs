@@ -28,10 +28,55 @@ const FRAME: Duration = Duration::from_millis(33);
 /// Bytes per second.
 const LINE: u32 = 1_500_000;
 
-/// Whether the server finds libvpx.
-fn have_libvpx() -> bool {
+/// A codec that needs something on both sides.
+struct Needs {
+    codec: VideoCodec,
+    counter: Codec,
+    /// What decodes it in spice-gtk.
+    elements: &'static [&'static str],
+    package: &'static str,
+    /// Takes its decoders away from spice-gtk's player, which has said by then that it knows it.
+    refused_by: &'static str,
+}
+
+const VP8: Needs = Needs {
+    codec: VideoCodec::Vp8,
+    counter: Codec::Vp8,
+    elements: &["vp8dec"],
+    package: "gstreamer1.0-plugins-good",
+    refused_by: "vp8dec:NONE,vp8alphadecodebin:NONE",
+};
+const H264: Needs = Needs {
+    codec: VideoCodec::H264,
+    counter: Codec::H264,
+    elements: &["h264parse", "openh264dec"],
+    package: "gstreamer1.0-plugins-bad",
+    refused_by: "openh264dec:NONE,avdec_h264:NONE",
+};
+
+impl Needs {
+    /// Whether all of it is there; says that the test is skipped if not.
+    fn are_there(&self) -> bool {
+        have_client() && have_library(self.codec) && self.have_decoder()
+    }
+
+    fn have_decoder(&self) -> bool {
+        let found = self.elements.iter().all(|element| {
+            let found = Command::new("gst-inspect-1.0").args(["--exists", element]).status();
+            found.is_ok_and(|status| status.success())
+        });
+        if !found {
+            let Self { codec, package, .. } = self;
+            eprintln!("SKIPPED: no decoder of {codec}: {package} or gstreamer1.0-tools is missing");
+        }
+        found
+    }
+}
+
+/// Whether the server finds a codec's library.
+fn have_library(codec: VideoCodec) -> bool {
     let builder = SpiceServer::builder().listen(([127, 0, 0, 1], 0).into());
-    match builder.video_codecs(VideoCodecs::Prefer(VideoCodec::Vp8)).start() {
+    match builder.video_codecs(VideoCodecs::Prefer(codec)).start() {
         Ok(_) => true,
         Err(error @ Error::Video { .. }) => {
             eprintln!("SKIPPED: {error}: {}", std::error::Error::source(&error).unwrap());
@@ -39,16 +84,6 @@ fn have_libvpx() -> bool {
         }
         Err(error) => panic!("{error}"),
     }
-}
-
-/// Whether spice-gtk can decode VP8.
-fn have_decoder() -> bool {
-    let found = Command::new("gst-inspect-1.0").args(["--exists", "vp8dec"]).status();
-    let found = found.is_ok_and(|status| status.success());
-    if !found {
-        eprintln!("SKIPPED: no vp8dec: gstreamer1.0-plugins-good or gstreamer1.0-tools is missing");
-    }
-    found
 }
 
 fn messages(setup: &Setup, codec: Codec) -> u64 {
@@ -153,26 +188,31 @@ fn psnr(a: &[u8], b: &[u8]) -> f64 {
     10.0 * (255.0 * 255.0 * count as f64 / sum.max(1) as f64).log10()
 }
 
-#[test]
-fn a_film_is_vp8_looks_right_and_is_exact_when_it_stops() {
-    if !(have_client() && have_libvpx() && have_decoder()) {
+/// A server that goes on with what a machine is slow at.
+fn patient_setup(codecs: VideoCodecs) -> Setup {
+    setup(|builder| builder.video_codecs(codecs).keep_slow_codecs(true))
+}
+
+/// A film is sent with a codec, shown as it is, and exact when it stops.
+fn is_shown(needs: &Needs) {
+    if !needs.are_there() {
         return;
     }
-    let setup = patient_setup();
+    let setup = patient_setup(VideoCodecs::Prefer(needs.codec));
     let mut film = Film::new(&setup);
     let line = SlowLine::to(setup.address(), LINE);
     let mut client = Client::connect(line.address);
     client.wait_ready();
-    film.play(&setup, "VP8", |_| messages(&setup, Codec::Vp8) > 60);
+    film.play(&setup, "the codec", |_| messages(&setup, needs.counter) > 60);
     // MJPEG was there while the client built its decoder, and is gone. (It comes again where a busy machine
     // made the film stand still.)
     let (mut opener, mut before) = (0, 0);
-    film.play(&setup, "VP8 alone", |_| {
-        let (mjpeg, vp8) = (messages(&setup, Codec::Stream), messages(&setup, Codec::Vp8));
+    film.play(&setup, "it alone", |_| {
+        let (mjpeg, coded) = (messages(&setup, Codec::Stream), messages(&setup, needs.counter));
         if mjpeg != opener {
-            (opener, before) = (mjpeg, vp8);
+            (opener, before) = (mjpeg, coded);
         }
-        vp8 > before + 20
+        coded > before + 20
     });
     assert!(opener > 0);
     // What the client shows is one of the newest frames, in their colours.
@@ -180,15 +220,25 @@ fn a_film_is_vp8_looks_right_and_is_exact_when_it_stops() {
     assert!(best > 30.0, "{best} dB");
     eprintln!("{best:.1} dB");
     film.stop(&mut client);
-    assert!(messages(&setup, Codec::Vp8) > 60);
+    assert!(messages(&setup, needs.counter) > 60);
 }
 
 #[test]
-fn what_vp8_cannot_make_small_enough_is_halved_and_looks_right() {
-    if !(have_client() && have_libvpx() && have_decoder()) {
+fn a_film_is_vp8_looks_right_and_is_exact_when_it_stops() {
+    is_shown(&VP8);
+}
+
+#[test]
+fn a_film_is_h264_looks_right_and_is_exact_when_it_stops() {
+    is_shown(&H264);
+}
+
+/// What a codec cannot make small enough is sent in half its size, and looks right.
+fn is_halved(needs: &Needs) {
+    if !needs.are_there() {
         return;
     }
-    let setup = patient_setup();
+    let setup = patient_setup(VideoCodecs::Prefer(needs.codec));
     let mut film = Film::new(&setup);
     film.grain = 200;
     let line = SlowLine::to(setup.address(), LINE / 6);
@@ -198,18 +248,23 @@ fn what_vp8_cannot_make_small_enough_is_halved_and_looks_right() {
         let status = setup.server.status();
         status.clients.iter().flat_map(|c| &c.displays).map(|d| d.halved_streams).sum::<u64>()
     };
-    film.play(&setup, "smaller VP8", |_| halved(&setup) > 0);
-    let before = messages(&setup, Codec::Vp8);
-    film.play(&setup, "more of it", |_| messages(&setup, Codec::Vp8) > before + 30);
+    film.play(&setup, "smaller frames", |_| halved(&setup) > 0);
+    let before = messages(&setup, needs.counter);
+    film.play(&setup, "more of them", |_| messages(&setup, needs.counter) > before + 30);
     let best = film.looks_like(&setup, &mut client, 18.0);
     assert!(best > 18.0, "{best} dB");
     eprintln!("{best:.1} dB");
     film.stop(&mut client);
 }
 
-/// A server that goes on with what a machine is slow at.
-fn patient_setup() -> Setup {
-    setup(|builder| builder.keep_slow_codecs(true))
+#[test]
+fn what_vp8_cannot_make_small_enough_is_halved_and_looks_right() {
+    is_halved(&VP8);
+}
+
+#[test]
+fn what_h264_cannot_make_small_enough_is_halved_and_looks_right() {
+    is_halved(&H264);
 }
 
 /// Hands events to a channel.
@@ -221,25 +276,27 @@ impl EventSink for Observer {
     }
 }
 
-#[test]
-fn a_client_that_cannot_decode_after_all_gets_mjpeg() {
-    if !(have_client() && have_libvpx() && have_decoder()) {
+/// A client that says that it knows a codec and does not gets MJPEG.
+fn falls_back(needs: &Needs) {
+    if !needs.are_there() {
         return;
     }
     let (sender, events) = channel();
-    let setup =
-        setup(|builder| builder.observer(Arc::new(Observer(sender))).keep_slow_codecs(true));
+    let setup = setup(|builder| {
+        let builder = builder.video_codecs(VideoCodecs::Prefer(needs.codec));
+        builder.observer(Arc::new(Observer(sender))).keep_slow_codecs(true)
+    });
     let mut film = Film::new(&setup);
     let line = SlowLine::to(setup.address(), LINE);
-    // spice-gtk finds the decoder and says that it knows VP8; its player does not take it.
-    let refusing = [("GST_PLUGIN_FEATURE_RANK", "vp8dec:NONE,vp8alphadecodebin:NONE")];
+    // spice-gtk finds the decoder and says that it knows the codec; its player does not take it.
+    let refusing = [("GST_PLUGIN_FEATURE_RANK", needs.refused_by)];
     let mut client = Client::with_environment(line.address, &refusing);
     client.wait_ready();
     let fallbacks = |setup: &Setup| setup.server.status().clients[0].displays[0].video_fallbacks;
     film.play(&setup, "a fall-back", |_| fallbacks(&setup) > 0);
     let before = messages(&setup, Codec::Stream);
     film.play(&setup, "MJPEG", |_| messages(&setup, Codec::Stream) > before + 20);
-    assert!(messages(&setup, Codec::Vp8) > 0, "it was tried");
+    assert!(messages(&setup, needs.counter) > 0, "it was tried");
     film.stop(&mut client);
     // The program has heard of both.
     let changes: Vec<_> = events
@@ -250,7 +307,7 @@ fn a_client_that_cannot_decode_after_all_gets_mjpeg() {
         })
         .collect();
     let wanted = [
-        (Some(VideoCodec::Vp8), VideoChange::Chosen),
+        (Some(needs.codec), VideoChange::Chosen),
         (Some(VideoCodec::Mjpeg), VideoChange::NotShown),
     ];
     assert_eq!(changes, wanted);
@@ -258,11 +315,21 @@ fn a_client_that_cannot_decode_after_all_gets_mjpeg() {
 }
 
 #[test]
+fn a_client_that_cannot_decode_vp8_after_all_gets_mjpeg() {
+    falls_back(&VP8);
+}
+
+#[test]
+fn a_client_that_cannot_decode_h264_after_all_gets_mjpeg() {
+    falls_back(&H264);
+}
+
+#[test]
 fn a_client_without_gstreamer_gets_mjpeg() {
-    if !(have_client() && have_libvpx()) {
+    if !(have_client() && have_library(VideoCodec::Vp8)) {
         return;
     }
-    let setup = patient_setup();
+    let setup = patient_setup(VideoCodecs::Auto);
     let mut film = Film::new(&setup);
     let line = SlowLine::to(setup.address(), LINE);
     let folder = tempfile::tempdir().unwrap();
@@ -271,24 +338,43 @@ fn a_client_without_gstreamer_gets_mjpeg() {
     let mut client = Client::with_environment(line.address, &none);
     client.wait_ready();
     film.play(&setup, "MJPEG", |_| messages(&setup, Codec::Stream) > 20);
-    assert_eq!(messages(&setup, Codec::Vp8), 0);
+    assert_eq!(messages(&setup, Codec::Vp8) + messages(&setup, Codec::H264), 0);
     film.stop(&mut client);
 }
 
 #[test]
-fn a_client_that_prefers_mjpeg_gets_it() {
-    if !(have_client() && have_libvpx() && have_decoder()) {
+fn a_client_gets_the_codec_it_prefers() {
+    if !(VP8.are_there() && H264.are_there()) {
         return;
     }
-    let setup = patient_setup();
+    // Numbers of `SpiceVideoCodecType`: MJPEG, VP8, H.264.
+    for (order, codec) in [("1 2 3", Codec::Stream), ("3 2 1", Codec::H264)] {
+        let setup = patient_setup(VideoCodecs::Auto);
+        let mut film = Film::new(&setup);
+        let line = SlowLine::to(setup.address(), LINE);
+        let mut client = Client::connect(line.address);
+        client.wait_ready();
+        client.tell(&format!("codecs {order}"));
+        film.play(&setup, order, |_| messages(&setup, codec) > 20);
+        assert_eq!(messages(&setup, Codec::Vp8), 0, "{order}");
+        film.stop(&mut client);
+    }
+}
+
+#[test]
+fn a_client_without_vp8_gets_h264() {
+    if !(VP8.are_there() && H264.are_there()) {
+        return;
+    }
+    let setup = patient_setup(VideoCodecs::Auto);
     let mut film = Film::new(&setup);
     let line = SlowLine::to(setup.address(), LINE);
-    let mut client = Client::connect(line.address);
+    let mut client =
+        Client::with_environment(line.address, &[("GST_PLUGIN_FEATURE_RANK", VP8.refused_by)]);
     client.wait_ready();
-    // SPICE_VIDEO_CODEC_TYPE_MJPEG, _VP8.
-    client.tell("codecs 1 2");
-    film.play(&setup, "MJPEG", |_| messages(&setup, Codec::Stream) > 20);
-    assert_eq!(messages(&setup, Codec::Vp8), 0);
+    film.play(&setup, "H.264", |_| messages(&setup, Codec::H264) > 40);
+    let best = film.looks_like(&setup, &mut client, 30.0);
+    assert!(best > 30.0, "{best} dB");
     film.stop(&mut client);
 }
 
@@ -303,6 +389,7 @@ fn no_streams_when_they_are_off() {
     let mut client = Client::connect(line.address);
     client.wait_ready();
     film.play(&setup, "pictures", |film| film.step > 60);
-    assert_eq!(messages(&setup, Codec::Stream) + messages(&setup, Codec::Vp8), 0);
+    let streamed = [Codec::Stream, Codec::Vp8, Codec::H264].map(|codec| messages(&setup, codec));
+    assert_eq!(streamed, [0; 3]);
     film.stop(&mut client);
 }

@@ -72,7 +72,7 @@ clients=exclusive|refuse|shared|view-only
 tls-cert-file=FILE, tls-key-file=FILE, tls-port=PORT, tls-channels=all|none|NAME+NAME…
 unix=PATH, unix-mode=OCTAL, web-origin=ORIGIN, capture=FILE
 copy-paste=on|off|to-guest|to-client, copy-paste-limit=MIB, file-transfer=on|off
-video-codec=auto|mjpeg|vp8|off";
+video-codec=auto|mjpeg|vp8|h264|off";
 
 #[derive(Debug, Parser)]
 #[command(name = "drago-vmm", version, about = "A virtual machine monitor for graphical microVMs")]

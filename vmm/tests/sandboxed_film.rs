@@ -1,5 +1,6 @@
-//! A film for a real SPICE client, encoded behind drago-vmm's own filter of system calls: libvpx is
-//! nobody's code here, and what it asks of the system would end the machine if it were not allowed.
+//! Films for a real SPICE client, encoded behind drago-vmm's own filter of system calls: libvpx and
+//! OpenH264 are nobody's code here, and what they ask of the system would end the machine if it were
+//! not allowed.
 //!
 //! The program that is filtered is this one, started once more, because the filter stays.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test")]
@@ -23,7 +24,7 @@ mod picture;
 
 use picture::{Mode, Scene};
 
-/// Set for the program that is filtered.
+/// Set for the program that is filtered: the codec.
 const FILTERED: &str = "DRAGO_TEST_FILTERED";
 const SIZE: (u32, u32) = (640, 480);
 /// Bytes per second, of which pictures would need more.
@@ -31,8 +32,9 @@ const LINE: usize = 1_500_000;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn main() {
-    if env::var_os(FILTERED).is_some() {
-        return serve();
+    if let Ok(codec) = env::var(FILTERED) {
+        let known = VideoCodec::ALL.into_iter().find(|known| known.name() == codec);
+        return serve(known.unwrap());
     }
     let probe = "import gi; gi.require_version('SpiceClientGLib', '2.0')";
     let have = |program: &str, arguments: &[&str]| {
@@ -40,14 +42,21 @@ fn main() {
         let status = command.args(arguments).stderr(Stdio::null()).status();
         status.is_ok_and(|status| status.success())
     };
-    if !have("/usr/bin/python3", &["-c", probe])
-        || !have("gst-inspect-1.0", &["--exists", "vp8dec"])
-    {
-        println!("SKIPPED sandboxed_film: spice-gtk or gstreamer1.0-plugins-good is not installed");
-        return;
+    for (codec, decoder) in [(VideoCodec::Vp8, "vp8dec"), (VideoCodec::H264, "openh264dec")] {
+        if have("/usr/bin/python3", &["-c", probe])
+            && have("gst-inspect-1.0", &["--exists", decoder])
+        {
+            show(codec);
+        } else {
+            println!("SKIPPED sandboxed_film: spice-gtk or GStreamer's {decoder} is not installed");
+        }
     }
+}
+
+/// A film with a codec, from the filtered program to a client.
+fn show(codec: VideoCodec) {
     let mut server = Command::new(env::current_exe().unwrap())
-        .env(FILTERED, "1")
+        .env(FILTERED, codec.name())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -73,16 +82,16 @@ fn main() {
     let _ = client.wait();
     drop(server.stdin.take());
     let status = server.wait().unwrap();
-    assert_eq!(said.as_deref(), Some("VP8"), "it ended with {status}");
+    assert_eq!(said.as_deref(), Some(codec.name()), "it ended with {status}");
     assert!(status.success(), "{status}");
-    println!("sandboxed_film: ok");
+    println!("sandboxed_film: {codec} ok");
 }
 
-/// The filtered program: says its port, then, when enough frames of VP8 were sent, so.
-fn serve() {
+/// The filtered program: says its port, then, when enough frames of the codec were sent, so.
+fn serve(codec: VideoCodec) {
     seccomp::prepare(seccomp::Mode::On).unwrap();
     let builder = SpiceServer::builder().listen(([127, 0, 0, 1], 0).into()).keep_slow_codecs(true);
-    let server = match builder.video_codecs(VideoCodecs::Prefer(VideoCodec::Vp8)).start() {
+    let server = match builder.video_codecs(VideoCodecs::Prefer(codec)).start() {
         Ok(server) => server,
         Err(error @ Error::Video { .. }) => return println!("SKIPPED sandboxed_film: {error}"),
         Err(error) => panic!("{error}"),
@@ -100,14 +109,15 @@ fn serve() {
         let displays = status.clients.iter().flat_map(|client| &client.displays);
         displays.flat_map(|d| &d.codecs).filter(|c| c.codec == codec).map(|c| c.messages).sum()
     };
+    let counter = if codec == VideoCodec::H264 { Codec::H264 } else { Codec::Vp8 };
     let mut scene = Scene::new(Mode::Film, SIZE);
     let end = Instant::now() + PATIENCE;
     for step in 1.. {
         scene.next(step);
         let frame = MemoryFrame::new(SIZE.0, SIZE.1, scene.pixels().to_vec()).unwrap();
         display.present(Arc::new(frame), &[Rect::new(0, 0, SIZE.0, SIZE.1)]);
-        if frames(Codec::Vp8) > 60 {
-            println!("VP8");
+        if frames(counter) > 60 {
+            println!("{codec}");
             break;
         }
         if Instant::now() > end {

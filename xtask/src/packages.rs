@@ -63,6 +63,7 @@ const TESTS: &[Need] = &[
     ("virgl-server", "virglrenderer's render server: Vulkan for guests, in drago-gpu's tests"),
     ("glmark2-es2-x11", "draws through the vtest bridge: Mesa as the guest's driver"),
     ("gstreamer1.0-plugins-good", "decodes VP8 in spice-gtk; brings libvpx, which encodes it"),
+    ("gstreamer1.0-plugins-bad", "decodes H.264 in spice-gtk; brings OpenH264, which encodes it"),
     ("gstreamer1.0-tools", "says whether it can"),
     ("socat", "the service manager's end of a machine's readiness"),
     ("util-linux", "unshare: network namespaces for the tap tests"),

@@ -19,7 +19,7 @@ use spice_server::{
 const USAGE: &str = "\
 test-picture [--listen ADDRESS:PORT] [--password-file FILE] [--mode MODE] [--size WxH]
              [--fps N] [--policy exclusive|refuse|shared|view-only] [--whole] [--quiet] [--stats]
-             [--sound HZ] [--into FILE --offset BYTES] [--video-codec auto|mjpeg|vp8|off]
+             [--sound HZ] [--into FILE --offset BYTES] [--video-codec auto|mjpeg|vp8|h264|off]
              [--tls-cert-file FILE --tls-key-file FILE] [--web FOLDER]
   MODE: moving (default), noise, texture, key, static, window, scroll, typing, film, pan
   --whole: every frame says that everything changed

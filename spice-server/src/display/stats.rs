@@ -27,11 +27,13 @@ pub enum Codec {
     Stream,
     /// A frame of a VP8 stream.
     Vp8,
+    /// A frame of an H.264 stream.
+    H264,
 }
 
 impl Codec {
     /// All of them, in the order of [`DisplayStats::codecs`].
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Fill,
         Self::Move,
         Self::Cached,
@@ -40,6 +42,7 @@ impl Codec {
         Self::Jpeg,
         Self::Stream,
         Self::Vp8,
+        Self::H264,
     ];
 
     /// Its name in counters.
@@ -53,6 +56,7 @@ impl Codec {
             Self::Jpeg => "jpeg",
             Self::Stream => "stream",
             Self::Vp8 => "vp8",
+            Self::H264 => "h264",
         }
     }
 }
@@ -62,6 +66,7 @@ impl From<VideoCodec> for Codec {
         match codec {
             VideoCodec::Mjpeg => Self::Stream,
             VideoCodec::Vp8 => Self::Vp8,
+            VideoCodec::H264 => Self::H264,
         }
     }
 }

@@ -38,6 +38,8 @@ const OVERRUNS: u32 = 6;
 const LUXURIES: u32 = 90;
 /// Quantizer (0 to 63) below which a halved film could be a whole one.
 const LUXURY: u32 = 12;
+/// Part of what it may take with which a halved film could be a whole one.
+const UNUSED: f64 = 0.5;
 /// How many times its size a frame of a rate-controlled codec may have before it is an overrun.
 const OVERRUN: f64 = 1.4;
 /// Smallest side of a stream whose frames may be halved.
@@ -195,7 +197,7 @@ impl Stream {
             return Turn::Opener;
         }
         self.openers_turn = true;
-        match self.codec != VideoCodec::Mjpeg && self.encoder.is_none() {
+        match self.codec.is_predictive() && self.encoder.is_none() {
             true => Turn::Encoder,
             false => Turn::Frame,
         }
@@ -266,12 +268,13 @@ impl Stream {
         }
     }
 
-    /// A frame of so many bytes was encoded by an encoder that was told a rate, with this quantizer.
-    /// One that is too large for its worst quality gets smaller frames, until they have become far
-    /// better than needed.
+    /// A frame of so many bytes was encoded by an encoder that was told `told` bytes per frame, with
+    /// this quantizer; the line carries `line` bytes per frame, if known. One that is too large for its
+    /// worst quality gets smaller frames, until they have become far better than needed.
     pub(crate) fn coded(
         &mut self,
         bytes: usize,
+        told: f64,
         quantizer: Option<u32>,
         line: Option<f64>,
         can_scale: bool,
@@ -279,7 +282,9 @@ impl Stream {
         self.dirty = false;
         let wanted = line.map_or(f64::INFINITY, |line| line * SHARE);
         self.overruns = if bytes as f64 > wanted * OVERRUN { self.overruns + 1 } else { 0 };
-        let luxury = self.half && quantizer.is_some_and(|quantizer| quantizer < LUXURY);
+        // Who does not know its quantizer leaves bytes unused when it is at its best.
+        let good = quantizer.map_or((bytes as f64) < told * UNUSED, |quantizer| quantizer < LUXURY);
+        let luxury = self.half && good;
         self.luxuries = if luxury { self.luxuries + 1 } else { 0 };
         if self.overruns >= OVERRUNS {
             self.halve(can_scale);
@@ -306,9 +311,9 @@ impl Stream {
         if report.drops == u32::MAX {
             return false;
         }
-        let (bounds, (step, share)) = match self.codec {
-            VideoCodec::Mjpeg => (MARGIN, GROWTH),
-            VideoCodec::Vp8 => (SMALL_MARGIN, SMALL_GROWTH),
+        let (bounds, (step, share)) = match self.codec.is_predictive() {
+            false => (MARGIN, GROWTH),
+            true => (SMALL_MARGIN, SMALL_GROWTH),
         };
         if report.drops > 0 || report.last_delay < 0 {
             let late = f64::from(report.last_delay.min(0)).abs();
@@ -477,27 +482,46 @@ mod tests {
     fn what_no_quality_makes_small_enough_is_halved_until_it_is_easy() {
         let mut film = stream();
         for _ in 0..20 {
-            film.coded(27_000, Some(60), Some(3.3e4), true);
+            film.coded(27_000, 2.8e4, Some(60), Some(3.3e4), true);
         }
         assert_eq!(film.frame_size(), (640, 480), "fits");
         for _ in 0..OVERRUNS {
-            film.coded(80_000, Some(60), Some(3.3e4), true);
+            film.coded(80_000, 2.8e4, Some(60), Some(3.3e4), true);
         }
         assert_eq!(film.frame_size(), (320, 240));
         for _ in 0..LUXURIES {
-            film.coded(27_000, Some(30), Some(3.3e4), true);
+            film.coded(27_000, 2.8e4, Some(30), Some(3.3e4), true);
         }
         assert_eq!(film.frame_size(), (320, 240));
         for _ in 0..LUXURIES {
-            film.coded(27_000, Some(5), Some(3.3e4), true);
+            film.coded(27_000, 2.8e4, Some(5), Some(3.3e4), true);
         }
         assert_eq!(film.frame_size(), (640, 480));
         assert!(film.relieve(true));
         for _ in 0..LUXURIES {
-            film.coded(27_000, Some(5), Some(3.3e4), true);
+            film.coded(27_000, 2.8e4, Some(5), Some(3.3e4), true);
         }
         assert_eq!(film.frame_size(), (320, 240), "for good");
         assert!(!film.relieve(true), "nothing more can be done");
+    }
+
+    #[test]
+    fn without_a_quantizer_unused_bytes_tell_that_it_is_easy() {
+        let mut film = stream();
+        for _ in 0..OVERRUNS {
+            film.coded(80_000, 2.8e4, None, Some(3.3e4), true);
+        }
+        assert_eq!(film.frame_size(), (320, 240));
+        for bytes in [27_000, 15_000] {
+            for _ in 0..LUXURIES * 2 {
+                film.coded(bytes, 2.8e4, None, Some(3.3e4), true);
+            }
+            assert_eq!(film.frame_size(), (320, 240), "{bytes} are needed");
+        }
+        for _ in 0..LUXURIES {
+            film.coded(12_000, 2.8e4, None, Some(3.3e4), true);
+        }
+        assert_eq!(film.frame_size(), (640, 480));
     }
 
     #[test]

@@ -32,8 +32,8 @@ use crate::{
     proto::{
         channel::{BaseMessage, Caps, put_ping},
         display::{
-            CAP_CODEC_MJPEG, CAP_CODEC_VP8, CAP_LZ4, CAP_MULTI_CODEC, CAP_SIZED_STREAM,
-            CAP_STREAM_REPORT, ClientMessage, Compression, decode, limit,
+            CAP_CODEC_H264, CAP_CODEC_MJPEG, CAP_CODEC_VP8, CAP_LZ4, CAP_MULTI_CODEC,
+            CAP_SIZED_STREAM, CAP_STREAM_REPORT, ClientMessage, Compression, decode, limit,
         },
         framing::{Deframer, Framer, HeaderKind},
     },
@@ -118,6 +118,7 @@ fn run(new: NewViewer, handle: ViewerHandle) {
         VideoCodec::Mjpeg => has(CAP_CODEC_MJPEG),
         // Browsers' clients put it together for their media players, which have delays of their own.
         VideoCodec::Vp8 => has(CAP_CODEC_VP8) && abilities.modern,
+        VideoCodec::H264 => has(CAP_CODEC_H264) && abilities.modern,
     });
     encoder.frame_cost = shared.config.keep_slow_codecs.then_some(Duration::ZERO);
     encoder.out = new.unsent;

@@ -27,12 +27,15 @@ pub(crate) const CAP_MULTI_CODEC: u32 = 8;
 pub(crate) const CAP_CODEC_MJPEG: u32 = 9;
 /// Client capability: VP8 streams.
 pub(crate) const CAP_CODEC_VP8: u32 = 10;
+/// Client capability: H.264 streams.
+pub(crate) const CAP_CODEC_H264: u32 = 11;
 
 /// A codec's number in messages (`SpiceVideoCodecType`).
 fn codec_number(codec: VideoCodec) -> u8 {
     match codec {
         VideoCodec::Mjpeg => 1,
         VideoCodec::Vp8 => 2,
+        VideoCodec::H264 => 3,
     }
 }
 
@@ -377,12 +380,12 @@ mod tests {
         assert_eq!(decode(101, &[0; 13]), Err(DecodeError::Truncated));
         assert_eq!(decode(103, &[7]), Ok(ClientMessage::PreferredCompression(Compression::Lz4)));
         assert_eq!(decode(104, &[]), Ok(ClientMessage::Ignored));
-        let Ok(ClientMessage::PreferredCodecs(codecs)) = decode(105, &[3, 9, 2, 1]) else {
+        let Ok(ClientMessage::PreferredCodecs(codecs)) = decode(105, &[4, 9, 3, 2, 1]) else {
             panic!()
         };
         assert_eq!(
-            [VideoCodec::Vp8, VideoCodec::Mjpeg].map(|c| codecs.place(c)),
-            [Some(1), Some(2)]
+            [VideoCodec::H264, VideoCodec::Vp8, VideoCodec::Mjpeg].map(|c| codecs.place(c)),
+            [Some(1), Some(2), Some(3)]
         );
         assert_eq!(decode(105, &[2, 1]), Err(DecodeError::Truncated));
         assert_eq!(decode(200, &[]), Err(DecodeError::UnexpectedType(200)));

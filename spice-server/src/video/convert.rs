@@ -39,7 +39,6 @@ impl I420 {
     }
 
     /// The planes.
-    #[cfg(test)]
     pub(crate) fn planes(&self) -> (&[u8], &[u8], &[u8]) {
         let luma = self.width as usize * self.height as usize;
         let (y, chroma) = self.bytes.split_at(luma);

@@ -1,8 +1,11 @@
 //! Video encoders for streams of films.
 //!
-//! MJPEG is built in. VP8 comes from libvpx, which is loaded when a server starts, if it is there.
+//! MJPEG is built in. VP8 comes from libvpx and H.264 from OpenH264, which are loaded when a server
+//! starts, if they are there.
 
 mod convert;
+mod encoder;
+mod h264;
 mod sys;
 mod vp8;
 
@@ -11,6 +14,8 @@ pub(crate) use convert::I420;
 use std::{fmt, str::FromStr, time::Duration};
 
 use crate::Error;
+use encoder::Encoder;
+use sys::{openh264::OpenH264, vpx::Vpx};
 
 /// A codec of video streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -20,17 +25,35 @@ pub enum VideoCodec {
     Mjpeg,
     /// VP8 by libvpx, if that library is installed.
     Vp8,
+    /// H.264 by OpenH264, if that library is installed.
+    H264,
 }
 
 impl VideoCodec {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Mjpeg, Self::Vp8];
+    pub const ALL: [Self; 3] = [Self::Mjpeg, Self::Vp8, Self::H264];
 
     /// Its name in options and counters.
     pub fn name(self) -> &'static str {
         match self {
             Self::Mjpeg => "mjpeg",
             Self::Vp8 => "vp8",
+            Self::H264 => "h264",
+        }
+    }
+
+    /// Whether its frames build on one another. Then a library makes them, clients have to make a
+    /// decoder first, and width and height are even.
+    pub(crate) fn is_predictive(self) -> bool {
+        self != Self::Mjpeg
+    }
+
+    /// Where its encoder comes from.
+    pub(crate) fn library(self) -> &'static str {
+        match self {
+            Self::Mjpeg => "none",
+            Self::Vp8 => "libvpx7 or libvpx9 in Debian, libvpx elsewhere",
+            Self::H264 => "libopenh264-7 or libopenh264-8 in Debian, openh264 elsewhere",
         }
     }
 }
@@ -57,19 +80,20 @@ impl FromStr for VideoCodecs {
     type Err = UnknownVideoCodec;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(match text {
-            "auto" => Self::Auto,
-            "mjpeg" => Self::Prefer(VideoCodec::Mjpeg),
-            "vp8" => Self::Prefer(VideoCodec::Vp8),
-            "off" => Self::Off,
-            _ => return Err(UnknownVideoCodec),
-        })
+        match text {
+            "auto" => Ok(Self::Auto),
+            "off" => Ok(Self::Off),
+            _ => {
+                let mut codecs = VideoCodec::ALL.into_iter();
+                codecs.find(|codec| codec.name() == text).map(Self::Prefer).ok_or(UnknownVideoCodec)
+            }
+        }
     }
 }
 
 /// A text that names no [`VideoCodecs`].
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("auto, mjpeg, vp8 and off are known")]
+#[error("auto, mjpeg, vp8, h264 and off are known")]
 pub struct UnknownVideoCodec;
 
 /// Why there is no encoder, or no frame.
@@ -145,34 +169,57 @@ pub(crate) trait VideoEncoder: Send {
 #[derive(Default)]
 pub(crate) struct Video {
     codecs: Vec<VideoCodec>,
-    vpx: Option<sys::Vpx>,
+    vpx: Option<Vpx>,
+    openh264: Option<OpenH264>,
 }
 
 impl Video {
+    /// Those a library makes, the best one first: by `video::bench`, VP8 of a film of 1920 by 1080
+    /// is 0.5 dB better at the same rate and takes no more time, at 60 frames per second much less.
+    const PREDICTIVE: [VideoCodec; 2] = [VideoCodec::Vp8, VideoCodec::H264];
+
     /// Loads what is wanted. A library that nobody asked for may be missing.
     pub(crate) fn load(wanted: VideoCodecs) -> Result<Self, Error> {
+        Self::load_by(wanted, Self::load_library)
+    }
+
+    /// The same with a function that loads a codec's library, and says its version.
+    fn load_by(
+        wanted: VideoCodecs,
+        load: impl Fn(&mut Self, VideoCodec) -> Result<String, VideoError>,
+    ) -> Result<Self, Error> {
         let mut video = Self::default();
         if wanted == VideoCodecs::Off {
             return Ok(video);
         }
-        let vp8 = VideoCodec::Vp8;
-        if matches!(wanted, VideoCodecs::Auto) || wanted == VideoCodecs::Prefer(vp8) {
-            match sys::Vpx::load() {
-                Ok(vpx) => {
-                    tracing::debug!("VP8 streams by libvpx {}", vpx.version());
-                    video.vpx = Some(vpx);
-                    video.codecs.push(vp8);
-                }
-                Err(source) if wanted == VideoCodecs::Prefer(vp8) => {
-                    return Err(Error::Video { codec: vp8, source });
-                }
-                Err(error) => {
-                    tracing::info!(%error, "no libvpx: video streams are MJPEG, not VP8");
-                }
+        for codec in Self::PREDICTIVE {
+            let asked_for = wanted == VideoCodecs::Prefer(codec);
+            if !asked_for && wanted != VideoCodecs::Auto {
+                continue;
             }
+            match load(&mut video, codec) {
+                Ok(version) => {
+                    tracing::debug!(%codec, version, "video streams by a library");
+                    video.codecs.push(codec);
+                }
+                Err(source) if asked_for => return Err(Error::Video { codec, source }),
+                Err(error) => tracing::debug!(%codec, %error, "no library for such video streams"),
+            }
+        }
+        if wanted == VideoCodecs::Auto && video.codecs.is_empty() {
+            tracing::info!("neither libvpx nor OpenH264: video streams are MJPEG");
         }
         video.codecs.push(VideoCodec::Mjpeg);
         Ok(video)
+    }
+
+    /// Loads a codec's library; its version.
+    fn load_library(&mut self, codec: VideoCodec) -> Result<String, VideoError> {
+        Ok(match codec {
+            VideoCodec::Mjpeg => String::new(),
+            VideoCodec::Vp8 => self.vpx.insert(Vpx::load()?).version().to_owned(),
+            VideoCodec::H264 => self.openh264.insert(OpenH264::load()?).version().to_owned(),
+        })
     }
 
     /// Those there are, the best one first.
@@ -188,15 +235,22 @@ impl Video {
         size: (u32, u32),
         fps: f64,
     ) -> Result<Option<Box<dyn VideoEncoder>>, VideoError> {
-        Ok(match (codec, &self.vpx) {
-            (VideoCodec::Mjpeg, _) => None,
-            (VideoCodec::Vp8, Some(vpx)) => Some(Box::new(vp8::Vp8::new(vpx, size, fps)?)),
-            (VideoCodec::Vp8, None) => {
-                return Err(VideoError::Missing { reason: "libvpx is not loaded".to_owned() });
+        let missing = || VideoError::Missing { reason: format!("no library for {codec}") };
+        Ok(match codec {
+            VideoCodec::Mjpeg => None,
+            VideoCodec::Vp8 => {
+                let vpx = self.vpx.as_ref().ok_or_else(missing)?;
+                Some(Box::new(Encoder::new(vp8::encoder(vpx, size, fps)?)))
+            }
+            VideoCodec::H264 => {
+                let openh264 = self.openh264.as_ref().ok_or_else(missing)?;
+                Some(Box::new(Encoder::new(h264::encoder(openh264, size, fps)?)))
             }
         })
     }
 }
 
+#[cfg(test)]
+mod bench;
 #[cfg(test)]
 mod tests;

@@ -93,49 +93,104 @@ fn encode(codec: VideoCodec, size: (u32, u32), rate: f64) -> Option<Vec<Vec<u8>>
     Some((0..60).map(frame).collect())
 }
 
+/// Films in a thin and a thick rate, whose frames have to be in them.
+fn in_two_rates(codec: VideoCodec, size: (u32, u32)) -> Option<[Vec<Vec<u8>>; 2]> {
+    let films = [encode(codec, size, 5e5)?, encode(codec, size, 3e6)?];
+    let [thin, thick] = films.each_ref().map(|frames| {
+        assert!(frames.iter().all(|frame| !frame.is_empty()));
+        let bytes: usize = frames[30..].iter().map(Vec::len).sum();
+        bytes as f64 * 8.0 / (30.0 * 0.033)
+    });
+    assert!((2e5..7e5).contains(&thin), "{thin}");
+    assert!((1.5e6..4e6).contains(&thick), "{thick}");
+    Some(films)
+}
+
+/// The kinds of the units of an H.264 byte stream (Rec. ITU-T H.264 7.3.1 and B.1).
+fn units(stream: &[u8]) -> Vec<u8> {
+    let starts = stream.windows(4).filter(|four| four.starts_with(&[0, 0, 1]));
+    starts.map(|four| four[3] & 31).collect()
+}
+const SLICE: u8 = 1;
+const IDR: u8 = 5;
+const SPS: u8 = 7;
+const PPS: u8 = 8;
+
+#[test]
+fn h264_keeps_to_its_rate_and_begins_with_its_only_idr_frame() {
+    for frames in in_two_rates(VideoCodec::H264, (640, 360)).into_iter().flatten() {
+        assert_eq!(frames[0][..4], [0, 0, 0, 1], "a byte stream");
+        assert_eq!(units(&frames[0]), [SPS, PPS, IDR]);
+        // `profile_idc`.
+        assert_eq!(frames[0][5], 77);
+        assert!(frames[1..].iter().all(|frame| units(frame) == [SLICE]), "one slice each");
+    }
+}
+
 #[test]
 fn vp8_keeps_to_its_rate_and_begins_with_a_key_frame() {
-    let size = (640, 360);
-    let Some(thin) = encode(VideoCodec::Vp8, size, 5e5) else { return };
-    let Some(thick) = encode(VideoCodec::Vp8, size, 3e6) else { return };
-    for frames in [&thin, &thick] {
+    for frames in in_two_rates(VideoCodec::Vp8, (640, 360)).into_iter().flatten() {
         // RFC 6386 9.1: the lowest bit is 0 in key frames; start code, width and height follow.
         assert_eq!(frames[0][0] & 1, 0);
         assert_eq!(frames[0][3..10], [0x9d, 0x01, 0x2a, 0x80, 0x02, 0x68, 0x01]);
-        assert!(frames.iter().all(|frame| !frame.is_empty()));
         assert!(frames[1..].iter().all(|frame| frame[0] & 1 == 1), "one key frame");
     }
-    let rate = |frames: &[Vec<u8>]| {
-        let bytes: usize = frames[30..].iter().map(Vec::len).sum();
-        bytes as f64 * 8.0 / (30.0 * 0.033)
-    };
-    assert!((2e5..7e5).contains(&rate(&thin)), "{}", rate(&thin));
-    assert!((1.5e6..4e6).contains(&rate(&thick)), "{}", rate(&thick));
 }
 
 #[test]
 fn smaller_pictures_are_taken_and_larger_ones_are_refused() {
-    let Ok(video) = Video::load(VideoCodecs::Prefer(VideoCodec::Vp8)) else { return };
-    let mut encoder = video.encoder(VideoCodec::Vp8, (64, 64), 30.0).unwrap().unwrap();
-    let mut encode = |size: (u32, u32)| {
-        let mut out = Vec::new();
-        let duration = Duration::from_millis(33);
-        let picture = Picture { pixels: &ramps(size, 0), size, clock: 0, duration, rate: 1e6 };
-        let result = encoder.encode(picture, &mut out);
-        assert!(result.is_err() || encoder.quantizer().is_some_and(|quantizer| quantizer < 64));
-        result.map(|()| out)
+    for codec in Video::PREDICTIVE {
+        let Ok(video) = Video::load(VideoCodecs::Prefer(codec)) else { continue };
+        let mut encoder = video.encoder(codec, (64, 64), 30.0).unwrap().unwrap();
+        let mut encode = |size: (u32, u32)| {
+            let mut out = Vec::new();
+            let duration = Duration::from_millis(33);
+            let picture = Picture { pixels: &ramps(size, 0), size, clock: 0, duration, rate: 1e6 };
+            encoder.encode(picture, &mut out)?;
+            assert!(encoder.quantizer().is_none_or(|quantizer| quantizer < 64));
+            Ok(out)
+        };
+        for size in [(0, 0), (1, 1), (64, 66), (66, 64), (640, 480)] {
+            assert_eq!(encode(size), Err(VideoError::Size), "{codec} {size:?}");
+        }
+        // Smaller ones are taken, and begin with a whole frame of their size; so does what follows.
+        let is_whole = |frame: &[u8]| match codec {
+            VideoCodec::H264 => units(frame) == [SPS, PPS, IDR],
+            _ => frame[0] & 1 == 0,
+        };
+        for size in [(64, 64), (32, 32), (64, 64)] {
+            let frame = encode(size).unwrap();
+            assert!(is_whole(&frame), "{codec} {size:?}");
+            if codec == VideoCodec::Vp8 {
+                assert_eq!((frame[6], frame[8]), (size.0 as u8, size.1 as u8));
+            }
+            assert!(!is_whole(&encode(size).unwrap()), "{codec} {size:?}");
+        }
+        assert!(video.encoder(codec, (20_000, 20_000), 30.0).is_err());
+    }
+}
+
+#[test]
+fn a_library_may_be_missing_unless_it_was_asked_for() {
+    use VideoCodec::{H264, Mjpeg, Vp8};
+    // Where only some are installed.
+    let load = |wanted, there: &[VideoCodec]| {
+        Video::load_by(wanted, |_, codec| match there.contains(&codec) {
+            true => Ok("1.0".to_owned()),
+            false => Err(VideoError::Missing { reason: "no such file".to_owned() }),
+        })
     };
-    for size in [(0, 0), (1, 1), (64, 66), (66, 64), (640, 480)] {
-        assert_eq!(encode(size), Err(VideoError::Size), "{size:?}");
+    for (there, codecs) in [
+        (&[Vp8, H264][..], &[Vp8, H264, Mjpeg][..]),
+        (&[Vp8], &[Vp8, Mjpeg]),
+        (&[H264], &[H264, Mjpeg]),
+        (&[], &[Mjpeg]),
+    ] {
+        assert_eq!(load(VideoCodecs::Auto, there).unwrap().codecs(), codecs);
     }
-    // Smaller ones are taken, and begin with a key frame of their size; so does what follows.
-    let size_of = |frame: &[u8]| (frame[0] & 1 == 0).then(|| (frame[6], frame[8]));
-    for size in [(64, 64), (32, 32), (64, 64)] {
-        let frame = encode(size).unwrap();
-        assert_eq!(size_of(&frame), Some((size.0 as u8, size.1 as u8)));
-        assert_eq!(size_of(&encode(size).unwrap()), None, "no key frame");
-    }
-    assert!(video.encoder(VideoCodec::Vp8, (20_000, 64), 30.0).is_err());
+    let Err(error) = load(VideoCodecs::Prefer(H264), &[Vp8]) else { panic!("what was loaded?") };
+    let text = error.to_string();
+    assert!(text.contains("h264") && text.contains("libopenh264-7"), "{text}");
 }
 
 #[test]
@@ -146,5 +201,7 @@ fn names() {
     assert_eq!("auto".parse(), Ok(VideoCodecs::Auto));
     assert_eq!("off".parse(), Ok(VideoCodecs::Off));
     assert_eq!("vp9".parse::<VideoCodecs>(), Err(UnknownVideoCodec));
+    let known = UnknownVideoCodec.to_string();
+    assert!(VideoCodec::ALL.iter().all(|codec| known.contains(codec.name())), "{known}");
     assert_eq!(Video::load(VideoCodecs::Off).unwrap().codecs(), []);
 }

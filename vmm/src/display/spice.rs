@@ -88,7 +88,7 @@ impl SpiceConfig {
         let video = match spec.take("video-codec")? {
             None => VideoCodecs::Auto,
             Some(text) => {
-                let reason = "expected auto, mjpeg, vp8 or off";
+                let reason = "expected auto, mjpeg, vp8, h264 or off";
                 text.parse().map_err(|_| spec.invalid("video-codec", &text, reason))?
             }
         };
@@ -321,6 +321,8 @@ mod tests {
         assert_eq!(video("").unwrap(), VideoCodecs::Auto);
         let vp8 = VideoCodecs::Prefer(spice_server::VideoCodec::Vp8);
         assert_eq!(video(",video-codec=vp8").unwrap(), vp8);
+        let h264 = VideoCodecs::Prefer(spice_server::VideoCodec::H264);
+        assert_eq!(video(",video-codec=h264").unwrap(), h264);
         assert_eq!(video(",video-codec=off").unwrap(), VideoCodecs::Off);
         let error = video(",video-codec=av1").unwrap_err().to_string();
         assert!(error.starts_with("--spice: video-codec=av1: expected auto, mjpeg"), "{error}");

@@ -31,7 +31,7 @@ const MAX_STREAMS: usize = 4;
 const STREAM_IDS: u32 = 32;
 /// How often it is looked for films.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// For how long a codec is not used that the host was too slow for: at first, and at most.
+/// For how long codecs are not used that the host was too slow for: at first, and at most.
 const FIRST_REST: Duration = Duration::from_secs(30);
 const LONGEST_REST: Duration = Duration::from_secs(600);
 /// How often an MJPEG frame is encoded at most.
@@ -62,9 +62,8 @@ impl Encoder {
 
     /// The codec for a film that begins now.
     fn codec(&self, now: Instant) -> Option<VideoCodec> {
-        let rests =
-            |codec| self.resting.is_some_and(|rest| rest.codec == codec && now < rest.until);
-        self.video_codecs.iter().copied().find(|codec| !rests(*codec))
+        let rest = self.resting.is_some_and(|rest| now < rest.until);
+        self.video_codecs.iter().copied().find(|codec| !(rest && codec.is_predictive()))
     }
 
     /// The client reports on a stream.
@@ -97,23 +96,29 @@ impl Encoder {
         if codec == VideoCodec::Mjpeg {
             self.close_openers(|_| true);
         }
-        self.replace_streams(codec, why, now);
+        self.replace_streams(|other| other == codec, why, now);
     }
 
-    /// The host is too slow for a codec: none of it for a while, which is longer each time.
+    /// The host is too slow for a codec, and so for those that are as much work: none of them for a
+    /// while, which is longer each time.
     fn set_aside(&mut self, codec: VideoCodec, now: Instant) {
-        let pause = match self.resting.filter(|rest| rest.codec == codec) {
+        let pause = match self.resting {
             Some(rest) => (rest.pause * 2).min(LONGEST_REST),
             None => FIRST_REST,
         };
         tracing::info!(%codec, ?pause, "the host is too slow for this video codec");
-        self.resting = Some(Resting { codec, pause, until: now + pause });
-        self.replace_streams(codec, VideoChange::TooSlow, now);
+        self.resting = Some(Resting { pause, until: now + pause });
+        self.replace_streams(VideoCodec::is_predictive, VideoChange::TooSlow, now);
     }
 
-    /// Streams of a codec go on with the next one, or end.
-    fn replace_streams(&mut self, codec: VideoCodec, why: VideoChange, now: Instant) {
-        while let Some(at) = self.streams.iter().position(|stream| stream.codec == codec) {
+    /// Streams of some codecs go on with the next one, or end.
+    fn replace_streams(
+        &mut self,
+        which: impl Fn(VideoCodec) -> bool,
+        why: VideoChange,
+        now: Instant,
+    ) {
+        while let Some(at) = self.streams.iter().position(|stream| which(stream.codec)) {
             let stream = self.streams.remove(at);
             let rect = stream.rect;
             self.close(stream);
@@ -184,10 +189,10 @@ impl Encoder {
 
     fn begin_stream(&mut self, rect: Rect, now: Instant) {
         let Some(codec) = self.codec(now) else { return };
-        let rect = match codec {
-            VideoCodec::Mjpeg => rect,
-            // Its chroma has half the width and height.
-            VideoCodec::Vp8 => even(rect, self.size().unwrap_or_default()),
+        let rect = match codec.is_predictive() {
+            false => rect,
+            // Their chroma has half the width and height.
+            true => even(rect, self.size().unwrap_or_default()),
         };
         if rect.is_empty() || !self.tiles.hold(rect, now) {
             return;
@@ -206,7 +211,7 @@ impl Encoder {
         let mut stream = Stream::new(id, unique, rect, now);
         stream.codec = codec;
         // Of the decoders of clients only that of MJPEG is there at once.
-        if codec != VideoCodec::Mjpeg && self.video_codecs.contains(&VideoCodec::Mjpeg) {
+        if codec.is_predictive() && self.video_codecs.contains(&VideoCodec::Mjpeg) {
             let opener = self.announce(VideoCodec::Mjpeg, rect, &[id]);
             stream.opener = opener.map(|(id, unique)| {
                 Box::new(Stream::new_opener(id, unique, rect, self.abilities.sized, now))
@@ -360,10 +365,9 @@ impl Encoder {
     }
 }
 
-/// A codec that the host is too slow for.
+/// The host was too slow for codecs whose frames build on one another.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Resting {
-    codec: VideoCodec,
     pause: Duration,
     until: Instant,
 }
@@ -422,7 +426,8 @@ impl FrameOf<'_> {
             let (clock, duration) = (self.line.clock, Duration::from_secs_f64(1.0 / self.fps));
             encoder.encode(Picture { pixels, size, clock, duration, rate }, &mut data)?;
             let quantizer = encoder.quantizer();
-            stream.coded(data.len(), quantizer, per_frame, self.can_scale);
+            let told = rate / 8.0 / self.fps;
+            stream.coded(data.len(), told, quantizer, per_frame, self.can_scale);
             // The decoder finds the size in the frame.
             break self.size;
         };

@@ -5,7 +5,7 @@ use std::{collections::HashMap, time::Duration};
 
 use super::*;
 use crate::{
-    MemoryFrame,
+    MemoryFrame, VideoCodecs,
     proto::{display::StreamReport, framing::HeaderKind},
 };
 
@@ -546,9 +546,15 @@ fn films_become_streams_and_end_exactly() {
 
 /// A picture on a thin line that may have films as VP8; `None` without libvpx.
 fn with_vp8(size: (u32, u32)) -> Option<Bench> {
-    let video = Video::load(crate::VideoCodecs::Auto).unwrap();
-    if video.codecs() == [VideoCodec::Mjpeg] {
-        eprintln!("SKIPPED: libvpx is not installed");
+    with_codecs(size, VideoCodecs::Prefer(VideoCodec::Vp8))
+}
+
+/// A picture on a thin line that may have films with some codecs; `None` without their libraries.
+fn with_codecs(size: (u32, u32), codecs: VideoCodecs) -> Option<Bench> {
+    let wanted = if codecs == VideoCodecs::Auto { 3 } else { 2 };
+    let video = Video::load(codecs).unwrap_or_default();
+    if video.codecs().len() < wanted {
+        eprintln!("SKIPPED: libvpx or OpenH264 is not installed");
         return None;
     }
     let mut bench = Bench::new(size, 9);
@@ -560,6 +566,7 @@ fn with_vp8(size: (u32, u32)) -> Option<Bench> {
 
 const MJPEG: u8 = 1;
 const VP8: u8 = 2;
+const H264: u8 = 3;
 
 impl Bench {
     /// Plays so many frames of a film.
@@ -629,6 +636,33 @@ fn films_are_vp8_until_the_client_cannot_show_it() {
     assert_eq!(stats.streams, before, "pictures only");
     assert_eq!((stats.video_codec, stats.video_fallbacks), (None, 2));
     bench.settle("pictures");
+}
+
+#[test]
+fn a_client_that_cannot_show_vp8_gets_h264_then_mjpeg() {
+    let Some(mut bench) = with_codecs((800, 600), VideoCodecs::Auto) else { return };
+    let film = Rect::new(100, 100, 480, 320);
+    bench.play(film, 60);
+    assert_eq!(bench.running(), [VP8], "what costs less");
+    for (refused, next) in [(VP8, H264), (H264, MJPEG)] {
+        bench.refuse(refused);
+        bench.play(film, 60);
+        assert_eq!(bench.running(), [next]);
+    }
+    assert!(bench.model.frames[&H264] > 40 && bench.sent(Codec::H264) > 40);
+    assert_eq!(bench.stats.stats(0).video_fallbacks, 2);
+    bench.settle("the end");
+}
+
+#[test]
+fn a_host_that_is_too_slow_for_one_predictive_codec_is_too_slow_for_all() {
+    let Some(mut bench) = with_codecs((800, 600), VideoCodecs::Auto) else { return };
+    let film = Rect::new(100, 100, 480, 320);
+    bench.encoder.frame_cost = Some(Duration::from_millis(50));
+    bench.play(film, 220);
+    assert_eq!(bench.running(), [MJPEG]);
+    assert!(!bench.model.frames.contains_key(&H264), "no detour");
+    bench.settle("the end");
 }
 
 #[test]
