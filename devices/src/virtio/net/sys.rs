@@ -123,17 +123,31 @@ impl Pieces {
         usize::try_from(result).map_err(|_| io::Error::last_os_error())
     }
 
-    /// Reads one packet into the pieces, and what does not fit into `rest`; its length.
-    pub(super) fn read(&mut self, fd: BorrowedFd<'_>, rest: &mut [u8]) -> io::Result<usize> {
+    /// Reads one packet into the first pieces, as many as have room for `expected` bytes, and what does
+    /// not fit there into `rest`. Its length, and how much of it is in the pieces.
+    pub(super) fn read(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        expected: usize,
+        rest: &mut [u8],
+    ) -> io::Result<(usize, usize)> {
         self.call.clear();
-        self.call.extend_from_slice(&self.list);
+        let mut room = 0;
+        for piece in &self.list {
+            if room >= expected {
+                break;
+            }
+            room += piece.iov_len;
+            self.call.push(*piece);
+        }
         let iov_base = rest.as_mut_ptr().cast();
         self.call.push(libc::iovec { iov_base, iov_len: rest.len() });
         let count = self.call.len() as libc::c_int;
         // SAFETY: the elements describe guest memory of that length, which `memory` keeps mapped and to
         // which no reference exists, and `rest`, which is borrowed for writing; the descriptor is open.
         let result = unsafe { libc::readv(fd.as_raw_fd(), self.call.as_ptr(), count) };
-        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+        let length = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
+        Ok((length, length.min(room)))
     }
 
     /// Copies `bytes` to where byte `offset` is and on; what is behind the last piece is left out.

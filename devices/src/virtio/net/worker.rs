@@ -29,6 +29,8 @@ const SWITCH: u32 = 4;
 
 /// Packets per turn, so that neither direction starves the other.
 const BURST: usize = 64;
+/// Bytes after which the driver hears of packets within a turn.
+const NEWS: usize = 64 << 10;
 
 /// Packets that were lost.
 #[derive(Debug, Default)]
@@ -105,6 +107,7 @@ impl NetWorker {
     /// Moves packets from the backend to the driver. Returns `false` if the peer is gone.
     fn receive(&mut self) -> bool {
         let Some(ring) = &mut self.receive else { return true };
+        let (mut open, mut news) = (true, 0);
         for _ in 0..BURST {
             let packet = match self.waiting {
                 Waiting::Placing(packet) => packet,
@@ -117,7 +120,10 @@ impl NetWorker {
                     match self.backend.receive(self.buffers.pieces(), &mut self.spill) {
                         Received::Packet(packet) => packet,
                         Received::Empty => break,
-                        Received::Closed => return false,
+                        Received::Closed => {
+                            open = false;
+                            break;
+                        }
                     }
                 }
             };
@@ -132,37 +138,40 @@ impl NetWorker {
                     break;
                 }
             }
-            // With each packet: a driver that sleeps is to work on it while the next one comes.
-            ring.notify_driver();
+            tell(ring, &mut news, packet.length);
         }
-        true
+        ring.notify_driver();
+        open
     }
 
     /// Moves packets from the driver to the backend.
     fn transmit(&mut self) {
         let Some(ring) = &mut self.transmit else { return };
         self.blocked = false;
+        let mut news = 0;
         ring.disable_kicks();
-        for _ in 0..BURST {
-            let Some(chain) = ring.pop() else {
-                if ring.enable_kicks() {
-                    continue;
+        'turn: {
+            for _ in 0..BURST {
+                let Some(chain) = ring.pop() else {
+                    if ring.enable_kicks() {
+                        continue;
+                    }
+                    break 'turn;
+                };
+                let Some(length) = gather(ring, &chain, &mut self.outgoing) else { break 'turn };
+                if length < HEADER + MIN_FRAME {
+                    count(&self.counters.transmit_dropped, "shorter than an Ethernet header");
+                } else if self.backend.transmit(&mut self.outgoing) == Sent::Full {
+                    ring.put_back();
+                    self.blocked = true;
+                    break 'turn;
                 }
-                return;
-            };
-            let Some(length) = gather(ring, &chain, &mut self.outgoing) else { return };
-            if length < HEADER + MIN_FRAME {
-                count(&self.counters.transmit_dropped, "shorter than an Ethernet header");
-            } else if self.backend.transmit(&mut self.outgoing) == Sent::Full {
-                ring.put_back();
-                self.blocked = true;
-                return;
+                ring.push_used(chain.head_index(), 0);
+                tell(ring, &mut news, length);
             }
-            ring.push_used(chain.head_index(), 0);
-            // With each packet: a driver whose queue is full is to go on as soon as there is room.
-            ring.notify_driver();
+            ring.come_back();
         }
-        ring.come_back();
+        ring.notify_driver();
     }
 
     /// Watches the backend for what would let something move.
@@ -219,6 +228,16 @@ impl NetWorker {
             stream.reconnect();
         }
         self.transmit();
+    }
+}
+
+/// Lets the driver know of large packets before the end of a turn: it is to work on them, or to make
+/// further ones, meanwhile.
+fn tell(ring: &mut Ring, news: &mut usize, length: usize) {
+    *news += length;
+    if *news >= NEWS {
+        *news = 0;
+        ring.notify_driver();
     }
 }
 
