@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use drago_tests::{
     client::SpiceClient,
     debian::Release,
@@ -138,8 +138,7 @@ impl World {
             "(sleep 1000 | setsid {command} 2>&1) >/tmp/{program}.log 2>&1 </dev/null & sleep 1"
         ))?;
         let client = self.client.as_mut().context("nobody looks")?;
-        let limit = Duration::from_secs(120);
-        let seen = self.vm.wait_picture_within(client, program, limit, |picture| Ok(is(picture)));
+        let seen = self.vm.wait_picture(client, program, |picture| Ok(is(picture)));
         let said = self.run(&format!("pkill {program}; sleep 1; cat /tmp/{program}.log"))?;
         seen.map(drop).with_context(|| said)
     }
@@ -244,6 +243,51 @@ impl World {
         self.piglit(PIGLIT_VULKAN, &environment).map(drop)
     }
 
+    /// A picture that does not change costs drago-gpu nothing, with a viewer as well. Looked at three times
+    /// at most, because a clock is in it.
+    fn stands_still(&mut self) -> Result<()> {
+        const SECONDS: f64 = 20.0;
+        let mut seen = Vec::new();
+        for _ in 0..3 {
+            let before = self.busy()?.gpu;
+            self.host.run(&format!("sleep {SECONDS}"))?;
+            let percent = 100.0 * (self.busy()?.gpu - before) / SECONDS;
+            note(format_args!("{percent:.2} % of a processor for drago-gpu"));
+            if percent < 1.0 {
+                return Ok(());
+            }
+            seen.push(percent);
+        }
+        bail!("drago-gpu took {seen:?} % of a processor for a picture that stands still")
+    }
+
+    /// It counts its frames every five seconds; without stdbuf nothing of that would be in a file before
+    /// it ends, nor after that, because a signal ends it.
+    fn weston_simple_egl(&mut self) -> Result<()> {
+        // The names of processes have 15 characters.
+        let (program, log) = ("weston-simple-e", "/tmp/weston-simple-egl.log");
+        self.run(&format!(
+            "(sleep 1000 | setsid {AS_DEMO} stdbuf -oL weston-simple-egl -f -o 2>&1) \
+             >{log} 2>&1 </dev/null & sleep 1"
+        ))?;
+        let client = self.client.as_mut().context("nobody looks")?;
+        // It turns round: now and then there is little of it.
+        let seen = self.vm.wait_picture(client, program, |picture| {
+            let corner = |colour| picture.share_of(colour, 100) > 0.003;
+            let corners = [[0xff, 0, 0], [0, 0xff, 0], [0, 0, 0xff]].into_iter().all(corner);
+            Ok(corners && picture.share_of([0; 3], 3) > 0.6)
+        });
+        let counted = self.run(&format!(
+            "end=$(($(date +%s) + 60)); \
+             until grep -q 'frames in' {log} || [ $(date +%s) -ge $end ]; do sleep 1; done; \
+             pkill {program}; cat {log}"
+        ))?;
+        seen.with_context(|| counted.clone())?;
+        let frames = counted.lines().find(|line| line.contains("frames in"));
+        note(frames.with_context(|| format!("no frames were counted: {counted:?}"))?);
+        Ok(())
+    }
+
     /// Its pictures are dmabufs that weston imports, which it can with OpenGL only.
     fn vkcube(&mut self) -> Result<()> {
         let said = self.run(&format!(
@@ -298,6 +342,8 @@ fn opengl_and_vulkan_in_a_guest() {
     world.step("piglit on Vulkan", World::piglit_on_vulkan);
     world.step("the render server dies", World::server_dies);
     world.step("weston", World::weston);
+    world.step("a still picture costs nothing", World::stands_still);
+    world.step("weston-simple-egl turns a triangle", World::weston_simple_egl);
     world.step("glmark2 looks at its pixels", World::glmark2_validates);
     world.step("vkcube", World::vkcube);
     world.end();
@@ -306,25 +352,65 @@ fn opengl_and_vulkan_in_a_guest() {
 /// What is drawn in the comparisons, and for how long.
 const SCENES: [&str; 2] = ["build", "shading:shading=phong"];
 const SECONDS: u32 = 8;
-const SIZE: &str = "320x180";
+const SIZE: &str = "800x600";
 const ROUNDS: usize = 2;
 
-/// Frames per second in what glmark2 says.
+/// What glmark2 says of a scene, from the time for a frame: the number of frames a second is rounded up.
 fn fps(said: &str) -> Result<f64> {
-    let number = said.split("FPS: ").nth(1).and_then(|rest| rest.split_whitespace().next());
-    let number = number.and_then(|number| number.parse().ok()).filter(|fps| *fps > 0.0);
-    number.with_context(|| said.to_owned())
+    let number = said.split("FrameTime: ").nth(1).and_then(|rest| rest.split_whitespace().next());
+    let time = number.and_then(|number| number.parse::<f64>().ok()).filter(|time| *time > 0.0);
+    time.map(|time| 1e3 / time).with_context(|| said.to_owned())
+}
+
+/// Prints what [`Busy`] has.
+const BUSY: &str = "cat $(for p in $(pgrep -x drago-vmm); do echo /proc/$p/task/*/stat; done) | \
+    awk '{ if ($2 ~ /vcpu/) guest += $14 + $15; else rest += $14 + $15 } END { print guest / 100, rest / 100 }'; \
+    cat $(for p in $(pgrep -x drago-gpu); do echo /proc/$p/stat; done) | \
+    awk '{ gpu += $14 + $15 } END { print gpu / 100 }'; cat /sys/kernel/debug/kvm/exits";
+
+/// What a machine has taken of the test host so far.
+struct Busy {
+    /// Seconds of processors: the guest's own.
+    guest: f64,
+    /// The rest of drago-vmm.
+    rest: f64,
+    /// drago-gpu.
+    gpu: f64,
+    /// KVM's exits.
+    exits: f64,
 }
 
 impl World {
+    fn busy(&self) -> Result<Busy> {
+        let out = self.host.run(BUSY)?;
+        let said = String::from_utf8_lossy(&out.stdout).into_owned();
+        let numbers: Vec<f64> =
+            said.split_whitespace().filter_map(|number| number.parse().ok()).collect();
+        match numbers[..] {
+            [guest, rest, gpu, exits] => Ok(Busy { guest, rest, gpu, exits }),
+            _ => bail!("{said:?}"),
+        }
+    }
+
     /// In the guest, in a window or in a picture that is not shown.
     fn guest_fps(&self, scene: &str, place: &str) -> Result<f64> {
+        let before = self.busy()?;
         let said = self.run(&format!(
             "{AS_DEMO} timeout 120 glmark2-es2-wayland {place} -s {SIZE} \
              -b {scene}:duration={SECONDS} 2>&1"
         ))?;
         ensure!(said.contains("virgl ("), "{said}");
-        fps(&said)
+        let after = self.busy()?;
+        let fps = fps(&said)?;
+        note(format_args!(
+            "{fps:.2} frames a second; with glmark2's start {:.1} s of processors for the guest, {:.1} s for \
+             the rest of drago-vmm, {:.1} s for drago-gpu, {:.0} exits",
+            after.guest - before.guest,
+            after.rest - before.rest,
+            after.gpu - before.gpu,
+            after.exits - before.exits
+        ));
+        Ok(fps)
     }
 
     /// In the test host, by the same virglrenderer's own server.
@@ -338,11 +424,15 @@ impl World {
             "rm -f /tmp/.virgl_test; {server} >/tmp/vtest.log 2>&1 & server=$!; \
              while [ ! -S /tmp/.virgl_test -o ! -S /tmp/.X11-unix/X77 ]; do kill -0 $server || exit 1; sleep 0.1; done; \
              timeout 120 env DISPLAY=:77 LIBGL_ALWAYS_SOFTWARE=1 GALLIUM_DRIVER=virpipe \
-             glmark2-es2 --off-screen -s {SIZE} -b {scene}:duration={SECONDS} 2>&1; kill $server; cat /tmp/vtest.log"
+             glmark2-es2 --off-screen -s {SIZE} -b {scene}:duration={SECONDS} 2>&1; \
+             awk '{{ print \"server\", ($14 + $15) / 100, \"s\" }}' /proc/$server/stat; kill $server; cat /tmp/vtest.log"
         ))?;
         let said = String::from_utf8_lossy(&out.stdout).into_owned();
         ensure!(said.contains("virgl ("), "{said}");
-        fps(&said)
+        let fps = fps(&said)?;
+        let server = said.lines().find(|line| line.starts_with("server ")).unwrap_or_default();
+        note(format_args!("{fps:.2} frames a second; {server} of processors"));
+        Ok(fps)
     }
 
     fn guest_against_host(&mut self) -> Result<()> {
@@ -390,7 +480,7 @@ fn compare(names: [&str; 2], mut draw: impl FnMut(usize, &str) -> Result<f64>) -
         }
         let mean = |side: usize| seen[side].iter().sum::<f64>() / seen[side].len() as f64;
         note(format_args!(
-            "{scene}: {} {:?}, {} {:?}: {:.0} %",
+            "{scene}: {} {:.2?}, {} {:.2?}: {:.0} %",
             names[0],
             seen[0],
             names[1],

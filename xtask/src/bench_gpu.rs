@@ -155,9 +155,12 @@ fn glmark2(scene: &str, seconds: u32) -> Result<f64> {
         .context("cannot run xvfb-run glmark2-es2")?;
     let text = String::from_utf8_lossy(&out.stdout);
     ensure!(text.contains("virgl ("), "glmark2 did not use the server:\n{text}");
-    let fps = text.lines().find_map(|line| line.split("FPS: ").nth(1)?.split_whitespace().next());
-    let fps = fps.and_then(|fps| fps.parse().ok()).filter(|fps| *fps > 0.0);
-    fps.with_context(|| format!("glmark2 did not draw {scene}:\n{text}"))
+    // Frames per second are rounded up, these milliseconds are not.
+    let time =
+        text.lines().find_map(|line| line.split("FrameTime: ").nth(1)?.split_whitespace().next());
+    let time = time.and_then(|time| time.parse::<f64>().ok()).filter(|time| *time > 0.0);
+    let time = time.with_context(|| format!("glmark2 did not draw {scene}:\n{text}"))?;
+    Ok(1e3 / time)
 }
 
 /// The middle one, or the mean of the two in the middle; `None` of no values.
