@@ -151,7 +151,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if all || args.gpu_only {
-        write("gpu.json", &bench_gpu::run(rounds)?)?;
+        let report = bench_gpu::run(rounds)?;
+        write("gpu.json", &report)?;
+        verdicts.extend(judge(Part::Gpu, &report));
     }
     if all || args.boot_only || args.memory_only {
         let (name, parts): (_, &[Part]) = if args.memory_only {

@@ -45,6 +45,15 @@ const DISPLAY: &[Bar] = &[
     bar("memory with a display, drago-gpu and a viewer", "/drago + display/viewed_memory_mib", AtMost, 25.0, "MiB"),
 ];
 
+/// Of `gpu.json`.
+#[rustfmt::skip]
+const GPU: &[Bar] = &[
+    bar("glmark2 through our device, of virglrenderer's own server", "/glmark2/percent/drago_of_vtest_fps", AtLeast, 90.0, "%"),
+    bar("glmark2 with a viewer, of without", "/glmark2/percent/viewer_of_none_fps", AtLeast, 90.0, "%"),
+    bar("reading 1920x1080 back", "/readback_ms/virgl/1920x1080/median", AtMost, 2.0, "ms"),
+    bar("reading 256x256 back", "/readback_ms/virgl/256x256 of 1920x1080/median", AtMost, 0.1, "ms"),
+];
+
 /// Of `spice.json`.
 #[rustfmt::skip]
 const SPICE: &[Bar] = &[
@@ -92,6 +101,8 @@ pub(crate) enum Part {
     Boot,
     /// Machines with a display.
     Display,
+    /// OpenGL.
+    Gpu,
     /// The SPICE server.
     Spice,
 }
@@ -101,6 +112,7 @@ pub(crate) fn judge(part: Part, report: &Value) -> Vec<Verdict> {
     let bars = match part {
         Part::Boot => BOOT,
         Part::Display => DISPLAY,
+        Part::Gpu => GPU,
         Part::Spice => SPICE,
     };
     let figure = |bar: &Bar| report.pointer(bar.pointer).and_then(Value::as_f64);
@@ -135,6 +147,13 @@ mod tests {
         assert!(missed(Part::Boot, &boot).is_empty());
         let display = json!({ "drago + display": { "viewed_memory_mib": 25.0 } });
         assert!(missed(Part::Display, &display).is_empty());
+        let gpu = json!({
+            "glmark2": { "percent": { "drago_of_vtest_fps": 90.0, "viewer_of_none_fps": 90.0 } },
+            "readback_ms": { "virgl": {
+                "1920x1080": { "median": 2.0 }, "256x256 of 1920x1080": { "median": 0.1 },
+            } },
+        });
+        assert!(missed(Part::Gpu, &gpu).is_empty());
     }
 
     #[test]
