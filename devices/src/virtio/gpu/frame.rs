@@ -118,7 +118,8 @@ impl Drop for Inner {
 }
 
 /// A picture. Clones share it; when the last one is dropped, its memory goes back to the back end,
-/// which has two more, so hold no more than one or two frames at a time.
+/// which has two more, so hold no more than one or two frames at a time. Of a picture that the guest has
+/// in its own memory nothing goes back: what is read is what the guest has there at that time.
 #[derive(Clone)]
 pub struct Frame(Arc<Inner>);
 
