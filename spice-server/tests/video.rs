@@ -44,7 +44,7 @@ const VP8: Needs = Needs {
     counter: Codec::Vp8,
     elements: &["vp8dec"],
     package: "gstreamer1.0-plugins-good",
-    refused_by: "vp8dec:NONE,vp8alphadecodebin:NONE",
+    refused_by: "vp8dec:NONE,vp8alphadecodebin:NONE,avdec_vp8:NONE",
 };
 const H264: Needs = Needs {
     codec: VideoCodec::H264,

@@ -48,6 +48,12 @@ const QUIET: c_int = 0;
 /// `MAX_LAYER_NUM_OF_FRAME`.
 const LAYERS: usize = 128;
 
+/// The begin of the next access unit (Rec. ITU-T H.264 7.3.2.3 and 7.3.2.4): an access unit delimiter
+/// for all slice types, and supplemental information that is empty filling. A parser that is not told
+/// where units end takes the slice for whole when something follows it, and shows the picture when
+/// the delimiter is whole, too: without these bytes GStreamer's h264parse is two frames late.
+const NEXT_UNIT: [u8; 14] = [0, 0, 0, 1, 9, 0xf0, 0, 0, 0, 1, 6, 3, 0, 0x80];
+
 /// `SSpatialLayerConfig`.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -467,9 +473,11 @@ impl Coder for H264Encoder {
             psnr: [false; 3],
         };
         match self.psnr {
-            true => self.code_as::<3>(&source, out),
-            false => self.code_as::<0>(&source, out),
+            true => self.code_as::<3>(&source, out)?,
+            false => self.code_as::<0>(&source, out)?,
         }
+        out.extend_from_slice(&NEXT_UNIT);
+        Ok(())
     }
 
     /// The library does not say.
