@@ -156,9 +156,10 @@ END",
     }
 }
 
-/// Upstream's `startup-shutdown` and what of `machined` the test above leaves: the runner alone, in an
-/// empty environment, for a guest that switches itself off and one that reboots, from both forms of the
-/// kernel and both places of the store; then a machine that machined ends.
+/// Upstream's `startup-shutdown`, `shutdown-command` and what of `machined` the test above leaves: the
+/// runner alone, in an empty environment, for a guest that switches itself off and one that reboots, from
+/// both forms of the kernel and both places of the store; one whose power button is pressed too early; then
+/// a machine that machined ends.
 #[test]
 #[ignore = "nested"]
 fn a_runner_returns_success_however_the_guest_ends() {
@@ -194,6 +195,26 @@ fn a_runner_returns_success_however_the_guest_ends() {
             .run(&format!("cd /var/lib/microvms/{name} && env -i current/bin/microvm-shutdown"))
             .unwrap();
     }
+
+    // Upstream's `shutdown-command`: asked to end 10 s after its start, when nobody in the guest listens to
+    // its power button yet; here that is somewhere in its initrd.
+    units.run("printf 'echo it was up >/output/result\\n' >/run/script").unwrap();
+    let configuration = json!({
+        "mem": 512,
+        "volumes": [volume("output.img", "output")],
+        "credentialFiles": { "test.script": "/run/script" },
+    });
+    let kernel = &nixos.bzimage;
+    units.install("asked", &nixos, kernel, &shape(Store::Label), configuration).unwrap();
+    units
+        .run(
+            "cd /var/lib/microvms/asked && user='setpriv --reuid=microvm --regid=kvm --clear-groups \
+             --no-new-privs env -i' && { $user current/bin/microvm-run >run.log 2>&1 </dev/null & } && \
+             run=$! && sleep 10 && $user current/bin/microvm-shutdown </dev/null && wait $run || \
+             { tail -n 40 run.log; exit 1; }",
+        )
+        .unwrap();
+    assert_eq!(result(&units, "/var/lib/microvms/asked/output.img"), "it was up");
 
     units.run("echo true >/run/script").unwrap();
     let configuration = json!({
