@@ -281,10 +281,15 @@ impl Scanout {
             return;
         }
         let Some(source) = self.source else { return };
+        if source.blob.is_some() && !link.has_room() {
+            // No slot limits the number of such messages; the socket's thread comes back.
+            self.earliest = None;
+            return;
+        }
         let blob = source.blob.filter(|_| pictures.share(source.resource));
         self.in_guest = blob.is_some();
         let frame = match blob {
-            Some(layout) => self.guest_frame(id, &source, layout, link),
+            Some(layout) => Some(self.guest_frame(id, &source, layout)),
             None => self.frame(id, &source, pictures),
         };
         let Some(frame) = frame else { return };
@@ -299,22 +304,16 @@ impl Scanout {
         id: u32,
         source: &Source,
         layout: BlobLayout,
-        link: &Link,
-    ) -> Option<FromBackEnd<'static>> {
-        // No slot limits their number; without room the socket's thread comes back.
-        if !link.has_room() {
-            self.earliest = None;
-            return None;
-        }
+    ) -> FromBackEnd<'static> {
         self.sequence += 1;
-        Some(FromBackEnd::GuestFrame(GuestFrame {
+        FromBackEnd::GuestFrame(GuestFrame {
             scanout: id,
             resource: source.resource,
             part: source.rect,
             layout,
             sequence: self.sequence,
             damage: self.unsent.take().rects().to_vec(),
-        }))
+        })
     }
 
     /// A picture in the slot that takes the least copying.

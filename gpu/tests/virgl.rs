@@ -5,10 +5,12 @@
 
 mod support;
 
-use std::path::Path;
+use std::{net::Shutdown, path::Path};
 
 use gpu_protocol::{
     Rect,
+    frames::{WANT_FULL, Want},
+    socket::{Decoder, FromBackEnd, FromFrontEnd, ProtocolFeatures, Side},
     virtio::{
         Create3d, CreateBlob, CtrlHdr, CursorPos, GetCapset, GetCapsetInfo, MemEntry,
         RESOURCE_Y_0_TOP, ResourceCommand, ResourceCreate2d, RespCapsetInfo, RespResourceUuid,
@@ -549,6 +551,57 @@ fn show_blob(id: u32, size: (u32, u32), format: u32, stride: u32, offset: u32) -
         padding: 0.into(),
         strides: [stride.into(), 0.into(), 0.into(), 0.into()],
         offsets: [offset.into(), 0.into(), 0.into(), 0.into()],
+    }
+}
+
+/// The guest may use the memory otherwise as soon as it hears that the resource is gone: not before the front
+/// end has said that nobody reads it any more, nor where it cannot be asked.
+#[test]
+fn memory_is_given_back_when_the_front_end_has_forgotten_it() {
+    let program = Path::new(env!("CARGO_BIN_EXE_drago-gpu"));
+    let mut front = FrontEnd::spawn(program, &["--renderer", "2d"], 0);
+    let size = (64, 32);
+    let create = blob(1, blob_mem::GUEST, 64 * 32 * 4, &[(DATA, 4096), (DATA + 8192, 4096)]);
+    let unref = ResourceCommand {
+        hdr: CtrlHdr::new(kind::RESOURCE_UNREF),
+        resource_id: 1.into(),
+        padding: 0.into(),
+    };
+    // The front end is asked and answers; its connection ends.
+    for asked in [true, false] {
+        let mut decoder = Decoder::new(Side::FrontEnd);
+        front.receive_until(&mut decoder, |m| *m == FromBackEnd::GetProtocolFeatures);
+        let features = ProtocolFeatures::SHM_FRAMES | ProtocolFeatures::GUEST_FRAMES;
+        front.send(&FromFrontEnd::ProtocolFeatures(features.bits()), &[]);
+        let want = Want { scanout: 0, max_fps: 1000, flags: WANT_FULL, reserved: 0 };
+        front.send(&FromFrontEnd::Want(want), &[]);
+        assert_eq!(front.run(&[&create]), kind::OK_NODATA);
+        front.ok(&show_blob(1, size, BGRX, 256, 0));
+        front.flush(1, whole(size));
+        front.receive_until(&mut decoder, |m| matches!(m, FromBackEnd::GuestMemory(_)));
+        front.receive_until(&mut decoder, |m| matches!(m, FromBackEnd::GuestFrame(_)));
+        if !asked {
+            front.gpu.shutdown(Shutdown::Both).unwrap();
+        }
+        let slot = front.submit(0, unref.as_bytes());
+        if asked {
+            let forget = FromBackEnd::ForgetMemory { resource: 1 };
+            front.receive_until(&mut decoder, |m| *m == forget);
+            assert!(!front.is_done(0, slot), "the front end has not answered");
+            front.send(&FromFrontEnd::MemoryForgotten, &[]);
+        } else {
+            // Others notice the end of the connection sooner or later than this.
+            front.vhost.get_features().unwrap();
+            assert!(!front.is_done(0, slot), "the front end may be reading still");
+        }
+        if !asked {
+            front.reconnect_gpu();
+        }
+        let answer: CtrlHdr = front.wait_for(0, slot);
+        assert_eq!(answer.kind.get(), kind::OK_NODATA);
+        if asked {
+            front.reconnect_gpu();
+        }
     }
 }
 

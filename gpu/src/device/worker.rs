@@ -316,6 +316,11 @@ impl Worker {
         let (hdr, command) = decode(&request.command);
         match self.control.execute(guest, &hdr, command) {
             Outcome::Answer(bytes) => self.answer(request, &hdr, bytes, guest),
+            // Whoever reads that memory may not have noticed yet that it cannot be asked. Its end, or the
+            // next connection, or the end of the ring lets the guest go on.
+            Outcome::Ask(question @ Question::Forget(_)) if !self.common.link.is_connected() => {
+                self.paused = Some(Paused { request, hdr, question });
+            }
             Outcome::Ask(question) if self.common.link.is_connected() => {
                 self.paused = Some(Paused { request, hdr, question });
                 if let Err(refusal) = self.ask(question) {
@@ -464,9 +469,10 @@ impl Worker {
         if self.common.link.generation() != generation {
             return;
         }
-        // Nobody will answer: go on with what was known before.
+        // Nobody will answer: go on with what was known before. But see `execute`.
         self.asked.clear();
-        if let Some(question) = self.paused.as_ref().map(|paused| paused.question) {
+        let question = self.paused.as_ref().map(|paused| paused.question);
+        if let Some(question) = question.filter(|asked| !matches!(asked, Question::Forget(_))) {
             self.resume(question, None);
         }
     }

@@ -224,6 +224,13 @@ impl FrontEnd {
         front
     }
 
+    /// Another GPU socket, in place of the one before.
+    pub fn reconnect_gpu(&mut self) {
+        let (gpu, other) = UnixStream::pair().unwrap();
+        send_gpu_socket(&self.direct, &other);
+        self.gpu = gpu;
+    }
+
     /// Takes the queues back.
     pub fn vhost_stop(&mut self) {
         for queue in 0..2 {

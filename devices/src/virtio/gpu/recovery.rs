@@ -401,8 +401,6 @@ impl BackEnd {
                 state.process = None;
                 state.abandoned = self.launcher.is_none() || state.heirless;
                 if state.abandoned || pause >= GUEST_PATIENCE {
-                    // It hears that it can have its memory back.
-                    self.display.keep_pictures();
                     state.take_over();
                 }
                 state.abandoned

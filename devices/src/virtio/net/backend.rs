@@ -88,6 +88,14 @@ impl Backend {
         }
     }
 
+    /// Whether packets are here that the descriptor does not tell of any more.
+    pub(super) fn has_received(&self) -> bool {
+        match self {
+            Self::Tap(_) => false,
+            Self::Stream(stream) => stream.socket.is_some() && stream.decoder.has_frame(),
+        }
+    }
+
     /// Sends what was kept back; `true` if something is left still.
     pub(super) fn has_unsent(&mut self) -> bool {
         match self {
@@ -143,6 +151,8 @@ impl Stream {
         self.socket = Some(socket);
         self.decoder = FrameDecoder::new();
         self.unsent.clear();
+        // Whoever noticed the end of the one before may have pulled the cable since it was handed over.
+        self.link.set_up(true);
         true
     }
 

@@ -48,6 +48,15 @@ impl FrameDecoder {
         self.end = (self.end + count).min(self.buffer.len());
     }
 
+    /// Whether [`next_frame`](Self::next_frame) has something to say.
+    pub fn has_frame(&self) -> bool {
+        let bytes = &self.buffer[self.start..self.end];
+        bytes.split_first_chunk::<LENGTH>().is_some_and(|(header, rest)| {
+            let length = u32::from_be_bytes(*header) as usize;
+            length == 0 || length > MAX_FRAME || rest.len() >= length
+        })
+    }
+
     /// The next complete frame.
     pub fn next_frame(&mut self) -> Result<Option<&[u8]>, FrameLengthError> {
         let bytes = &self.buffer[self.start..self.end];
@@ -92,9 +101,10 @@ mod tests {
                 space[..count].copy_from_slice(&rest[..count]);
                 decoder.filled(count);
                 rest = &rest[count..];
-                while let Some(frame) = decoder.next_frame().unwrap() {
-                    seen.push(frame.to_vec());
+                while decoder.has_frame() {
+                    seen.push(decoder.next_frame().unwrap().unwrap().to_vec());
                 }
+                assert_eq!(decoder.next_frame(), Ok(None));
             }
             assert!(seen == frames, "in steps of {step}");
         }
@@ -106,6 +116,7 @@ mod tests {
             let mut decoder = FrameDecoder::new();
             decoder.space()[..4].copy_from_slice(&length.to_be_bytes());
             decoder.filled(4);
+            assert!(decoder.has_frame());
             assert_eq!(decoder.next_frame(), Err(FrameLengthError(length)));
         }
     }

@@ -191,6 +191,23 @@ fn small_frames_are_sent_together_and_none_is_kept() {
     }
 }
 
+/// One read of the socket takes more frames than have a turn; nothing tells of the others.
+#[test]
+fn a_burst_of_small_frames_arrives_whole() {
+    let (mut net, _link, mut peer) = stream_card();
+    let mut driver = Driver::start(&mut net);
+    driver.queues[0].fill(200, BUFFER);
+    let mut burst = Vec::new();
+    for length in 60..210 {
+        burst.extend_from_slice(&(length as u32).to_be_bytes());
+        burst.extend_from_slice(&frame(length));
+    }
+    peer.write_all(&burst).unwrap();
+    for length in 60..210 {
+        assert_eq!(driver.queues[0].wait_used().1[HEADER..], frame(length));
+    }
+}
+
 #[test]
 fn a_driver_that_never_pauses_cannot_keep_the_card_from_being_stopped() {
     let (mut net, _link, mut peer) = stream_card();

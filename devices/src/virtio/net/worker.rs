@@ -45,6 +45,8 @@ pub(super) struct Counters {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waiting {
     Nothing,
+    /// The other queues had to have their turn; there is more than the backend's descriptor tells of.
+    Turn,
     /// The driver has no buffers; packets stay where they are.
     Buffers,
     /// A packet has come that needs more buffers than there are.
@@ -111,7 +113,7 @@ impl NetWorker {
         for _ in 0..BURST {
             let packet = match self.waiting {
                 Waiting::Placing(packet) => packet,
-                Waiting::Nothing | Waiting::Buffers => {
+                Waiting::Nothing | Waiting::Turn | Waiting::Buffers => {
                     if !self.buffers.prepare(ring) {
                         self.waiting = Waiting::Buffers;
                         break;
@@ -141,7 +143,23 @@ impl NetWorker {
             tell(ring, &mut news, packet.length);
         }
         ring.notify_driver();
+        self.see_to_the_rest();
         open
+    }
+
+    /// Comes back for packets that have left the backend's descriptor already.
+    fn see_to_the_rest(&mut self) {
+        if let (Waiting::Nothing, Some(ring)) = (self.waiting, &self.receive)
+            && self.backend.has_received()
+        {
+            self.waiting = Waiting::Turn;
+            ring.come_back();
+        }
+    }
+
+    /// Whether there is room for packets, as far as is known.
+    fn can_receive(&self) -> bool {
+        matches!(self.waiting, Waiting::Nothing | Waiting::Turn)
     }
 
     /// Moves packets from the driver to the backend.
@@ -285,6 +303,7 @@ impl MutEventSubscriber for NetWorker {
             stream.reconnect();
         }
         self.transmit();
+        self.see_to_the_rest();
         self.watch(ops);
     }
 
@@ -321,11 +340,9 @@ impl MutEventSubscriber for NetWorker {
                     self.transmit();
                 }
                 let broken = set.intersects(EventSet::HANG_UP | EventSet::ERROR);
-                if broken
-                    && (self.waiting != Waiting::Nothing || matches!(self.backend, Backend::Tap(_)))
-                {
+                if broken && (!self.can_receive() || matches!(self.backend, Backend::Tap(_))) {
                     open = false;
-                } else if self.waiting == Waiting::Nothing {
+                } else if self.can_receive() {
                     open = self.receive();
                 }
             }

@@ -7,6 +7,8 @@ use std::{
 
 use gpu_protocol::{
     Rect,
+    format::BYTES_PER_PIXEL,
+    frames::MAX_SIZE,
     guest_frames::{self, GuestFrame, MAX_MEMORIES},
     socket::FromFrontEnd,
 };
@@ -100,7 +102,12 @@ impl State {
         let Some(scanout) = self.scanouts.get_mut(frame.scanout as usize) else { return };
         let size = (frame.part.width, frame.part.height);
         let Some(pixels) = self.memories.resources.get(&frame.resource) else { return };
-        if scanout.size != Some(size) || pixels.len() < frame.layout.end_of(frame.part) {
+        let row = u64::from(frame.part.width) * u64::from(BYTES_PER_PIXEL);
+        // With such numbers no offset overflows, and no byte belongs to two rows.
+        let is_picture = frame.part.fits(MAX_SIZE, MAX_SIZE)
+            && u64::from(frame.layout.stride) >= row
+            && frame.layout.end_of(frame.part) <= pixels.len();
+        if scanout.size != Some(size) || !is_picture {
             tracing::debug!(?frame, "a frame that is not in its memory, or of another size");
             return;
         }

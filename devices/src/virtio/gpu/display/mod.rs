@@ -225,13 +225,6 @@ impl Display {
         state.forget_all_memory();
     }
 
-    /// Nobody reads pictures in guest memory any more when this returns. What is shown stays: the
-    /// back end is gone, or there will be another one.
-    pub(super) fn keep_pictures(&self) {
-        self.lock().keep_pictures();
-        self.wake();
-    }
-
     pub(super) fn events_read(&self) -> u32 {
         self.lock().events_read
     }
@@ -281,7 +274,6 @@ impl Display {
         state.generation += 1;
         state.waiting.clear();
         state.features = None;
-        // The successor may tell the guest that it can have its memory back.
         state.keep_pictures();
         for scanout in &mut state.scanouts {
             scanout.stale = true;
@@ -312,13 +304,15 @@ impl Display {
     }
 
     /// The back end of that connection is gone, and all that it said has been done. The last picture
-    /// stays; what it mapped is of no use without it.
+    /// stays; what it mapped is of no use without it. A successor, or we, may tell the guest that it can
+    /// have its memory back.
     pub(super) fn disconnect(&self, generation: u64) {
         let mut state = self.lock();
         state.forget_host_memory();
         if state.generation == generation {
             state.socket = None;
             state.waiting.clear();
+            state.keep_pictures();
         }
     }
 
