@@ -12,6 +12,8 @@ const QUANTIZERS: (u8, u8) = (18, 40);
 const FIRST_RATE: u32 = 1_000_000;
 /// A frame of a new size, in percent of the others.
 const KEY_PERCENT: u32 = 300;
+/// The largest picture: `MaxFS` of level 5.1 (ITU-T H.264, table A-1), in blocks of 16 by 16.
+pub(super) const MAX_PIXELS: u64 = 36_864 * 256;
 /// `PRO_MAIN`.
 const MAIN: u8 = 77;
 

@@ -13,7 +13,7 @@ pub(crate) use convert::I420;
 
 use std::{fmt, str::FromStr, time::Duration};
 
-use crate::Error;
+use crate::{Error, Rect};
 use encoder::Encoder;
 use sys::{openh264::OpenH264, vpx::Vpx};
 
@@ -46,6 +46,11 @@ impl VideoCodec {
     /// decoder first, and width and height are even.
     pub(crate) fn is_predictive(self) -> bool {
         self != Self::Mjpeg
+    }
+
+    /// Whether its encoder takes pictures as large as this.
+    pub(crate) fn takes(self, rect: Rect) -> bool {
+        self != Self::H264 || u64::from(rect.width) * u64::from(rect.height) <= h264::MAX_PIXELS
     }
 
     /// Where its encoder comes from.

@@ -176,6 +176,18 @@ fn smaller_pictures_are_taken_and_larger_ones_are_refused() {
 }
 
 #[test]
+fn nothing_is_tried_with_a_codec_that_is_too_large_for_it() {
+    let takes = |codec: VideoCodec, width, height| codec.takes(Rect::new(0, 0, width, height));
+    assert!(takes(VideoCodec::H264, 4096, 2304) && !takes(VideoCodec::H264, 4096, 2306));
+    assert!(takes(VideoCodec::Vp8, 5120, 2880) && takes(VideoCodec::Mjpeg, 5120, 2880));
+    let video = Video::load(VideoCodecs::Auto).unwrap();
+    if video.codecs().contains(&VideoCodec::H264) {
+        assert!(video.encoder(VideoCodec::H264, (4096, 2304), 30.0).is_ok());
+        assert!(video.encoder(VideoCodec::H264, (4096, 2306), 30.0).is_err());
+    }
+}
+
+#[test]
 fn a_library_may_be_missing_unless_it_was_asked_for() {
     use VideoCodec::{H264, Mjpeg, Vp8};
     // Where only some are installed.

@@ -60,10 +60,11 @@ impl Encoder {
         self.video_codecs.sort_by_key(|codec| wanted.place(*codec).unwrap_or(usize::MAX));
     }
 
-    /// The codec for a film that begins now.
-    fn codec(&self, now: Instant) -> Option<VideoCodec> {
+    /// The codec for a film of this size that begins now.
+    fn codec(&self, rect: Rect, now: Instant) -> Option<VideoCodec> {
         let rest = self.resting.is_some_and(|rest| now < rest.until);
-        self.video_codecs.iter().copied().find(|codec| !(rest && codec.is_predictive()))
+        let fits = |codec: &VideoCodec| !(rest && codec.is_predictive()) && codec.takes(rect);
+        self.video_codecs.iter().copied().find(fits)
     }
 
     /// The client reports on a stream.
@@ -188,7 +189,7 @@ impl Encoder {
     }
 
     fn begin_stream(&mut self, rect: Rect, now: Instant) {
-        let Some(codec) = self.codec(now) else { return };
+        let Some(codec) = self.codec(rect, now) else { return };
         let rect = match codec.is_predictive() {
             false => rect,
             // Their chroma has half the width and height.
@@ -206,7 +207,7 @@ impl Encoder {
 
     /// A stream of the best codec there is, which the client is told of.
     fn open(&mut self, rect: Rect, now: Instant) -> Option<Stream> {
-        let codec = self.codec(now)?;
+        let codec = self.codec(rect, now)?;
         let (id, unique) = self.announce(codec, rect, &[])?;
         let mut stream = Stream::new(id, unique, rect, now);
         stream.codec = codec;
@@ -346,7 +347,10 @@ impl Encoder {
 
     /// Notes with which codec films are sent now, if that is another one than before.
     fn note_codec(&mut self, why: VideoChange, now: Instant) {
-        let codec = self.streams.last().map_or_else(|| self.codec(now), |one| Some(one.codec));
+        let codec = self
+            .streams
+            .last()
+            .map_or_else(|| self.codec(Rect::default(), now), |one| Some(one.codec));
         // Who never had one has lost none.
         if codec == self.noted_codec {
             return;

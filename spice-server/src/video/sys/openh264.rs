@@ -72,12 +72,12 @@ struct Layer {
     slice_size: c_uint,
     /// What is said of colours: nothing.
     colours: [u8; 7],
-    aspect_ratio_present: bool,
+    aspect_ratio_present: c_uchar,
     aspect_ratio: c_int,
     aspect_ratio_sides: [c_ushort; 2],
 }
 
-/// `SEncParamExt`.
+/// `SEncParamExt`. What is `bool` there is a byte here: until the layout has been compared, any may be in it.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Parameters {
@@ -94,33 +94,33 @@ struct Parameters {
     intra_period: c_uint,
     reference_frames: c_int,
     parameter_sets: c_int,
-    prefix_nal: bool,
-    sei: bool,
-    simulcast: bool,
+    prefix_nal: c_uchar,
+    sei: c_uchar,
+    simulcast: c_uchar,
     padding: c_int,
     /// 0 is CAVLC, 1 CABAC.
     entropy_coding: c_int,
-    frame_skip: bool,
+    frame_skip: c_uchar,
     max_bit_rate: c_int,
     max_quantizer: c_int,
     min_quantizer: c_int,
     max_nal_size: c_uint,
-    long_term_reference: bool,
+    long_term_reference: c_uchar,
     long_term_references: c_int,
     long_term_period: c_uint,
     threads: c_ushort,
-    load_balancing: bool,
+    load_balancing: c_uchar,
     loop_filter: [c_int; 3],
-    denoise: bool,
-    background_detection: bool,
-    adaptive_quantization: bool,
-    cropping: bool,
-    scene_change_detection: bool,
-    lossless_link: bool,
-    fix_overshoot: bool,
+    denoise: c_uchar,
+    background_detection: c_uchar,
+    adaptive_quantization: c_uchar,
+    cropping: c_uchar,
+    scene_change_detection: c_uchar,
+    lossless_link: c_uchar,
+    fix_overshoot: c_uchar,
     idr_percent: c_int,
     /// From 2.6 on.
-    psnr: [bool; 3],
+    psnr: [c_uchar; 3],
     /// For what may follow.
     rest: [u64; 64],
 }
@@ -157,7 +157,9 @@ struct Source {
     /// Milliseconds.
     time: i64,
     /// From 2.6 on.
-    psnr: [bool; 3],
+    psnr: [c_uchar; 3],
+    /// For what may follow.
+    rest: [u64; 64],
 }
 
 /// `SLayerBSInfo`, with so many PSNR values.
@@ -182,6 +184,8 @@ struct CodedFrame<const PSNR: usize> {
     kind: c_int,
     size: c_int,
     time: i64,
+    /// For what may follow.
+    rest: [u64; 64],
 }
 
 impl<const PSNR: usize> CodedFrame<PSNR> {
@@ -196,7 +200,7 @@ impl<const PSNR: usize> CodedFrame<PSNR> {
             data: ptr::null(),
             psnr: [0.0; PSNR],
         };
-        Self { count: 0, layers: [layer; LAYERS], kind: 0, size: 0, time: 0 }
+        Self { count: 0, layers: [layer; LAYERS], kind: 0, size: 0, time: 0, rest: [0; 64] }
     };
 }
 
@@ -360,16 +364,16 @@ impl H264Encoder {
             complexity: settings.complexity.into(),
             // One IDR frame, and more only where the size changes: nothing is lost on the way.
             intra_period: 0,
-            scene_change_detection: false,
+            scene_change_detection: 0,
             reference_frames: 1,
             parameter_sets: CONSTANT_ID,
             entropy_coding: settings.arithmetic.into(),
             // Cost a millisecond per frame of 1920 by 1080, and films are no better for it.
-            adaptive_quantization: false,
-            background_detection: false,
+            adaptive_quantization: 0,
+            background_detection: 0,
             idr_percent: clamp(settings.key_percent),
             // Frames that are asked for are there: what is too much is never encoded.
-            frame_skip: false,
+            frame_skip: 0,
             max_quantizer: settings.quantizers.1.into(),
             min_quantizer: settings.quantizers.0.into(),
             threads: 1,
@@ -406,11 +410,15 @@ impl H264Encoder {
         let mut frame = CodedFrame::<PSNR>::EMPTY;
         let object = self.encoder.object.as_ptr();
         // SAFETY: object, picture and its pixels are alive, and the frame is of the size the library
-        // knows. It keeps no pointer to any of them.
+        // knows, or larger. It keeps no pointer to any of them.
         let code = unsafe {
             (self.encoder.table().encode)(object, ptr::from_ref(source), (&raw mut frame).cast())
         };
         check(code, "a frame")?;
+        if frame.rest != [0; 64] {
+            // Its frames are longer than those of the versions that are known.
+            return Err(VideoError::Version);
+        }
         let layers = usize::try_from(frame.count).unwrap_or(0);
         for layer in frame.layers.iter().take(layers) {
             let count = usize::try_from(layer.nals).unwrap_or(0);
@@ -470,7 +478,8 @@ impl Coder for H264Encoder {
             width,
             height,
             time,
-            psnr: [false; 3],
+            psnr: [0; 3],
+            rest: [0; 64],
         };
         match self.psnr {
             true => self.code_as::<3>(&source, out)?,
@@ -499,7 +508,7 @@ fn check(code: c_int, what: &'static str) -> Result<(), VideoError> {
 const _: () = {
     assert!(size_of::<Layer>() == 200 && std::mem::offset_of!(Parameters, complexity) == 832);
     assert!(std::mem::offset_of!(Parameters, idr_percent) == 916);
-    assert!(size_of::<CodedFrame<0>>() == 5144 && size_of::<CodedFrame<3>>() == 7192);
-    assert!(std::mem::offset_of!(Source, time) == 64 && size_of::<Source>() == 80);
+    assert!(size_of::<CodedFrame<0>>() == 5656 && size_of::<CodedFrame<3>>() == 7704);
+    assert!(std::mem::offset_of!(Source, time) == 64 && size_of::<Source>() == 592);
     assert!(size_of::<c_long>() == 8);
 };
