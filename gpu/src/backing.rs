@@ -40,12 +40,10 @@ impl Backing {
         &self,
         memory: &GuestMemory,
         offset: u64,
-        mut target: &mut [u8],
+        target: &mut [u8],
     ) -> Result<(), Refusal> {
-        let read = self.0.for_each(offset, target.len(), |address, count| {
-            let (now, later) = std::mem::take(&mut target).split_at_mut(count);
-            target = later;
-            memory.read_slice(now, GuestAddress(address)).ok()
+        let read = self.0.read(offset, target, |address, target| {
+            memory.read_slice(target, GuestAddress(address)).ok()
         });
         read.ok_or(Refusal::InvalidParameter)
     }

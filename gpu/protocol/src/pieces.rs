@@ -63,6 +63,18 @@ impl Pieces {
         }
         Some(())
     }
+
+    /// Fills `target` from `offset` on; `read` copies from an address, and says whether it could.
+    pub fn read(
+        &self,
+        offset: u64,
+        mut target: &mut [u8],
+        mut read: impl FnMut(u64, &mut [u8]) -> Option<()>,
+    ) -> Option<()> {
+        self.for_each(offset, target.len(), |address, count| {
+            read(address, target.split_off_mut(..count)?)
+        })
+    }
 }
 
 #[cfg(test)]

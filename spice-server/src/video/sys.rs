@@ -38,6 +38,12 @@ macro_rules! functions {
 pub(super) mod openh264;
 pub(super) mod vpx;
 
+/// Libraries are sure of pictures up to the size that an encoder was made for.
+fn check_size(size: (u32, u32), largest: (u32, u32)) -> Result<(), VideoError> {
+    let fits = (1..=largest.0).contains(&size.0) && (1..=largest.1).contains(&size.1);
+    if fits { Ok(()) } else { Err(VideoError::Size) }
+}
+
 /// The conversion of two rows of pixels that suits this processor.
 pub(super) fn two_rows() -> fn(&Factors, TwoRows<'_>) {
     #[cfg(target_arch = "x86_64")]

@@ -84,11 +84,9 @@ impl GuestPixels {
         *self.memory.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    fn read(&self, memory: &GuestMemory, offset: u64, mut target: &mut [u8]) -> Option<()> {
-        self.pieces.for_each(offset, target.len(), |address, count| {
-            let (now, later) = std::mem::take(&mut target).split_at_mut(count);
-            target = later;
-            memory.read_slice(now, GuestAddress(address)).ok()
+    fn read(&self, memory: &GuestMemory, offset: u64, target: &mut [u8]) -> Option<()> {
+        self.pieces.read(offset, target, |address, target| {
+            memory.read_slice(target, GuestAddress(address)).ok()
         })
     }
 }

@@ -11,7 +11,7 @@ use std::{
 
 use super::{
     super::{I420, VideoError, encoder::Coder},
-    Library,
+    Library, check_size,
 };
 
 /// The versions whose headers were compared: name, major and minor numbers, and whether frames have
@@ -451,9 +451,7 @@ impl Coder for H264Encoder {
         if (clamp(size.0), clamp(size.1)) == now {
             return Ok(());
         }
-        if size.0 == 0 || size.1 == 0 || size.0 > self.largest.0 || size.1 > self.largest.1 {
-            return Err(VideoError::Size);
-        }
+        check_size(size, self.largest)?;
         self.put_size(size);
         self.encoder.set(ENCODER_OPTION_SVC_ENCODE_PARAM_EXT, &*self.parameters, "a size")
     }

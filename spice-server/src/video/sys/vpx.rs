@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     super::{I420, VideoError, encoder::Coder},
-    Library,
+    Library, check_size,
 };
 
 /// The versions of libvpx whose headers were compared: name, and the number under which
@@ -312,9 +312,7 @@ impl Coder for VpxEncoder {
         if (self.config.width, self.config.height) == size {
             return Ok(());
         }
-        if size.0 == 0 || size.1 == 0 || size.0 > self.largest.0 || size.1 > self.largest.1 {
-            return Err(VideoError::Size);
-        }
+        check_size(size, self.largest)?;
         (self.config.width, self.config.height) = size;
         self.reconfigure("a size")
     }

@@ -1,11 +1,9 @@
 //! Pictures that stay where the guest has them.
 
-use std::{process::Command, sync::Arc};
-
 use gpu_protocol::{format::PixelFormat, guest_frames::MAX_MEMORIES};
 use zerocopy::IntoBytes;
 
-use super::{commands::*, recovery::*, rig::*, sink::*, *};
+use super::{commands::*, recovery::*, rig::*, *};
 use crate::virtio::testing::Driver;
 
 impl Rig {
@@ -29,12 +27,6 @@ impl Rig {
 
     fn last_kept(&self) -> Frame {
         self.sink.wait("a frame", |seen| seen.kept.pop())
-    }
-
-    fn new_viewer(&mut self) {
-        let second = Arc::new(Sink::default());
-        self.handle.set_sink(second.clone());
-        self.sink = second;
     }
 }
 
@@ -160,23 +152,14 @@ fn a_successor_knows_where_the_picture_is() {
 /// Where there is no successor the guest hears that it has its memory back.
 #[test]
 fn the_last_picture_of_a_back_end_is_kept_without_the_guest() {
-    drago_gpu();
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("gpu");
-    let exe = std::env::current_exe().unwrap();
-    let program = exe.parent().unwrap().parent().unwrap().join("drago-gpu");
-    let mut peer = Peer(Command::new(program).arg("--socket-path").arg(&path).spawn().unwrap());
-    wait_for_socket(&path);
-    let config = GpuConfig { socket: Some(path), ..GpuConfig::default() };
-    let mut rig = Rig::with(BackEnd::Shared, config).unwrap();
+    let mut rig = Rig::on_a_socket(BackEnd::Shared);
     let screen = Resource::new(1, 320, 200);
     rig.create_blob(&screen);
     rig.show_blob(&screen, screen.whole());
     rig.draw_and_flush(&screen, screen.whole(), 1);
     rig.expect_picture(&screen, screen.whole(), "a picture");
     let picture = rig.sink.seen.lock().unwrap().picture.clone();
-    peer.0.kill().unwrap();
-    peer.0.wait().unwrap();
+    rig.kill_peer();
     rig.sink.wait("its death", |seen| (seen.deaths == 1).then_some(()));
     rig.draw(&screen, screen.whole(), |_, _| [0x55; 4]);
     rig.new_viewer();

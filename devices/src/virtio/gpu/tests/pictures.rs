@@ -1,7 +1,5 @@
 //! Frames and cursors.
 
-use std::sync::Arc;
-
 use gpu_protocol::{format::PixelFormat, virtio::kind};
 
 use super::{commands::*, rig::*, sink::*, *};
@@ -210,9 +208,7 @@ fn nobody_looking_costs_nothing_and_the_next_look_is_complete() {
                 .then_some(())
         });
         // So does a viewer that is new.
-        let second = Arc::new(Sink::default());
-        rig.handle.set_sink(second.clone());
-        rig.sink = second;
+        rig.new_viewer();
         rig.expect_picture(&screen, screen.whole(), "the state of now, for a new viewer");
     }
 }

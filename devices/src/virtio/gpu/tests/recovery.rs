@@ -1,6 +1,6 @@
 //! Back ends that die, drivers that come and go or break the rules.
 
-use std::{process::Command, sync::Arc, time::Instant};
+use std::time::Instant;
 
 use gpu_protocol::{
     format::PixelFormat,
@@ -8,7 +8,7 @@ use gpu_protocol::{
 };
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{commands::*, rig::*, sink::*, *};
+use super::{commands::*, rig::*, *};
 use crate::virtio::testing::{Driver, Part};
 
 #[test]
@@ -36,23 +36,13 @@ fn the_driver_can_come_and_go() {
 fn a_dead_back_end_leaves_the_picture_and_hangs_nobody() {
     for back_end in [BackEnd::Plain, BackEnd::Shared] {
         println!("{back_end:?}");
-        // Started by the test, so that it can be killed by its number.
-        drago_gpu();
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("gpu");
-        let exe = std::env::current_exe().unwrap();
-        let program = exe.parent().unwrap().parent().unwrap().join("drago-gpu");
-        let mut peer = Peer(Command::new(program).arg("--socket-path").arg(&path).spawn().unwrap());
-        wait_for_socket(&path);
-        let mut rig =
-            Rig::with(back_end, GpuConfig { socket: Some(path), ..GpuConfig::default() }).unwrap();
+        let mut rig = Rig::on_a_socket(back_end);
         let screen = Resource::new(1, 320, 200);
         rig.create(&screen);
         rig.show(1, screen.whole());
         rig.paint(&screen, screen.whole(), noise(1));
         rig.expect_picture(&screen, screen.whole(), "a picture");
-        peer.0.kill().unwrap();
-        peer.0.wait().unwrap();
+        rig.kill_peer();
         // Whether it is in flight or comes later, every command is answered.
         for _ in 0..20 {
             let hdr = CtrlHdr::new(kind::GET_DISPLAY_INFO);
@@ -62,9 +52,7 @@ fn a_dead_back_end_leaves_the_picture_and_hangs_nobody() {
         }
         rig.cursor(kind::MOVE_CURSOR, 1, 1, 0, (0, 0));
         assert!(!rig.handle.is_alive());
-        let second = Arc::new(Sink::default());
-        rig.handle.set_sink(second.clone());
-        rig.sink = second;
+        rig.new_viewer();
         rig.expect_picture(&screen, screen.whole(), "the last picture, for a new viewer");
         rig.device.reset();
         let activation = std::panic::AssertUnwindSafe(|| {
@@ -202,9 +190,7 @@ fn what_is_not_drawn_again_comes_back_by_itself() {
         rig.sink.wait("a whole frame", |seen| (seen.frames > frames).then_some(()));
         rig.sink.wait("a successor", |seen| (seen.successors == 1).then_some(()));
         // A viewer that comes later sees it too.
-        let second = Arc::new(Sink::default());
-        rig.handle.set_sink(second.clone());
-        rig.sink = second;
+        rig.new_viewer();
         rig.expect_picture(&screen, part, "the picture for a new viewer");
         rig.paint(&screen, Rect::new(30, 40, 5, 5), noise(3));
         rig.expect_picture(&screen, part, "a part of it");

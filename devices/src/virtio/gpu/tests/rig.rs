@@ -73,7 +73,7 @@ pub(super) struct Rig {
     pub(super) device: VirtioGpu,
     pub(super) handle: GpuHandle,
     pub(super) sink: Arc<Sink>,
-    _peer: Option<Peer>,
+    peer: Option<Peer>,
     _directory: tempfile::TempDir,
 }
 
@@ -138,7 +138,34 @@ impl Rig {
         handle.want_frames(0, 1000);
         let features = device.features();
         let driver = Driver::start_with(&mut device, features, memory());
-        Some(Self { driver, device, handle, sink, _peer: peer, _directory: directory })
+        Some(Self { driver, device, handle, sink, peer, _directory: directory })
+    }
+
+    /// With a `drago-gpu` that the test has started, which has no successor.
+    pub(super) fn on_a_socket(back_end: BackEnd) -> Self {
+        drago_gpu();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("gpu");
+        let exe = std::env::current_exe().unwrap();
+        let program = exe.parent().unwrap().parent().unwrap().join("drago-gpu");
+        let peer = Peer(Command::new(program).arg("--socket-path").arg(&path).spawn().unwrap());
+        wait_for_socket(&path);
+        let config = GpuConfig { socket: Some(path), ..GpuConfig::default() };
+        let mut rig = Self::with(back_end, config).unwrap();
+        rig.peer = Some(peer);
+        rig
+    }
+
+    /// Ends the program that the test has started.
+    pub(super) fn kill_peer(&mut self) {
+        drop(self.peer.take().expect("a program of the test's own"));
+    }
+
+    /// Another viewer in place of the one before.
+    pub(super) fn new_viewer(&mut self) {
+        let viewer = Arc::new(Sink::default());
+        self.handle.set_sink(viewer.clone());
+        self.sink = viewer;
     }
 
     pub(super) fn command_raw(&mut self, command: &[u8], room: usize) -> Vec<u8> {
