@@ -142,6 +142,10 @@ impl VirtioGpu {
     pub(super) fn process_id(&self) -> Option<u32> {
         self.back_end.process_id()
     }
+
+    pub(super) fn end_pause(&self) {
+        self.back_end.end_pause();
+    }
 }
 
 impl Drop for VirtioGpu {

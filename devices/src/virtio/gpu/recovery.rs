@@ -133,6 +133,8 @@ struct Signal {
     /// The newest connection that ended by itself.
     died: u64,
     stop: bool,
+    /// The end of the pause before the next start, while there is one.
+    pause_until: Option<Instant>,
     /// Another process is being started; nobody minds if it is not.
     starting: bool,
 }
@@ -439,17 +441,32 @@ impl BackEnd {
 
     /// Waits; `false` if the device ends.
     fn pause(&self, pause: Duration) -> bool {
-        let until = Instant::now() + pause;
         let mut signal = lock(&self.signal);
+        let until = *signal.pause_until.insert(Instant::now() + pause);
+        self.changed.notify_all();
         loop {
+            let until = signal.pause_until.unwrap_or(until);
             let left = until.saturating_duration_since(Instant::now());
             if signal.stop || left.is_zero() {
+                signal.pause_until = None;
                 return !signal.stop;
             }
             let (guard, _) =
                 self.changed.wait_timeout(signal, left).unwrap_or_else(PoisonError::into_inner);
             signal = guard;
         }
+    }
+
+    /// Waits for a pause and ends it.
+    #[cfg(test)]
+    pub(super) fn end_pause(&self) {
+        let signal = lock(&self.signal);
+        let mut signal = self
+            .changed
+            .wait_while(signal, |signal| signal.pause_until.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        signal.pause_until = Some(Instant::now());
+        self.changed.notify_all();
     }
 
     /// Starts another process and lets it resume; whether there is a connection now.
