@@ -3,6 +3,7 @@
 //! Written here rather than with cpio(1) because that needs root to put device nodes in.
 
 use std::io::{self, Write};
+use std::path::Path;
 
 const S_IFDIR: u32 = 0o040_000;
 const S_IFREG: u32 = 0o100_000;
@@ -107,6 +108,18 @@ impl<W: Write> Archive<W> {
     fn pad(&mut self, to: usize) -> io::Result<()> {
         let missing = self.written.next_multiple_of(to) - self.written;
         self.put(&vec![0; missing])
+    }
+}
+
+impl Archive<Vec<u8>> {
+    /// Ends the archive and makes a file of it, which is there when it is whole.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn save(self, path: &Path) -> io::Result<()> {
+        let fresh = path.with_extension(format!("tmp{}", std::process::id()));
+        std::fs::write(&fresh, self.finish()?)?;
+        std::fs::rename(&fresh, path)
     }
 }
 

@@ -3,19 +3,14 @@
 //! mmdebstrap's customize hook sees the finished root with the right owners even when mmdebstrap runs
 //! unprivileged, so the disk is made there and nothing is ever mounted.
 
-use std::fs::File;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::path::PathBuf;
+use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 
+use super::image::{self, Workshop};
 use super::{Guest, recipe_text};
-use crate::{debian, paths, progress};
-
-/// The file in a guest's folder that is locked by who uses it.
-const IN_USE: &str = "in-use";
+use crate::{debian, paths};
 
 /// Which desktop a Debian guest has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,22 +64,7 @@ pub(crate) fn guest(desktop: Desktop) -> Result<Guest> {
     let folder = paths::resources().join("guests");
     let recipes: Vec<PathBuf> = desktop.recipes().iter().map(|name| folder.join(name)).collect();
     let texts = recipes.iter().map(|recipe| recipe_text(recipe)).collect::<Result<Vec<_>>>()?;
-    let digest = debian::digest(&texts.concat());
-    let cache = paths::cache("guests")?;
-    let lock = File::create(cache.join(format!("{name}.lock")))?;
-    lock.lock()?;
-    let dir = cache.join(format!("{name}-{digest}"));
-    if !dir.is_dir() {
-        progress::step(
-            format!(
-                "making the {name} guest from Debian packages (some minutes; log: {})",
-                log(&cache, name).display()
-            ),
-            || build(desktop, &recipes, &cache, &dir),
-        )?;
-        forget_older(&cache, name, &dir)?;
-    }
-    hold(&dir)?;
+    let dir = image::made(name, &texts.concat(), |shop| build(desktop, &recipes, shop))?;
     Ok(Guest {
         name: name.to_owned(),
         kernel: dir.join("vmlinuz"),
@@ -98,41 +78,18 @@ pub(crate) fn guest(desktop: Desktop) -> Result<Guest> {
     })
 }
 
-fn log(cache: &Path, name: &str) -> PathBuf {
-    cache.join(format!("{name}.log"))
-}
-
-fn build(desktop: Desktop, recipes: &[PathBuf], cache: &Path, dir: &Path) -> Result<()> {
-    let work = tempfile::tempdir_in(cache)?;
-    let out = work.path();
-    // mmdebstrap may work as another (subordinate) user.
-    std::fs::set_permissions(out, std::fs::Permissions::from_mode(0o777))?;
-    let key = out.join("id_ed25519");
+fn build(desktop: Desktop, recipes: &[PathBuf], shop: &Workshop) -> Result<()> {
+    let out = shop.out.display();
+    let key = shop.out.join("id_ed25519");
     debian::check(
         Command::new("ssh-keygen")
             .args(["-q", "-t", "ed25519", "-N", "", "-C", "guest", "-f"])
             .arg(&key),
     )?;
 
-    let mut packages = Vec::new();
-    for recipe in recipes {
-        let list = recipe.join("packages");
-        let text = std::fs::read_to_string(&list)
-            .with_context(|| format!("cannot read {}", list.display()))?;
-        packages.extend(
-            text.lines().filter(|line| !line.starts_with('#')).map(str::trim).map(str::to_owned),
-        );
-    }
-    let log_path = log(cache, desktop.name());
-    let log = File::create(&log_path)?;
-    let mut mmdebstrap = Command::new("mmdebstrap");
-    mmdebstrap
-        .args(["--variant=apt", "--format=null", "--aptopt=APT::Install-Recommends \"false\""])
-        .arg("--aptopt=Acquire::Languages \"none\"")
-        .arg("--dpkgopt=path-exclude=/usr/share/man/*")
-        .arg("--dpkgopt=path-exclude=/usr/share/doc/*")
-        .arg("--dpkgopt=path-exclude=/usr/share/locale/*")
-        .arg(format!("--include={}", packages.join(",")));
+    let packages =
+        recipes.iter().map(|recipe| image::packages(recipe)).collect::<Result<Vec<_>>>()?;
+    let mut mmdebstrap = shop.mmdebstrap("apt", &packages.concat());
     for recipe in recipes {
         let options = recipe.join("dpkg.cfg");
         if options.is_file() {
@@ -152,76 +109,15 @@ fn build(desktop: Desktop, recipes: &[PathBuf], cache: &Path, dir: &Path) -> Res
     }
     mmdebstrap
         .arg("--customize-hook=rm -rf \"$1\"/var/lib/apt/lists/* \"$1\"/var/cache/apt/*")
-        .arg(format!("--customize-hook=cp \"$1\"/boot/vmlinuz-* '{}/vmlinuz'", out.display()))
-        .arg(format!("--customize-hook=cp \"$1\"/boot/initrd.img-* '{}/initrd'", out.display()))
+        .arg(format!("--customize-hook=cp \"$1\"/boot/vmlinuz-* '{out}/vmlinuz'"))
+        .arg(format!("--customize-hook=cp \"$1\"/boot/initrd.img-* '{out}/initrd'"))
         .arg("--customize-hook=rm \"$1\"/boot/*")
         .arg(format!(
             // The bind mount shows the root without what mmdebstrap has mounted in it.
             "--customize-hook=mkdir \"$1.bare\" && mount --bind \"$1\" \"$1.bare\" && \
-             /sbin/mke2fs -q -t ext4 -L root -m 0 -E lazy_itable_init=1 -d \"$1.bare\" '{}/root.img' {}M && \
+             /sbin/mke2fs -q -t ext4 -L root -m 0 -E lazy_itable_init=1 -d \"$1.bare\" '{out}/root.img' {}M && \
              umount \"$1.bare\" && rmdir \"$1.bare\"",
-            out.display(),
             desktop.disk_mib()
-        ))
-        .args(["trixie", "/dev/null"])
-        .arg(format!("deb [signed-by={}] {} trixie main", debian::KEYRING, debian::MIRROR))
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log);
-    let status = mmdebstrap.status().context("cannot run mmdebstrap (package mmdebstrap)")?;
-    if !status.success() {
-        let said = std::fs::read_to_string(&log_path).unwrap_or_default();
-        let tail: Vec<&str> = said.lines().rev().take(15).collect();
-        let tail: Vec<&str> = tail.into_iter().rev().collect();
-        bail!("mmdebstrap: {status}; log: {}\n{}", log_path.display(), tail.join("\n"));
-    }
-    for name in ["vmlinuz", "initrd", "root.img"] {
-        if !out.join(name).is_file() {
-            bail!("mmdebstrap left no {name}; log: {}", log_path.display());
-        }
-    }
-    std::fs::set_permissions(out, std::fs::Permissions::from_mode(0o755))?;
-    std::fs::rename(work.keep(), dir)?;
-    Ok(())
-}
-
-/// Images of older recipes only fill the disk.
-/// Marks a guest as in use until this process ends.
-pub(super) fn hold(dir: &Path) -> Result<()> {
-    static HELD: Mutex<Vec<File>> = Mutex::new(Vec::new());
-    let file = File::create(dir.join(IN_USE))?;
-    file.lock_shared()?;
-    HELD.lock().unwrap_or_else(PoisonError::into_inner).push(file);
-    Ok(())
-}
-
-/// Removes guests of older recipes, except those that another checkout with the same cache runs.
-pub(super) fn forget_older(cache: &Path, name: &str, keep: &Path) -> Result<()> {
-    for entry in std::fs::read_dir(cache)? {
-        let path = entry?.path();
-        let old = path
-            .file_name()
-            .is_some_and(|file| file.to_string_lossy().starts_with(&format!("{name}-")));
-        let unused = || File::create(path.join(IN_USE)).is_ok_and(|file| file.try_lock().is_ok());
-        if old && path != keep && path.is_dir() && unused() {
-            let _ = std::fs::remove_dir_all(&path);
-        }
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_guest_in_use_is_not_forgotten() {
-        let cache = tempfile::tempdir().unwrap();
-        let guests = ["weston-new", "weston-running", "weston-old", "gnome-old"];
-        let folders = guests.map(|name| cache.path().join(name));
-        folders.iter().for_each(|folder| std::fs::create_dir(folder).unwrap());
-        hold(&folders[1]).unwrap();
-        forget_older(cache.path(), "weston", &folders[0]).unwrap();
-        assert_eq!(folders.each_ref().map(|folder| folder.is_dir()), [true, true, false, true]);
-    }
+        ));
+    shop.run(mmdebstrap, &["vmlinuz", "initrd", "root.img"])
 }

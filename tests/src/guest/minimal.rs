@@ -66,8 +66,5 @@ fn build(kernel: &Kernel, busybox: &Path, recipe: &Path, path: &Path) -> Result<
     archive.file("etc/udhcpc.sh", 0o755, &read(&recipe.join("udhcpc.sh"))?)?;
     archive.file("etc/passwd", 0o644, b"root::0:0:root:/root:/bin/sh\n")?;
     modules::pack(&mut archive, "modules", &drivers)?;
-    let fresh = path.with_extension(format!("tmp{}", std::process::id()));
-    std::fs::write(&fresh, archive.finish()?)?;
-    std::fs::rename(&fresh, path)?;
-    Ok(())
+    archive.save(path).with_context(|| format!("cannot write {}", path.display()))
 }

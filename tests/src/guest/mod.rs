@@ -2,6 +2,7 @@
 //! anew when their recipe changes.
 
 mod debian;
+mod image;
 mod minimal;
 mod nixos;
 mod passthrough;

@@ -6,20 +6,23 @@
 //! ([`crate::units`]).
 
 use std::{
-    fs::{self, File},
-    os::unix::fs::PermissionsExt,
+    fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
 };
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{Guest, recipe_text};
+use super::{
+    Guest,
+    image::{self, Workshop},
+    recipe_text,
+};
 use crate::{
     cpio::Archive,
-    debian::{self, Kernel, Release},
+    debian::{Kernel, Release},
     modules::ModuleTree,
-    paths, progress,
+    paths,
 };
 
 /// Where the packages are in the store.
@@ -120,22 +123,7 @@ impl Nixos {
         let kernel = Release::open("trixie")?.kernel("linux-image-amd64")?;
         let recipe = paths::resources().join("guests/nixos");
         let text = format!("{}{}{MODULES:?}", kernel.version, recipe_text(&recipe)?);
-        let cache = paths::cache("guests")?;
-        let lock = File::create(cache.join("nixos.lock"))?;
-        lock.lock()?;
-        let dir = cache.join(format!("nixos-{}", debian::digest(&text)));
-        if !dir.is_dir() {
-            let log = cache.join("nixos.log");
-            progress::step(
-                format!(
-                    "making the guest like NixOS from Debian packages (some minutes; log: {})",
-                    log.display()
-                ),
-                || build(&kernel, &recipe, &cache, &log, &dir),
-            )?;
-            super::debian::forget_older(&cache, "nixos", &dir)?;
-        }
-        super::debian::hold(&dir)?;
+        let dir = image::made("nixos", &text, |shop| build(&kernel, &recipe, shop))?;
         Ok(Self { bzimage: kernel.image, vmlinux: dir.join("vmlinux"), dir })
     }
 
@@ -199,11 +187,8 @@ impl Nixos {
     }
 }
 
-fn build(kernel: &Kernel, recipe: &Path, cache: &Path, log: &Path, dir: &Path) -> Result<()> {
-    let work = tempfile::tempdir_in(cache)?;
-    let out = work.path();
-    fs::set_permissions(out, fs::Permissions::from_mode(0o777))?;
-
+fn build(kernel: &Kernel, recipe: &Path, shop: &Workshop) -> Result<()> {
+    let out = &shop.out;
     // The modules, as a tree that depmod and modprobe understand.
     let tree = ModuleTree::open(&kernel.root, &kernel.version)?;
     let modules = out.join("modules/usr/lib/modules").join(&kernel.version);
@@ -216,20 +201,9 @@ fn build(kernel: &Kernel, recipe: &Path, cache: &Path, log: &Path, dir: &Path) -
             .with_context(|| format!("the kernel's package has no {list}"))?;
     }
 
-    let packages = fs::read_to_string(recipe.join("packages"))?;
-    let packages: Vec<&str> =
-        packages.lines().filter(|line| !line.starts_with('#')).map(str::trim).collect();
-    let log_file = File::create(log)?;
     let shown = out.display();
-    let mut mmdebstrap = Command::new("mmdebstrap");
+    let mut mmdebstrap = shop.mmdebstrap("essential", &image::packages(recipe)?);
     mmdebstrap
-        .args(["--variant=essential", "--format=null"])
-        .arg("--aptopt=APT::Install-Recommends \"false\"")
-        .arg("--aptopt=Acquire::Languages \"none\"")
-        .arg("--dpkgopt=path-exclude=/usr/share/man/*")
-        .arg("--dpkgopt=path-exclude=/usr/share/doc/*")
-        .arg("--dpkgopt=path-exclude=/usr/share/locale/*")
-        .arg(format!("--include={}", packages.join(",")))
         .arg(format!("--customize-hook=sync-in '{}' /", recipe.join("files").display()))
         .arg(format!("--customize-hook=sync-in '{shown}/modules' /"))
         .arg("--customize-hook=mkdir \"$1/build\"")
@@ -238,27 +212,11 @@ fn build(kernel: &Kernel, recipe: &Path, cache: &Path, log: &Path, dir: &Path) -
             "--customize-hook=chroot \"$1\" env VERSION={} sh /build/setup",
             kernel.version
         ))
-        .arg(format!("--customize-hook=cp \"$1\"/build/out/* '{shown}/'"))
-        .args(["trixie", "/dev/null"])
-        .arg(format!("deb [signed-by={}] {} trixie main", debian::KEYRING, debian::MIRROR))
-        .stdin(Stdio::null())
-        .stdout(log_file.try_clone()?)
-        .stderr(log_file);
-    let status = mmdebstrap.status().context("cannot run mmdebstrap (package mmdebstrap)")?;
-    if !status.success() {
-        let said = fs::read_to_string(log).unwrap_or_default();
-        let lines: Vec<&str> = said.lines().collect();
-        let tail = &lines[lines.len().saturating_sub(15)..];
-        bail!("mmdebstrap: {status}; log: {}\n{}", log.display(), tail.join("\n"));
-    }
-    for name in ["initrd.zst", "store.erofs"] {
-        ensure!(out.join(name).is_file(), "mmdebstrap left no {name}; log: {}", log.display());
-    }
+        .arg(format!("--customize-hook=cp \"$1\"/build/out/* '{shown}/'"));
+    shop.run(mmdebstrap, &["initrd.zst", "store.erofs"])?;
     fs::remove_dir_all(out.join("modules"))?;
     let bytes = fs::read(&kernel.image)?;
     fs::write(out.join("vmlinux"), payload(&bytes)?)?;
-    fs::set_permissions(out, fs::Permissions::from_mode(0o755))?;
-    fs::rename(work.keep(), dir)?;
     Ok(())
 }
 

@@ -33,8 +33,5 @@ fn build(minimal: &Guest, kernel: &Kernel, path: &Path) -> Result<()> {
     archive.dir("passthrough")?;
     let tree = ModuleTree::open(&kernel.root, &kernel.version)?;
     modules::pack(&mut archive, "passthrough", &tree.closure(MODULES)?)?;
-    let fresh = path.with_extension(format!("tmp{}", std::process::id()));
-    std::fs::write(&fresh, archive.finish()?)?;
-    std::fs::rename(&fresh, path)?;
-    Ok(())
+    archive.save(path).with_context(|| format!("cannot write {}", path.display()))
 }

@@ -73,8 +73,5 @@ fn build(minimal: &Guest, kernel: &Kernel, roots: &[impl AsRef<Path>], path: &Pa
     }
     let tree = ModuleTree::open(&kernel.root, &kernel.version)?;
     modules::pack(&mut archive, "sound", &tree.closure(&["virtio_snd"])?)?;
-    let fresh = path.with_extension(format!("tmp{}", std::process::id()));
-    std::fs::write(&fresh, archive.finish()?)?;
-    std::fs::rename(&fresh, path)?;
-    Ok(())
+    archive.save(path).with_context(|| format!("cannot write {}", path.display()))
 }
