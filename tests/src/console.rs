@@ -35,6 +35,13 @@ impl Console {
         self.shared.1.notify_all();
     }
 
+    /// Waits so long, or until nothing more will come; whether that is so.
+    pub fn has_ended_within(&self, limit: Duration) -> bool {
+        let text = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.shared.1.wait_timeout_while(text, limit, |text| !text.ended);
+        waited.unwrap_or_else(PoisonError::into_inner).0.ended
+    }
+
     /// How much was written: a place from which to wait.
     pub fn mark(&self) -> usize {
         self.shared.0.lock().unwrap_or_else(PoisonError::into_inner).bytes.len()
@@ -121,6 +128,8 @@ mod tests {
         });
         assert_eq!(console.wait_for(0, "two", Duration::from_secs(60)).unwrap(), "one two");
         assert!(console.wait_for(7, "two", Duration::from_secs(60)).is_err());
+        assert!(console.has_ended_within(Duration::from_secs(3600)));
+        assert!(!Console::default().has_ended_within(Duration::ZERO));
         assert_eq!(console.stuck(), None);
         let console = Console::default();
         console.push(b"watchdog: BUG: soft lockup - CPU#1");

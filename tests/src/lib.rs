@@ -15,6 +15,7 @@ pub mod modules;
 pub mod paths;
 pub mod picture;
 pub mod progress;
+pub mod stop;
 pub mod testbed;
 #[path = "../../spice-server/tests/support/tone.rs"]
 pub mod tone;

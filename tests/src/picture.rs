@@ -1,5 +1,8 @@
 //! Looks at screenshots: reads text from them (tesseract) and colours.
 
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -40,6 +43,29 @@ impl Picture {
         }
         let rgb = bytes[bytes.len() - size..].to_vec();
         Ok(Self { width, height, rgb, path: path.to_path_buf() })
+    }
+
+    /// Reads a PNG, as `drago-vmm ctl screenshot` writes it.
+    ///
+    /// # Errors
+    /// If the file is something else.
+    pub fn open_png(path: &Path) -> Result<Self> {
+        let no_picture = || format!("{} is no picture", path.display());
+        let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let mut reader =
+            png::Decoder::new(BufReader::new(file)).read_info().with_context(no_picture)?;
+        let mut rgb = vec![0; reader.output_buffer_size().with_context(no_picture)?];
+        let info = reader.next_frame(&mut rgb).with_context(no_picture)?;
+        if (info.color_type, info.bit_depth) != (png::ColorType::Rgb, png::BitDepth::Eight) {
+            bail!("{}: a kind of PNG that drago-vmm does not write", path.display());
+        }
+        rgb.truncate(info.buffer_size());
+        Ok(Self { width: info.width, height: info.height, rgb, path: path.to_path_buf() })
+    }
+
+    /// The number of different colours.
+    pub fn colours(&self) -> usize {
+        self.rgb.chunks_exact(3).collect::<HashSet<_>>().len()
     }
 
     /// The colour of a pixel; black outside.
@@ -132,6 +158,8 @@ mod tests {
         assert_eq!((picture.width, picture.height), (400, 80));
         assert_eq!(picture.pixel(1, 1), [0; 3]);
         assert!(picture.share_of([0; 3], 8) > 0.8);
+        assert!((2..=256).contains(&picture.colours()), "{}", picture.colours());
+        assert!(Picture::open_png(&path).is_err());
         let text = picture.text(None).unwrap();
         assert!(reads(&text, "echo works"), "{text}");
         assert!(!reads(&text, "echo fails"), "{text}");

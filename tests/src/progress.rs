@@ -5,6 +5,8 @@ use std::time::Instant;
 
 use anyhow::Result;
 
+use crate::stop;
+
 /// Runs a step, saying on stderr that it begins and how long it took.
 ///
 /// # Errors
@@ -16,6 +18,7 @@ pub fn step<T>(what: impl Display, run: impl FnOnce() -> Result<T>) -> Result<T>
     let took = start.elapsed().as_secs_f64();
     match &result {
         Ok(_) => eprintln!("    {what}: done in {took:.1} s"),
+        Err(_) if stop::requested().is_some() => eprintln!("    {what}: stopped after {took:.1} s"),
         Err(_) => eprintln!("    {what}: FAILED after {took:.1} s"),
     }
     result

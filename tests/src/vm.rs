@@ -11,12 +11,12 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use crate::client::SpiceClient;
-use crate::console::{Console, Sink};
+use crate::console::Console;
 use crate::guest::Guest;
 use crate::paths;
 use crate::picture::{Picture, reads};
 use crate::progress::note;
-use crate::testbed::{Options, RemoteChild, RemoteCommand, RemoteOutput, Stream, Testbed};
+use crate::testbed::{Options, RemoteChild, RemoteCommand, RemoteOutput, Testbed};
 
 /// How long anything may take. Nested on a busy machine everything is some 50 times slower than life, so
 /// this only ends what hangs.
@@ -186,20 +186,9 @@ impl Host {
     /// # Errors
     /// If the test host is gone.
     pub fn spawn(&self, name: &str, command: RemoteCommand) -> Result<Vm> {
-        let (serial, log) = (Console::default(), Console::default());
-        let (to_serial, to_log) = (Sink(serial.clone()), Sink(log.clone()));
-        let mut files = [
-            File::create(self.results.join(format!("{name}-serial.log")))?,
-            File::create(self.results.join(format!("{name}-vmm.log")))?,
-        ];
-        let child = command.spawn(move |stream, bytes| {
-            let (console, file) = match stream {
-                Stream::Out => (&to_serial.0, &mut files[0]),
-                Stream::Err => (&to_log.0, &mut files[1]),
-            };
-            console.push(bytes);
-            let _ = file.write_all(bytes);
-        })?;
+        let file = |what| File::create(self.results.join(format!("{name}-{what}.log")));
+        let (child, [serial, log]) =
+            command.spawn_with_consoles([file("serial")?, file("vmm")?])?;
         Ok(Vm {
             child,
             serial,

@@ -241,8 +241,7 @@ fn qemu(machine: &str, guest: &Guest) -> String {
 }
 
 fn boot(rounds: usize, kernel: Kernel, display_only: bool) -> Result<Value> {
-    let vmm = step("building drago-vmm", || build::program("drago-vmm", "drago-vmm", true))?;
-    step("building drago-gpu", || build::program("drago-gpu", "drago-gpu", true))?;
+    let vmm = build::vmm()?;
     let vmm = vmm.display().to_string();
     let mut sides = display_sides(&vmm, &Guest::minimal()?);
     if !display_only {

@@ -444,7 +444,7 @@ pub(crate) fn run(rounds: usize, cpus: u32, parts: &[Part]) -> Result<Value> {
     let parts = if parts.is_empty() { &PARTS } else { parts };
     let vmm = match std::env::var_os("DRAGO_PROGRAMS") {
         Some(folder) => PathBuf::from(folder).join("drago-vmm"),
-        None => step("building drago-vmm", || build::program("drago-vmm", "drago-vmm", true))?,
+        None => build::vmm()?,
     };
     let folder = paths::cache("bench")?;
     let nixos = Nixos::new()?;

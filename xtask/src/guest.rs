@@ -37,6 +37,21 @@ impl Kind {
         }
     }
 
+    /// Whether there is a desktop on its screen: else a text console, or nothing.
+    pub(crate) fn has_desktop(self) -> bool {
+        matches!(self, Self::Weston | Self::Gnome)
+    }
+
+    /// What can be looked at.
+    pub(crate) fn screen(self) -> &'static str {
+        if self.has_desktop() { "desktop" } else { "console" }
+    }
+
+    /// Whether somebody in it hears the power button.
+    pub(crate) fn hears_power_button(self) -> bool {
+        self != Self::Minimal
+    }
+
     /// What its serial port says when people may log in, if they may.
     pub(crate) fn prompt(self) -> Option<&'static str> {
         match self {

@@ -9,6 +9,7 @@ mod check;
 mod demo;
 mod guest;
 mod packages;
+mod ports;
 mod report;
 mod skips;
 mod testbed;
@@ -16,6 +17,7 @@ mod testbed;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use drago_tests::stop;
 
 /// Developer commands of drago-vmm.
 #[derive(Debug, Parser)]
@@ -40,13 +42,19 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let task = Cli::parse().command;
+    let result = stop::install().and_then(|()| match task {
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => check::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Testbed(args) => testbed::run(&args),
         Task::Guest(args) => guest::run(&args),
-    };
+    });
+    if let Some(signal) = stop::requested() {
+        // What failed for it is of no interest.
+        eprintln!("stopped");
+        return ExitCode::from(stop::status(signal));
+    }
     match result {
         Ok(code) => code,
         Err(error) => {

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Result, anyhow};
 use drago_tests::testbed::{Options, Stream, Testbed};
 
-use crate::build;
+use crate::{build, ports};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -42,6 +42,10 @@ fn port_pair(text: &str) -> Result<(u16, u16)> {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    // 0 is any free one.
+    for (outer, inner) in args.forward.iter().filter(|(outer, _)| *outer != 0) {
+        ports::ensure_free(*outer, |outer| format!("--forward {outer}:{inner}"))?;
+    }
     let mut options = Options::new(build::agent()?);
     options.memory_mib = args.memory;
     options.cpus = args.cpus;

@@ -1,49 +1,68 @@
-//! The agent: runs inside the test host, starts programs and carries their input, output and end.
+//! The agent: runs inside the test host, starts programs and carries their input, output and end, and what
+//! is said on Unix sockets in there.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process_group};
 
+use super::carry::carry;
 use super::proto::{self, AGENT_PORT, Kind, READY, Request};
 
-/// Serves until the driver's lease ends.
+/// The driver takes the lease as soon as it has read [`READY`]. After so long it was ended before that.
+const LEASE_LIMIT: Duration = Duration::from_secs(300);
+
+/// What becomes of the lease.
+pub(super) enum Lease {
+    Taken,
+    Over,
+}
+
+/// Serves until the driver's lease ends, or is not taken.
 ///
 /// # Errors
 /// If the agent cannot listen.
 pub fn serve(token: &str) -> Result<()> {
     let listener = TcpListener::bind(("0.0.0.0", AGENT_PORT)).context("agent cannot listen")?;
     println!("{READY}");
-    let (lease_over, over) = std::sync::mpsc::channel::<()>();
+    let (tell, lease) = mpsc::channel();
     let token: Arc<str> = token.into();
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
-            let (token, lease_over) = (Arc::clone(&token), lease_over.clone());
-            std::thread::spawn(move || match connection(&stream, &token) {
-                Ok(true) => drop(lease_over.send(())),
-                Ok(false) => {}
-                Err(error) => println!("drago-testbed: {error:#}"),
+            let (token, tell) = (Arc::clone(&token), tell.clone());
+            std::thread::spawn(move || {
+                if let Err(error) = connection(&stream, &token, &tell) {
+                    println!("drago-testbed: {error:#}");
+                }
             });
         }
     });
-    over.recv().context("the listener ended")?;
+    if let Ok(Lease::Taken) = lease.recv_timeout(LEASE_LIMIT) {
+        let _ = lease.recv();
+    }
     println!("drago-testbed: the driver has gone");
     Ok(())
 }
 
-/// Serves one connection; true if it was the lease.
-fn connection(stream: &TcpStream, token: &str) -> Result<bool> {
+/// Serves one connection to its end.
+pub(super) fn connection(
+    stream: &TcpStream,
+    token: &str,
+    lease: &mpsc::Sender<Lease>,
+) -> Result<()> {
     stream.set_nodelay(true)?;
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut line = String::new();
     reader.by_ref().take(1 << 20).read_line(&mut line)?;
     if line.is_empty() {
-        return Ok(false);
+        return Ok(());
     }
     let request: Request = serde_json::from_str(&line).context("bad request")?;
     if request.token() != token {
@@ -51,15 +70,21 @@ fn connection(stream: &TcpStream, token: &str) -> Result<bool> {
     }
     match request {
         Request::Lease { .. } => {
+            let _ = lease.send(Lease::Taken);
             // Nothing more is ever sent on it: a read returns when the driver is gone.
             let _ = reader.read(&mut [0]);
-            Ok(true)
+            let _ = lease.send(Lease::Over);
         }
-        Request::Run { argv, env, cwd, .. } => {
-            run(stream, reader, &argv, env, &cwd)?;
-            Ok(false)
+        Request::Run { argv, env, cwd, .. } => run(stream, reader, &argv, env, &cwd)?,
+        Request::Connect { socket, .. } => {
+            // Where nobody listens, the connection ends without a word: programs come and go.
+            if let Ok(mut unix) = UnixStream::connect(socket) {
+                unix.write_all(reader.buffer())?;
+                carry(stream, &unix);
+            }
         }
     }
+    Ok(())
 }
 
 fn run(

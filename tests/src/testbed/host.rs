@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Stdio};
@@ -11,9 +12,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::image;
+use super::carry::ForwardedSocket;
 use super::proto::{AGENT_PORT, FAILED, READY, Request};
 use super::remote::RemoteCommand;
+use super::{image, leftovers};
 use crate::{paths, progress};
 
 /// A boot takes 4-6 s on an idle machine; a loaded one gets much longer.
@@ -37,6 +39,8 @@ pub struct Options {
     pub disks: Vec<PathBuf>,
     /// TCP ports (this machine's 127.0.0.1:first → second inside); 0 as first picks a free one.
     pub forward: Vec<(u16, u16)>,
+    /// Unix sockets (this machine's first, which is made → second inside).
+    pub forward_sockets: Vec<(PathBuf, String)>,
     /// Devices that no driver of the test host has, as QEMU's arguments. With any there is an IOMMU,
     /// and they can be passed through.
     pub spare_devices: Vec<String>,
@@ -53,6 +57,7 @@ impl Options {
             rw: Vec::new(),
             disks: Vec::new(),
             forward: Vec::new(),
+            forward_sockets: Vec::new(),
             spare_devices: Vec::new(),
         }
     }
@@ -67,7 +72,7 @@ pub struct Testbed {
     forward: Vec<(u16, u16)>,
     log: PathBuf,
     _lease: TcpStream,
-    _work: tempfile::TempDir,
+    _sockets: Vec<ForwardedSocket>,
 }
 
 impl Testbed {
@@ -101,15 +106,17 @@ impl Testbed {
         }
 
         let cache = paths::cache("testbed")?;
-        let work = tempfile::Builder::new().prefix("boot-").tempdir_in(&cache)?;
+        leftovers::forget(&cache, initramfs);
         let log = paths::cache("testbed/logs")?.join(format!("serial-{}.log", std::process::id()));
         let mut token = [0; 16];
         File::open("/dev/urandom")?.read_exact(&mut token)?;
         let token: String = token.iter().map(|byte| format!("{byte:02x}")).collect();
-        let both = work.path().join("initramfs");
-        let mut bytes = std::fs::read(initramfs)?;
-        bytes.extend(image::config(&token, &agent, &rw)?);
-        std::fs::write(&both, bytes)?;
+        // A file without a name, which QEMU reads while it starts: however this process ends, nothing is
+        // left behind.
+        let mut both = tempfile::tempfile_in(&cache)?;
+        both.write_all(&std::fs::read(initramfs)?)?;
+        both.write_all(&image::config(&token, &agent, &rw)?)?;
+        let path = format!("/proc/{}/fd/{}", std::process::id(), both.as_raw_fd());
 
         let mut free = free_ports(1 + options.forward.len())?.into_iter();
         let mut next = || free.next().context("too few TCP ports");
@@ -125,7 +132,7 @@ impl Testbed {
         for (outer, inner) in &forward {
             net.push_str(&format!(",hostfwd=tcp:127.0.0.1:{outer}-127.0.0.1:{inner}"));
         }
-        let mut qemu = image::qemu(kernel, &both, options)?;
+        let mut qemu = image::qemu(kernel, path.as_ref(), options)?;
         qemu.args(["-netdev", &net, "-device", "virtio-net-pci,netdev=n,romfile="])
             .args([
                 "-fsdev",
@@ -164,10 +171,18 @@ impl Testbed {
             .take()
             .context("QEMU has no output")
             .and_then(|console| wait_ready(console, &log));
-        let connected = ready.and_then(|()| lease(agent_port, &token));
+        let connected = ready.and_then(|()| {
+            let lease = lease(agent_port, &token)?;
+            let sockets = options.forward_sockets.iter();
+            let sockets: Result<Vec<_>> = sockets
+                .map(|(outer, inner)| ForwardedSocket::new(outer, inner, agent_port, &token))
+                .collect();
+            Ok((lease, sockets?))
+        });
+        drop(both);
         match connected {
-            Ok(lease) => {
-                Ok(Self { qemu, agent_port, token, forward, log, _lease: lease, _work: work })
+            Ok((lease, sockets)) => {
+                Ok(Self { qemu, agent_port, token, forward, log, _lease: lease, _sockets: sockets })
             }
             Err(error) => {
                 let _ = qemu.kill();

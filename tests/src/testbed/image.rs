@@ -78,10 +78,7 @@ fn build(kernel: &Kernel, busybox: &Path, init: &[u8], path: &Path) -> Result<()
         order.push_str(&format!("{} {}\n", module.file_name, options.map_or("", |(_, o)| o)));
     }
     archive.file("modules/order", 0o644, order.as_bytes())?;
-    let fresh = path.with_extension(format!("tmp{}", std::process::id()));
-    std::fs::write(&fresh, archive.finish()?)?;
-    std::fs::rename(&fresh, path)?;
-    Ok(())
+    archive.save(path).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// The per-boot archive that follows the initramfs: what init and agent have to know.

@@ -16,8 +16,10 @@
 //! ```
 
 pub mod agent;
+mod carry;
 mod host;
 mod image;
+mod leftovers;
 pub mod proto;
 mod remote;
 

@@ -1,7 +1,7 @@
 //! What the driver on the outer machine and the agent in the test host say to each other.
 //!
-//! One TCP connection per command. The driver sends a [`Request`] as one JSON line; then both sides send
-//! frames: one byte kind, four bytes little-endian length, payload.
+//! One TCP connection per request, which the driver sends as one JSON line ([`Request`]). After
+//! [`Request::Run`] both sides send frames: one byte kind, four bytes little-endian length, payload.
 
 use std::io::{self, Read, Write};
 
@@ -33,6 +33,13 @@ pub enum Request {
         /// The working directory.
         cwd: String,
     },
+    /// Carry bytes between this connection and a Unix socket inside, until both sides have closed.
+    Connect {
+        /// The secret given to the agent at boot.
+        token: String,
+        /// The socket's path.
+        socket: String,
+    },
     /// Keep the test host on for as long as this connection is open.
     Lease {
         /// The secret given to the agent at boot.
@@ -44,7 +51,7 @@ impl Request {
     /// The secret that came with the request.
     pub fn token(&self) -> &str {
         match self {
-            Self::Run { token, .. } | Self::Lease { token } => token,
+            Self::Run { token, .. } | Self::Connect { token, .. } | Self::Lease { token } => token,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Programs that run inside the test host, handled like `std::process::Command`.
 
+use std::fs::File;
 use std::io::{self, BufReader, Write};
 use std::net::TcpStream;
 use std::path::Path;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::proto::{self, Kind, Request};
+use crate::console::{Console, Sink};
 
 /// Which of a program's two outputs some bytes came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,6 +137,22 @@ impl RemoteCommand {
             let _ = tell.send(end);
         });
         Ok(RemoteChild { stream: Arc::new(Mutex::new(stream)), end })
+    }
+
+    /// Starts the program; its standard output and standard error go to a console each, and to a file.
+    ///
+    /// # Errors
+    /// As [`RemoteCommand::spawn`].
+    pub fn spawn_with_consoles(self, mut files: [File; 2]) -> Result<(RemoteChild, [Console; 2])> {
+        let consoles = [Console::default(), Console::default()];
+        let sinks = consoles.clone().map(Sink);
+        let child = self.spawn(move |stream, bytes| {
+            let number = usize::from(stream == Stream::Err);
+            sinks[number].0.push(bytes);
+            // A full disk must not end what runs.
+            let _ = files[number].write_all(bytes);
+        })?;
+        Ok((child, consoles))
     }
 
     /// Runs the program to its end and keeps what it wrote.

@@ -1,0 +1,184 @@
+//! Ctrl+C and SIGTERM, in order: what was started is ended, what was made for a moment is removed.
+//!
+//! What a developer command does takes long only where it waits for a program it has started. So a signal
+//! ends those programs; the steps that waited for them fail, one after the other, up to `main`, and on the
+//! way everything that cleans up when dropped does.
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::process;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use libc::{c_int, c_void, siginfo_t};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, kill_process};
+use vmm_sys_util::signal::register_signal_handler;
+
+/// How often it is looked whether there are new programs to end.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// So long the process may go on without any program before it is ended as it stands.
+const ALONE: Duration = Duration::from_secs(3);
+
+/// So long in any case.
+const LIMIT: Duration = Duration::from_secs(15);
+
+/// The first signal that came.
+static SIGNAL: AtomicI32 = AtomicI32::new(0);
+
+/// Written to by the handler, read by the thread that ends what runs.
+static WAKE: OnceLock<OwnedFd> = OnceLock::new();
+
+/// From now on signals end this process in order.
+///
+/// # Errors
+/// If the system refuses.
+pub fn install() -> Result<()> {
+    let wake = eventfd(0, EventfdFlags::CLOEXEC).context("no eventfd")?;
+    if WAKE.set(wake).is_err() {
+        return Ok(());
+    }
+    let ignored = ignored();
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // As nohup(1) wants it, and a shell for what runs in the background.
+        if ignored & (1 << (signal - 1)) == 0 {
+            register_signal_handler(signal, on_signal)
+                .map_err(|error| std::io::Error::from_raw_os_error(error.errno()))
+                .context("signals cannot be received")?;
+        }
+    }
+    std::thread::Builder::new().name("stop".into()).spawn(|| {
+        wait(None);
+        end_all();
+    })?;
+    Ok(())
+}
+
+/// The signal that this process is being ended by.
+pub fn requested() -> Option<i32> {
+    Some(SIGNAL.load(Ordering::SeqCst)).filter(|signal| *signal != 0)
+}
+
+/// What the process's exit status is after a signal, as shells have it.
+pub fn status(signal: i32) -> u8 {
+    u8::try_from(128 + signal).unwrap_or(u8::MAX)
+}
+
+/// Only what is allowed in a signal handler: an atomic and a system call.
+extern "C" fn on_signal(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
+    let _ = SIGNAL.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
+    if let Some(wake) = WAKE.get() {
+        let _ = rustix::io::write(wake, &1_u64.to_ne_bytes());
+    }
+}
+
+/// The signals that are ignored, as a set of bits (proc_pid_status(5)).
+fn ignored() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let set = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    set.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).unwrap_or(0)
+}
+
+/// Waits for a signal, or so long; whether one came.
+fn wait(limit: Option<Duration>) -> bool {
+    let Some(wake) = WAKE.get() else { return false };
+    let limit = limit.and_then(|limit| limit.try_into().ok());
+    loop {
+        let mut fds = [PollFd::new(wake, PollFlags::IN)];
+        match poll(&mut fds, limit.as_ref()) {
+            Err(Errno::INTR) => {}
+            Ok(0) | Err(_) => return false,
+            Ok(_) => return rustix::io::read(wake, &mut [0; 8]).is_ok(),
+        }
+    }
+}
+
+/// Ends what this process has started and starts until it ends itself, or does not, or a second signal
+/// says that it takes too long.
+fn end_all() -> ! {
+    let begin = Instant::now();
+    let mut alone_since = begin;
+    let mut told = HashSet::new();
+    loop {
+        let children = children();
+        for child in &children {
+            // Only once: some programs take the second one for impatience.
+            if told.insert(*child)
+                && let Some(pid) = Pid::from_raw(*child)
+            {
+                let _ = kill_process(pid, Signal::TERM);
+            }
+        }
+        if !children.is_empty() {
+            alone_since = Instant::now();
+        }
+        if wait(Some(LOOK)) || alone_since.elapsed() > ALONE || begin.elapsed() > LIMIT {
+            process::exit(i32::from(status(SIGNAL.load(Ordering::SeqCst))));
+        }
+    }
+}
+
+/// The processes that this one has started and not yet waited for (proc_tid_children(5)).
+fn children() -> Vec<i32> {
+    let threads = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    threads
+        .filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok())
+        .flat_map(|list| list.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+        .filter_map(|number| number.parse().ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// Set in a process that is to be ended.
+    const VICTIM: &str = "DRAGO_STOP_VICTIM";
+
+    fn victim() {
+        install().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let mut long = Command::new("sleep").arg("3600").spawn().unwrap();
+        println!("\nruns {} {}", long.id(), folder.path().display());
+        assert!(!long.wait().unwrap().success());
+        drop(folder);
+        println!("\nended by {:?}", requested());
+    }
+
+    #[test]
+    fn a_signal_ends_children_and_removes_folders() {
+        const NAME: &str = "stop::tests::a_signal_ends_children_and_removes_folders";
+        if std::env::var_os(VICTIM).is_some() {
+            victim();
+            return;
+        }
+        for signal in [Signal::INT, Signal::TERM] {
+            let mut process = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", NAME, "--nocapture"])
+                .env(VICTIM, "1")
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+            let mut find = |start: &str| {
+                lines.find_map(|line| line.unwrap().strip_prefix(start).map(str::to_owned)).unwrap()
+            };
+            let said = find("runs ");
+            let (sleep, folder) = said.split_once(' ').unwrap();
+            let pid = Pid::from_raw(i32::try_from(process.id()).unwrap()).unwrap();
+            kill_process(pid, signal).unwrap();
+            assert_eq!(find("ended by "), format!("Some({})", signal.as_raw()));
+            assert!(!fs::exists(folder).unwrap());
+            assert!(!fs::exists(format!("/proc/{sleep}")).unwrap());
+            process.wait().unwrap();
+        }
+    }
+}
