@@ -3,7 +3,8 @@
 //! With shared memory ([`gpu_protocol::frames`]): a flush copies what changed into a free slot, once,
 //! and names it in a FRAME. Where no slot is free, or frames come faster than wanted, the damage is
 //! kept and the newest picture goes out later; nobody waits (a mailbox with one place). Each slot
-//! remembers what has changed since it was last drawn, so that only that is copied. What is in guest
+//! remembers what has changed since it was last drawn, so that only that is copied. A front end that asks
+//! for frames one by one gets none that nobody would look at before the next. What is in guest
 //! memory is not copied at all: the front end reads it there ([`gpu_protocol::guest_frames`]).
 //!
 //! Without: damage is kept and sent as UPDATE messages, piece by piece, as fast as the socket takes
@@ -17,7 +18,7 @@ use std::{
 use gpu_protocol::{
     Damage, Rect,
     format::BlobLayout,
-    frames::{Frame, MAX_SLOTS, Release, ShmScanout, WANT_FULL, Want},
+    frames::{Frame, MAX_SLOTS, Release, ShmScanout, WANT_FULL, WANT_ONE, Want},
     guest_frames::GuestFrame,
     socket::FromBackEnd,
     virtio::Refusal,
@@ -109,6 +110,17 @@ impl Slots {
     }
 }
 
+/// What the front end has use for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Demand {
+    #[default]
+    Nothing,
+    /// One frame.
+    One,
+    /// One after the other.
+    All,
+}
+
 /// One scanout.
 #[derive(Default)]
 pub struct Scanout {
@@ -119,13 +131,19 @@ pub struct Scanout {
     unsent: Damage,
     /// A flush (or a request for a picture) happened and nothing has been sent since.
     due: bool,
+    /// A flush happened and has not been counted.
+    flushed: bool,
     slots: Option<Slots>,
     /// The last frame was in guest memory.
     in_guest: bool,
+    demand: Demand,
+    /// While there is demand not 0.
     max_fps: u32,
     sequence: u64,
     /// Not before this.
     earliest: Option<Instant>,
+    /// A picture that nobody asked for does not count before this.
+    counted: Option<Instant>,
     pixels: Vec<u8>,
 }
 
@@ -134,7 +152,7 @@ impl std::fmt::Debug for Scanout {
         f.debug_struct("Scanout")
             .field("source", &self.source)
             .field("unsent", &self.unsent)
-            .field("max_fps", &self.max_fps)
+            .field("demand", &self.demand)
             .finish_non_exhaustive()
     }
 }
@@ -165,7 +183,7 @@ impl Scanout {
         self.told = (0, 0);
         self.slots = None;
         self.in_guest = false;
-        self.max_fps = 0;
+        (self.demand, self.max_fps) = (Demand::Nothing, 0);
         self.earliest = None;
         if self.source.is_some() {
             self.damage(Rect::of_size(self.size().0, self.size().1));
@@ -182,6 +200,7 @@ impl Scanout {
         }
         self.damage(Rect { x: visible.x - source.rect.x, y: visible.y - source.rect.y, ..visible });
         self.due = true;
+        self.flushed = true;
     }
 
     /// The front end made memory for frames, or took it away.
@@ -213,18 +232,25 @@ impl Scanout {
     /// The front end wants frames, or none.
     pub fn want(&mut self, want: &Want) {
         self.max_fps = want.max_fps;
-        self.earliest = None;
-        if want.flags & WANT_FULL != 0 && self.source.is_some() {
-            // Only what the viewer is told, not what has to be drawn.
-            self.unsent = Damage::of(Rect::of_size(self.size().0, self.size().1));
-            self.due = true;
+        self.demand = match (want.max_fps, want.flags & WANT_ONE) {
+            (0, _) => Demand::Nothing,
+            (_, 0) => Demand::All,
+            _ => Demand::One,
+        };
+        if want.flags & WANT_FULL != 0 {
+            self.earliest = None;
+            if self.source.is_some() {
+                // Only what the viewer is told, not what has to be drawn.
+                self.unsent = Damage::of(Rect::of_size(self.size().0, self.size().1));
+                self.due = true;
+            }
         }
     }
 
     /// When [`pump`](Self::pump) has to be called although nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
         let has_room = self.in_guest || self.free_slot().is_some();
-        self.earliest.filter(|_| self.due && self.max_fps > 0 && has_room)
+        self.earliest.filter(|_| self.due && self.demand != Demand::Nothing && has_room)
     }
 
     /// Sends what there is to send and can be sent now.
@@ -276,6 +302,10 @@ impl Scanout {
             return;
         }
         let now = Instant::now();
+        if self.demand == Demand::Nothing {
+            self.skip(now);
+            return;
+        }
         if self.earliest.is_some_and(|earliest| now < earliest) {
             // The device's thread comes back at the deadline.
             return;
@@ -293,9 +323,26 @@ impl Scanout {
             None => self.frame(id, &source, pictures),
         };
         let Some(frame) = frame else { return };
-        self.due = false;
-        self.earliest = Some(now + Duration::from_secs(1) / self.max_fps);
+        (self.due, self.flushed) = (false, false);
+        self.earliest = Some(now + self.interval());
+        self.counted = self.earliest;
+        if self.demand == Demand::One {
+            self.demand = Demand::Nothing;
+        }
         link.send(&frame);
+    }
+
+    fn interval(&self) -> Duration {
+        Duration::from_secs(1) / self.max_fps.max(1)
+    }
+
+    /// There is a picture that nobody asks for at present. It counts: how often the picture changes is
+    /// how viewers' servers tell what is a film.
+    fn skip(&mut self, now: Instant) {
+        if std::mem::take(&mut self.flushed) && self.counted.is_none_or(|counted| counted <= now) {
+            self.sequence += 1;
+            self.counted = Some(now + self.interval());
+        }
     }
 
     /// The picture where the guest has it.
@@ -487,6 +534,57 @@ mod tests {
         scanout.want(&want(0));
         give_back(&mut scanout, 0);
         assert_eq!(flush(&mut scanout, whole), 0);
+        drop(peer);
+    }
+
+    /// A viewer that takes two pictures a second costs two of them a second.
+    #[test]
+    fn one_by_one_nothing_is_read_before_it_is_asked_for() {
+        let link = Link::new().unwrap();
+        let (socket, peer) = UnixStream::pair().unwrap();
+        let listener: std::sync::Arc<dyn Listener> = std::sync::Arc::new(Quiet);
+        link.connect(socket, std::sync::Arc::downgrade(&listener)).unwrap();
+        let mut counter = Counter::default();
+        let mut scanout = Scanout::default();
+        let whole = Rect::of_size(SIZE.0, SIZE.1);
+        scanout.set_source(Some(Source { resource: 1, rect: whole, blob: None }));
+        let (layout, fd) = slots(1);
+        scanout.set_slots(layout, fd);
+        let mut pump = |scanout: &mut Scanout| {
+            scanout.pump(0, Some(Transport::Shm), &mut counter, &link);
+            std::mem::take(&mut counter.0)
+        };
+        let want = |flags| Want { scanout: 0, max_fps: 60, flags, reserved: 0 };
+        scanout.flush(1, whole);
+        scanout.want(&want(WANT_FULL | WANT_ONE));
+        assert_eq!(pump(&mut scanout), whole.area());
+        scanout.release(&Release { scanout: 0, generation: 1, slot: 0, reserved: 0 });
+        // However often the picture changes; but each change counts that could have been shown.
+        let part = Rect::new(10, 10, 20, 5);
+        for _ in 0..10 {
+            scanout.counted = None;
+            scanout.flush(1, part);
+            assert_eq!(pump(&mut scanout), 0);
+            assert_eq!(pump(&mut scanout), 0);
+            scanout.flush(1, part);
+            assert_eq!(pump(&mut scanout), 0);
+        }
+        assert_eq!(scanout.sequence, 11);
+        assert_eq!(scanout.deadline(), None, "nobody is woken for it either");
+        // Then it is the newest, and not before its time.
+        scanout.want(&want(WANT_ONE));
+        scanout.earliest = Some(Instant::now() + Duration::from_secs(3600));
+        assert_eq!(pump(&mut scanout), 0);
+        assert!(scanout.deadline().is_some());
+        scanout.earliest = None;
+        assert_eq!(pump(&mut scanout), part.area());
+        assert_eq!(scanout.sequence, 12);
+        // Asked for before it is there.
+        scanout.want(&want(WANT_ONE));
+        scanout.earliest = None;
+        assert_eq!(pump(&mut scanout), 0);
+        scanout.flush(1, part);
+        assert_eq!(pump(&mut scanout), whole.area(), "the other slot was never drawn");
         drop(peer);
     }
 

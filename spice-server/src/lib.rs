@@ -44,7 +44,7 @@ pub use audio::{PlaybackHandle, RecordHandle};
 pub use capture::{Capture, CaptureError, CaptureEvent, CaptureRecord, read_capture};
 pub use display::{
     Codec, CodecStats, CursorImage, DisplayEvents, DisplayHandle, DisplayStats, Frame, FrameGone,
-    MemoryFrame, MonitorConfig, PixelFormat, Rect, Snapshot, SurfaceInfo,
+    FrameSource, MemoryFrame, MonitorConfig, PixelFormat, Rect, Snapshot, SurfaceInfo,
 };
 pub use error::Error;
 pub use events::{EventSink, Refusal, ServerEvent, VideoChange};

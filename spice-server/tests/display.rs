@@ -7,15 +7,18 @@ use std::{
     net::SocketAddr,
     process::Command,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
+        mpsc::{Sender, channel},
     },
     time::Duration,
 };
 
-use spice_server::{ClientPolicy, Codec, MemoryFrame, Rect, SurfaceInfo, VideoCodec, VideoCodecs};
+use spice_server::{
+    ClientPolicy, Codec, FrameSource, MemoryFrame, Rect, SurfaceInfo, VideoCodec, VideoCodecs,
+};
 use support::{
-    Client, CountedFrame, SlowLine, eventually, hash, have, have_client,
+    Client, CountedFrame, PATIENCE, SlowLine, eventually, hash, have, have_client,
     picture::{self, Event, Mode, Picture, Scene, content::Canvas},
     setup,
 };
@@ -317,6 +320,65 @@ fn a_stalled_client_costs_a_bounded_amount_and_nobody_else_anything() {
     let mut stalled = stalled;
     let wanted = hash(&noise);
     eventually("the stalled client catches up", || stalled.pixels() == wanted);
+}
+
+/// Who makes frames on demand makes none in vain, and the last one is seen.
+#[test]
+fn frames_are_asked_for_as_viewers_take_them() {
+    struct Asked(Mutex<Sender<()>>);
+    impl FrameSource for Asked {
+        fn want_next(&self) {
+            let _ = self.0.lock().unwrap().send(());
+        }
+    }
+    if !have_client() {
+        return;
+    }
+    let setup = setup(|builder| builder);
+    let size = (800, 600);
+    let (sender, asked) = channel();
+    setup.display.set_source(Arc::new(Asked(Mutex::new(sender))));
+    setup.show_background(size);
+    let mut client = Client::connect_ready(&setup);
+    let mut state = 1u64;
+    let mut noise = || {
+        let mut pixels = vec![0u8; (size.0 * size.1 * 4) as usize];
+        for bytes in pixels.chunks_exact_mut(8) {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            bytes.copy_from_slice(&state.to_le_bytes());
+        }
+        pixels
+    };
+    let mut last = noise();
+    for _ in 0..5 {
+        asked.recv_timeout(PATIENCE).expect("a viewer that shows everything wants more");
+        last = noise();
+        setup.show(size, last.clone());
+    }
+    let wanted = hash(&last);
+    eventually("the last frame", || client.pixels() == wanted);
+    let signal = |name: &str| {
+        let pid = client.pid().to_string();
+        assert!(Command::new("kill").args([name, pid.as_str()]).status().unwrap().success());
+    };
+    // It takes nothing any more: after what fits into buffers nobody asks. (That nothing happens is no
+    // event one could wait for.)
+    signal("-STOP");
+    let mut frames = 0;
+    while asked.recv_timeout(Duration::from_secs(2)).is_ok() {
+        // Those that were on their way.
+        while asked.try_recv().is_ok() {}
+        last = noise();
+        setup.show(size, last.clone());
+        frames += 1;
+        assert!(frames < 100, "{frames} frames for a client that takes none");
+    }
+    signal("-CONT");
+    let wanted = hash(&last);
+    eventually("the last frame", || client.pixels() == wanted);
+    asked.recv_timeout(PATIENCE).expect("it wants more again");
 }
 
 #[test]

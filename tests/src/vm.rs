@@ -250,6 +250,17 @@ impl Host {
         crate::debian::check(&mut ssh)
     }
 
+    /// Copies a program to a place in the guest, as root.
+    ///
+    /// # Errors
+    /// As [`ssh`](Self::ssh).
+    pub fn install(&self, guest: &Guest, program: &Path, path: &str) -> Result<()> {
+        let file = File::open(program).with_context(|| program.display().to_string())?;
+        let mut ssh = self.ssh_command(guest, "root")?;
+        ssh.arg("root@127.0.0.1").arg(format!("cat >{path} && chmod 755 {path}")).stdin(file);
+        crate::debian::check(&mut ssh).map(drop)
+    }
+
     fn ssh_command(&self, guest: &Guest, user: &str) -> Result<Command> {
         let key = guest.ssh_key.as_ref().context("this guest has no ssh key")?;
         let mut ssh = Command::new("ssh");

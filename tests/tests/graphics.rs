@@ -154,6 +154,22 @@ impl World {
         })
     }
 
+    /// What the kernel promises programs that set modes, with the driver's requests ending in our device.
+    /// After all of it a picture is seen as it is.
+    fn kms(&mut self) -> Result<()> {
+        let program = Path::new(env!("CARGO_BIN_EXE_drago-kms-checks"));
+        self.host.install(&self.guest, program, "/usr/local/bin/drago-kms-checks")?;
+        let said = self.run("timeout 200 drago-kms-checks 2>&1; echo \"status $?\"")?;
+        note(&said);
+        ensure!(said.contains("status 0") && said.matches(": pass").count() >= 12, "{said}");
+        self.shows("drago-kms-check", "drago-kms-checks show", |picture| {
+            let (x, y) = (picture.width, picture.height);
+            let quarters =
+                [(1, 1), (3, 1), (1, 3), (3, 3)].map(|(a, b)| picture.pixel(a * x / 4, b * y / 4));
+            quarters == [[0xff, 0, 0], [0, 0xff, 0], [0, 0, 0xff], [0xff; 3]]
+        })
+    }
+
     fn glmark2_has_the_screen(&mut self) -> Result<()> {
         // There it takes the biggest size, at which it would look at the wrong pixels.
         let said = self.run("timeout 60 glmark2-es2-drm -b build:duration=2 2>&1")?;
@@ -346,6 +362,17 @@ fn opengl_and_vulkan_in_a_guest() {
     world.step("glmark2 looks at its pixels", World::glmark2_validates);
     world.step("vkcube", World::vkcube);
     world.end();
+}
+
+/// Screens in guest memory, and screens that are OpenGL's.
+#[test]
+#[ignore = "slow"]
+fn modes_are_set_in_a_guest() {
+    for gpu in ["2d", "virgl"] {
+        let mut world = World::start(&format!("graphics-kms-{gpu}"), gpu, 1);
+        world.step(gpu, World::kms);
+        world.end();
+    }
 }
 
 /// What is drawn in the comparisons, and for how long.

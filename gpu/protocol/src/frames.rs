@@ -219,7 +219,7 @@ pub struct Want {
     pub scanout: u32,
     /// Most frames per second; 0: none at all, nothing is copied.
     pub max_fps: u32,
-    /// [`WANT_FULL`].
+    /// [`WANT_FULL`], [`WANT_ONE`].
     pub flags: u32,
     /// Zero.
     pub reserved: u32,
@@ -227,6 +227,10 @@ pub struct Want {
 
 /// [`Want::flags`]: send a frame now, all of it damaged, even if nothing changed.
 pub const WANT_FULL: u32 = 1;
+
+/// [`Want::flags`]: one frame, the next time that something has changed, and then none before the next
+/// [`Want`].
+pub const WANT_ONE: u32 = 2;
 
 #[cfg(test)]
 mod tests {

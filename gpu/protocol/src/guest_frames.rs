@@ -28,6 +28,9 @@ pub mod id {
     pub const FORGET_MEMORY: u32 = 0x4452_0005;
     /// Back end → front end: [`super::GuestFrame`].
     pub const GUEST_FRAME: u32 = 0x4452_0006;
+    /// Back end → front end: RESET_DEVICE was carried out, and what was said before is about a driver that
+    /// is gone. Without payload or answer.
+    pub const DEVICE_RESET: u32 = 0x4452_0007;
 }
 
 /// Most pieces of a [`GuestMemory`].

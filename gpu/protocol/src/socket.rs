@@ -240,6 +240,8 @@ pub enum FromBackEnd<'a> {
     },
     /// A frame is in such memory.
     GuestFrame(GuestFrame),
+    /// What was said of such memory until now is about a driver that is gone.
+    DeviceReset,
 }
 
 /// A message from the front end to the back end.
@@ -336,6 +338,7 @@ impl<'a> FromBackEnd<'a> {
                 frame.encode_payload(out);
                 finish(out, at);
             }
+            Self::DeviceReset => put(out, guest_frames::id::DEVICE_RESET, &[]),
         }
     }
 
@@ -394,6 +397,7 @@ impl<'a> FromBackEnd<'a> {
                 Self::ForgetMemory { resource: exact(request, payload)? }
             }
             guest_frames::id::GUEST_FRAME => Self::GuestFrame(GuestFrame::decode_payload(payload)?),
+            guest_frames::id::DEVICE_RESET => Self::DeviceReset,
             _ => return Err(ProtocolError::Unknown { request, flags: message.header.flags }),
         })
     }
@@ -503,6 +507,7 @@ impl Side {
             (Self::FrontEnd, guest_frames::id::GUEST_MEMORY, false) => GuestMemory::MAX_BYTES,
             (Self::FrontEnd, guest_frames::id::FORGET_MEMORY, false) => size_of::<u32>(),
             (Self::FrontEnd, guest_frames::id::GUEST_FRAME, false) => GuestFrame::MAX_BYTES,
+            (Self::FrontEnd, guest_frames::id::DEVICE_RESET, false) => 0,
             (Self::BackEnd, host_memory::id::MAP, true) => size_of::<u32>(),
             (Self::BackEnd, guest_frames::id::FORGET_MEMORY, true) => 0,
             (Self::BackEnd, id::GET_PROTOCOL_FEATURES, true) => size_of::<u64>(),
@@ -626,6 +631,7 @@ mod tests {
                 damage: vec![Rect::of_size(3, 3), Rect::new(4, 4, 1, 1)],
             }),
             FromBackEnd::ForgetMemory { resource: 7 },
+            FromBackEnd::DeviceReset,
             FromBackEnd::Frame(Frame {
                 scanout: 1,
                 generation: 2,

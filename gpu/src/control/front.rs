@@ -71,14 +71,26 @@ impl Control {
             | ProtocolFeatures::GUEST_FRAMES
             | ProtocolFeatures::HOST_MEMORY;
         let features = ProtocolFeatures::from_bits_truncate(offered) & known;
-        let path = match features.contains(ProtocolFeatures::SHM_FRAMES) {
-            true => "in shared memory",
-            false => "through the socket (the front end offers no shared memory)",
+        let knows = |feature| features.contains(feature);
+        let path = if knows(ProtocolFeatures::SHM_FRAMES | ProtocolFeatures::GUEST_FRAMES) {
+            "in shared memory; what is in guest memory is read there"
+        } else if knows(ProtocolFeatures::SHM_FRAMES) {
+            "in shared memory"
+        } else {
+            "through the socket (the front end offers no shared memory)"
         };
         tracing::info!(?features, "frames go {path}");
         self.link.send(&FromBackEnd::SetProtocolFeatures(features.bits()));
         self.features = Some(features);
         self.pump();
+    }
+
+    /// RESET_DEVICE has been carried out: the front end can tell what is about the next driver.
+    pub fn tell_reset(&mut self) {
+        let features = self.features.unwrap_or(ProtocolFeatures::empty());
+        if features.contains(ProtocolFeatures::GUEST_FRAMES) {
+            self.link.send(&FromBackEnd::DeviceReset);
+        }
     }
 
     /// Whether [`negotiate`](Self::negotiate) has happened.

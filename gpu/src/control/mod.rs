@@ -62,6 +62,14 @@ pub enum Question {
     Forget(u32),
 }
 
+impl Question {
+    /// Whether the guest can be answered without the front end. Not where it may still be reading what
+    /// the guest is to have back: it may not have noticed the end of the connection yet.
+    pub fn can_be_guessed(&self) -> bool {
+        !matches!(self, Self::Forget(_))
+    }
+}
+
 /// A resource's memory in the guest's shared memory region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mapping {

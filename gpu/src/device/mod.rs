@@ -313,7 +313,7 @@ impl VhostUserBackend for GpuDevice {
     }
 
     fn reset_device(&self) {
-        self.0.ask(Job::Reset);
+        self.0.ask(Job::ResetDevice);
         if let Some(journal) = &*self.0.journal() {
             journal.clear();
         }

@@ -58,8 +58,10 @@ pub(super) enum Job {
     CursorImage(u32, SyncSender<Result<CursorImage, Refusal>>),
     /// The control queue stops.
     Stop(SyncSender<()>),
-    /// The device is reset.
+    /// The device starts afresh.
     Reset(SyncSender<()>),
+    /// The front end resets the device.
+    ResetDevice(SyncSender<()>),
     /// Brings back what a predecessor had, by its commands; the answer is those for cursors.
     Restore(Vec<Vec<u8>>, SyncSender<Vec<Vec<u8>>>),
     /// Answer when all jobs before this one are done.
@@ -232,13 +234,12 @@ impl Worker {
                 let _ = reply.send(());
             }
             Job::Reset(reply) => {
-                if let Some(Question::Map(mapping)) = self.paused.take().map(|p| p.question) {
-                    self.control.take_out(mapping);
-                }
-                self.common.fences.stop();
-                self.ring = None;
-                self.more = false;
-                self.control.reset();
+                self.reset();
+                let _ = reply.send(());
+            }
+            Job::ResetDevice(reply) => {
+                self.reset();
+                self.control.tell_reset();
                 let _ = reply.send(());
             }
             Job::Restore(commands, reply) => {
@@ -274,6 +275,16 @@ impl Worker {
             }
         }
         self.more = self.ring.is_some();
+    }
+
+    fn reset(&mut self) {
+        if let Some(Question::Map(mapping)) = self.paused.take().map(|p| p.question) {
+            self.control.take_out(mapping);
+        }
+        self.common.fences.stop();
+        self.ring = None;
+        self.more = false;
+        self.control.reset();
     }
 
     fn stop(&mut self) {
@@ -316,22 +327,25 @@ impl Worker {
         let (hdr, command) = decode(&request.command);
         match self.control.execute(guest, &hdr, command) {
             Outcome::Answer(bytes) => self.answer(request, &hdr, bytes, guest),
-            // Whoever reads that memory may not have noticed yet that it cannot be asked. Its end, or the
-            // next connection, or the end of the ring lets the guest go on.
-            Outcome::Ask(question @ Question::Forget(_)) if !self.common.link.is_connected() => {
+            Outcome::Ask(question) => {
                 self.paused = Some(Paused { request, hdr, question });
-            }
-            Outcome::Ask(question) if self.common.link.is_connected() => {
-                self.paused = Some(Paused { request, hdr, question });
-                if let Err(refusal) = self.ask(question) {
+                if !self.common.link.is_connected() {
+                    self.go_without();
+                } else if let Err(refusal) = self.ask(question) {
                     tracing::debug!(%refusal, ?question, "a command was refused");
                     self.resume(question, Some(hdr.answer(refusal as u32).as_bytes().to_vec()));
                 }
             }
-            Outcome::Ask(question) => {
-                let bytes = self.control.answer_to(&hdr, question);
-                self.answer(request, &hdr, bytes, guest);
-            }
+        }
+    }
+
+    /// There is no front end: what it was to be asked is answered with what was known before, unless
+    /// nobody can know that ([`Question::can_be_guessed`]). In that case the end of the ring, or the next
+    /// connection, lets the guest go on.
+    fn go_without(&mut self) {
+        let question = self.paused.as_ref().map(|paused| paused.question);
+        if let Some(question) = question.filter(Question::can_be_guessed) {
+            self.resume(question, None);
         }
     }
 
@@ -469,12 +483,8 @@ impl Worker {
         if self.common.link.generation() != generation {
             return;
         }
-        // Nobody will answer: go on with what was known before. But see `execute`.
         self.asked.clear();
-        let question = self.paused.as_ref().map(|paused| paused.question);
-        if let Some(question) = question.filter(|asked| !matches!(asked, Question::Forget(_))) {
-            self.resume(question, None);
-        }
+        self.go_without();
     }
 
     /// The front end shows what it was asked to, or cannot.

@@ -30,6 +30,13 @@ pub trait Frame: Send + Sync {
     fn copy_rect(&self, rect: Rect, out: &mut [u8], out_stride: usize) -> Result<(), FrameGone>;
 }
 
+/// Who makes frames, if that costs something: no more of them than somebody looks at.
+pub trait FrameSource: Send + Sync {
+    /// A viewer has shown what it got, its connection has room, and it could show something newer. Called
+    /// again and again, also when nothing has changed, from viewers' threads; must not wait.
+    fn want_next(&self);
+}
+
 /// A [`Frame`] whose pixels cannot be had any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the frame's pixels are gone")]

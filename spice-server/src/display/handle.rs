@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::{
-    CursorImage, Frame, PixelFormat, Rect, Snapshot, SurfaceInfo, cursor::MAX_CURSOR_SIDE,
-    state::DisplayShared,
+    CursorImage, Frame, FrameSource, PixelFormat, Rect, Snapshot, SurfaceInfo,
+    cursor::MAX_CURSOR_SIDE, state::DisplayShared,
 };
 use crate::io::wake::Wake;
 
@@ -29,7 +29,19 @@ impl DisplayHandle {
     /// always from the newest frame. A frame whose size differs from the surface sets the surface,
     /// and is sent whole.
     pub fn present(&self, frame: Arc<dyn Frame>, damage: &[Rect]) {
-        self.shared.present(frame, damage);
+        self.shared.present(frame, damage, 0);
+    }
+
+    /// The same for a frame before which so many were not presented, because nobody
+    /// [wanted](super::FrameSource) them: what is a film is told by how often it changes.
+    pub fn present_after(&self, skipped: u64, frame: Arc<dyn Frame>, damage: &[Rect]) {
+        self.shared.present(frame, damage, skipped);
+    }
+
+    /// Tells `source` whenever a viewer could show more than the newest frame, for programs that would
+    /// make some in vain otherwise.
+    pub fn set_source(&self, source: Arc<dyn FrameSource>) {
+        self.shared.set_source(source);
     }
 
     /// Lets go of the newest frame without changing what viewers see: for programs that make frames
@@ -172,11 +184,15 @@ mod tests {
         assert_eq!((rects, frames), (vec![Rect::new(0, 0, 64, 64)], 1));
         assert!(matches!(shared.next_work(viewer, shown), Work::Done));
         display.present(Arc::new(frame.clone()), &[Rect::new(1, 2, 3, 4)]);
-        display.present(Arc::new(frame), &[Rect::new(9, 2, 3, 4)]);
+        display.present(Arc::new(frame.clone()), &[Rect::new(9, 2, 3, 4)]);
         let Work::Draw(_, rects, frames) = shared.next_work(viewer, shown) else {
             panic!("no work")
         };
         assert_eq!((rects, frames), (vec![Rect::new(1, 2, 11, 4)], 2));
+        display.present_after(4, Arc::new(frame.clone()), &[Rect::new(1, 2, 3, 4)]);
+        display.present(Arc::new(frame), &[Rect::new(1, 2, 3, 4)]);
+        let Work::Draw(_, _, frames) = shared.next_work(viewer, shown) else { panic!("no work") };
+        assert_eq!(frames, 6, "those that nobody wanted count");
         display.release_frame();
         assert_eq!(shared.has_work(viewer, shown), HasWork::No);
         assert_eq!(shared.has_work(viewer, None), HasWork::OnlyBlack);

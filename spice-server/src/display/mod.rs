@@ -18,7 +18,7 @@ pub(crate) mod tiles;
 
 pub use cursor::CursorImage;
 pub use events::{DisplayEvents, MonitorConfig};
-pub use frame::{Frame, FrameGone, MemoryFrame, PixelFormat, Snapshot, SurfaceInfo};
+pub use frame::{Frame, FrameGone, FrameSource, MemoryFrame, PixelFormat, Snapshot, SurfaceInfo};
 pub use geometry::Rect;
 pub use handle::DisplayHandle;
 pub use stats::{Codec, CodecStats, DisplayStats};

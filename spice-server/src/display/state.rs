@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use super::{CursorImage, Frame, Rect, SurfaceInfo, damage::Damage};
+use super::{CursorImage, Frame, FrameSource, Rect, SurfaceInfo, damage::Damage};
 use crate::io::wake::Wake;
 
 /// Size of the black picture a viewer gets before the program has shown anything.
@@ -22,6 +22,7 @@ pub(crate) struct DisplayShared {
 struct DisplayState {
     surface: Option<(u32, u32)>,
     frame: Option<Arc<dyn Frame>>,
+    source: Option<Arc<dyn FrameSource>>,
     viewers: Vec<Viewer>,
     next_viewer: u64,
     cursor: CursorState,
@@ -101,7 +102,7 @@ impl DisplayShared {
         drop(old);
     }
 
-    pub(crate) fn present(&self, frame: Arc<dyn Frame>, damage: &[Rect]) {
+    pub(crate) fn present(&self, frame: Arc<dyn Frame>, damage: &[Rect], skipped: u64) {
         let size = (frame.width(), frame.height());
         if size.0 == 0 || size.1 == 0 || size.0 > MAX_SIDE || size.1 > MAX_SIDE {
             tracing::warn!(width = size.0, height = size.1, "frame of an impossible size ignored");
@@ -113,7 +114,7 @@ impl DisplayShared {
         state.surface = Some(size);
         for viewer in &mut state.viewers {
             viewer.blank = false;
-            viewer.frames += 1;
+            viewer.frames = viewer.frames.saturating_add(1).saturating_add(skipped);
             if same {
                 damage.iter().for_each(|rect| viewer.damage.add(*rect));
             } else {
@@ -126,6 +127,19 @@ impl DisplayShared {
         }
         drop(state);
         drop(old);
+    }
+
+    pub(crate) fn set_source(&self, source: Arc<dyn FrameSource>) {
+        self.lock().source = Some(source);
+    }
+
+    /// A viewer could show a frame that is newer than the newest one there is.
+    pub(crate) fn want_next(&self) {
+        // Not under our lock: it is the program's code.
+        let source = self.lock().source.clone();
+        if let Some(source) = source {
+            source.want_next();
+        }
     }
 
     /// The newest frame.

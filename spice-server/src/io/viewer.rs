@@ -229,12 +229,21 @@ impl Viewer {
                 continue;
             }
             let now = Instant::now();
-            let due = self.next_work_at();
+            let work = self.source.has_work(self.id, self.encoder.size());
+            let look = self.next_look();
+            let due = match work {
+                HasWork::No => None,
+                HasWork::Yes => Some(look),
+                HasWork::OnlyBlack => Some(look.max(self.black_at)),
+            };
             let paced = self.paced_until(now);
             let room = paced.is_none() && self.flow.has_room(now);
             if room && due.is_some_and(|due| now >= due) {
                 self.take_in(now);
                 continue;
+            }
+            if room && work != HasWork::Yes && (now >= look || !self.encoder.has_work()) {
+                self.source.want_next();
             }
             if room && self.encoder.has_work() {
                 self.step(now);
@@ -302,19 +311,14 @@ impl Viewer {
         }
     }
 
-    /// When the next frame may be looked at, if there is anything to do.
-    fn next_work_at(&self) -> Option<Instant> {
-        let due = match self.source.has_work(self.id, self.encoder.size()) {
-            HasWork::No => return None,
-            HasWork::Yes => self.next_sweep,
-            HasWork::OnlyBlack => self.next_sweep.max(self.black_at),
-        };
+    /// When the next frame may be looked at.
+    fn next_look(&self) -> Instant {
         let wait = if self.encoder.has_work() {
             self.sweep_cost.min(FRAME_INTERVAL) * UNFINISHED_PAUSE
         } else {
             Duration::ZERO
         };
-        Some(due + wait)
+        self.next_sweep + wait
     }
 
     /// Looks at what there is to show.

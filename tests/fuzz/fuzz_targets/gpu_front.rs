@@ -229,7 +229,10 @@ fn message<'a>(input: &mut Input<'_>, damage: &'a mut Vec<Rect>) -> FromBackEnd<
             let pieces = Pieces::new((0..input.u8() % 8).map(|_| piece(input)).collect());
             FromBackEnd::GuestMemory(GuestMemory { resource, pieces })
         }
-        26 => FromBackEnd::ForgetMemory { resource: u32::from(input.u8() % 64) },
+        26 => match input.u8() % 65 {
+            64 => FromBackEnd::DeviceReset,
+            resource => FromBackEnd::ForgetMemory { resource: resource.into() },
+        },
         _ => {
             let formats = PixelFormat::ALL;
             let format = formats[usize::from(input.u8()) % formats.len()];
@@ -291,7 +294,9 @@ fuzz_target!(|bytes: &[u8]| {
                     front.receive(message, fd);
                 }
             }
-            176..192 => handle.want_frames(id(&mut input), input.u8().into()),
+            176..184 => handle.want_frames(id(&mut input), input.u8().into()),
+            184..188 => handle.want_frames_one_by_one(id(&mut input), input.u8().into()),
+            188..192 => handle.want_next_frame(id(&mut input)),
             192..200 => {
                 handle.set_sink(viewer.clone());
                 // It is told everything that there is at present.

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use devices::virtio::gpu::{self, DisplayMode, DisplaySink, GpuHandle};
@@ -43,6 +43,9 @@ struct State {
     screenshots: u32,
     /// The newest frame, as long as somebody wants frames: it occupies one of the GPU's slots.
     newest: Option<gpu::Frame>,
+    /// Frames so far, and the number that the GPU gave to the last one.
+    frames: u64,
+    sequence: u64,
     /// Where in the pointer's image the pixel is that points.
     hot_spot: (u32, u32),
 }
@@ -85,6 +88,7 @@ impl Screen {
     /// Where frames go; set once, before the first one.
     pub(super) fn set_viewer(&self, viewer: Option<DisplayHandle>) {
         if let Some(viewer) = viewer {
+            viewer.set_source(Arc::new(self.source()));
             // A second call would be a defect in `start`, and harmless.
             let _ = self.viewer.set(viewer);
         }
@@ -92,7 +96,12 @@ impl Screen {
 
     /// As [`set_viewer`](Self::set_viewer), for VNC.
     pub(super) fn set_vnc(&self, screen: vnc_server::Screen) {
+        screen.set_source(Arc::new(self.source()));
         let _ = self.vnc.set(screen);
+    }
+
+    fn source(&self) -> Source {
+        Source { id: self.id, gpu: self.gpu.clone() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -124,7 +133,7 @@ impl Screen {
             if let Some(vnc) = self.vnc.get().filter(|_| !after) {
                 vnc.release_frame();
             }
-            self.gpu.want_frames(self.id, if after { MAX_FPS } else { 0 });
+            self.gpu.want_frames_one_by_one(self.id, if after { MAX_FPS } else { 0 });
         }
     }
 
@@ -148,8 +157,11 @@ impl Screen {
         if self.state().size.is_none() {
             return Err(ControlError("the guest shows nothing on this display".to_owned()));
         }
+        let seen = self.state().frames;
         self.change_demand(|state| state.screenshots += 1);
-        let frame = self.wait_for_frame();
+        // The newest frame is as old as the viewers are slow.
+        self.gpu.want_frames_one_by_one(self.id, MAX_FPS);
+        let frame = self.wait_for_frame(seen);
         self.change_demand(|state| state.screenshots -= 1);
         let frame = frame.ok_or_else(|| {
             ControlError("the GPU process delivered no picture; see the log".to_owned())
@@ -157,17 +169,12 @@ impl Screen {
         encode_png(&frame)
     }
 
-    fn wait_for_frame(&self) -> Option<gpu::Frame> {
-        let deadline = Instant::now() + SCREENSHOT_PATIENCE;
-        let mut state = self.state();
-        loop {
-            if let Some(frame) = &state.newest {
-                return Some(frame.clone());
-            }
-            let left = deadline.checked_duration_since(Instant::now())?;
-            state =
-                self.arrived.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
+    /// A frame that came after so many, or the last one if none comes.
+    fn wait_for_frame(&self, seen: u64) -> Option<gpu::Frame> {
+        let state = self.state();
+        let waiting = |state: &mut State| state.frames == seen || state.newest.is_none();
+        let waited = self.arrived.wait_timeout_while(state, SCREENSHOT_PATIENCE, waiting);
+        waited.unwrap_or_else(PoisonError::into_inner).0.newest.clone()
     }
 
     fn scanout(&self, size: Option<(u32, u32)>) {
@@ -190,6 +197,12 @@ impl Screen {
             // Late: the last viewer has gone. The next one must not see it, and its slot is free.
             return;
         }
+        let skipped = match state.newest {
+            Some(_) => frame.sequence().saturating_sub(state.sequence).saturating_sub(1),
+            None => 0,
+        };
+        state.sequence = frame.sequence();
+        state.frames = state.frames.wrapping_add(1);
         let stale = state.newest.replace(frame.clone());
         drop(state);
         drop(stale);
@@ -200,8 +213,26 @@ impl Screen {
         if let Some(viewer) = self.viewer.get() {
             let damage: Vec<Rect> =
                 damage.iter().map(|r| Rect::new(r.x, r.y, r.width, r.height)).collect();
-            viewer.present(Arc::new(Picture(frame)), &damage);
+            viewer.present_after(skipped, Arc::new(Picture(frame)), &damage);
         }
+    }
+}
+
+/// Where servers ask for frames.
+struct Source {
+    id: u32,
+    gpu: GpuHandle,
+}
+
+impl spice_server::FrameSource for Source {
+    fn want_next(&self) {
+        self.gpu.want_next_frame(self.id);
+    }
+}
+
+impl vnc_server::FrameSource for Source {
+    fn want_next(&self) {
+        self.gpu.want_next_frame(self.id);
     }
 }
 

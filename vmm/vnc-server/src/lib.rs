@@ -34,5 +34,5 @@ mod viewer;
 
 pub use geometry::Rect;
 pub use keysym::Scancode;
-pub use screen::{Cursor, Frame, FrameGone, Screen};
+pub use screen::{Cursor, Frame, FrameGone, FrameSource, Screen};
 pub use server::{Button, Config, Events, VncServer, listen};

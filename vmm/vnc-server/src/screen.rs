@@ -23,6 +23,13 @@ pub trait Frame: Send + Sync {
     fn copy_rect(&self, rect: Rect, out: &mut [u8], stride: usize) -> Result<(), FrameGone>;
 }
 
+/// Who makes frames, if that costs something: no more of them than somebody looks at.
+pub trait FrameSource: Send + Sync {
+    /// A viewer waits for a frame that is newer than the newest one. Called again and again, also when
+    /// nothing has changed, from viewers' threads; must not wait.
+    fn want_next(&self);
+}
+
 /// A [`Frame`] whose pixels cannot be had any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the frame's pixels are gone")]
@@ -61,6 +68,7 @@ impl Cursor {
 struct State {
     size: Option<(u32, u32)>,
     frame: Option<Arc<dyn Frame>>,
+    source: Option<Arc<dyn FrameSource>>,
     cursor: Option<Arc<Cursor>>,
     viewers: Vec<Weak<Viewer>>,
 }
@@ -114,6 +122,20 @@ impl Screen {
         drop(state);
         // Outside the lock: it may call the program.
         drop(stale);
+    }
+
+    /// Tells `source` whenever a viewer could show more than the newest frame.
+    pub fn set_source(&self, source: Arc<dyn FrameSource>) {
+        self.lock().source = Some(source);
+    }
+
+    /// A viewer has nothing left to show, and its client waits.
+    pub(crate) fn want_next(&self) {
+        // Not under our lock: it is the program's code.
+        let source = self.lock().source.clone();
+        if let Some(source) = source {
+            source.want_next();
+        }
     }
 
     /// Lets go of the frame without changing what viewers see.

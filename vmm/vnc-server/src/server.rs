@@ -496,7 +496,7 @@ fn write_updates(
     let mut connection = HangUp(viewer, socket);
     let mut painter = Painter::new(size);
     let mut out = Vec::new();
-    while let Some(turn) = viewer.wait(painter.rest()) {
+    while let Some(turn) = viewer.wait(painter.rest(), || screen.want_next()) {
         let work = match turn {
             Turn::Say(messages) => {
                 connection.1.write_all(&messages)?;

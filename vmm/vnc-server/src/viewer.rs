@@ -293,9 +293,11 @@ impl Viewer {
     }
 
     /// Waits until there is something to send and the client wants it; `None` when it is over.
-    /// `rest`: when something that was sent with losses has to be sent again.
-    pub(crate) fn wait(&self, rest: Option<Instant>) -> Option<Turn> {
+    /// `rest`: when something that was sent with losses has to be sent again. `want_next` is called when
+    /// only a newer frame helps.
+    pub(crate) fn wait(&self, rest: Option<Instant>, want_next: impl Fn()) -> Option<Turn> {
         let mut state = self.lock();
+        let mut asked_after = None;
         loop {
             if state.closed {
                 return None;
@@ -305,6 +307,13 @@ impl Viewer {
                 Next::Turn(turn) => return Some(turn),
                 Next::Wait(until) => until,
             };
+            if state.requested && !state.has_picture() && asked_after != Some(state.frames) {
+                asked_after = Some(state.frames);
+                drop(state);
+                want_next();
+                state = self.lock();
+                continue;
+            }
             state = match deadline {
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Some(at) => {
@@ -365,8 +374,11 @@ impl State {
     fn has_news(&self) -> bool {
         let size = self.announce_size || self.resize_status.is_some();
         let cursor = self.cursor && (self.abilities.cursor || self.abilities.alpha_cursor);
-        let picture = !(self.no_frame || self.damage.is_empty() && self.forced.is_empty());
-        size || cursor || self.announce_keys || self.blank || picture
+        size || cursor || self.announce_keys || self.blank || self.has_picture()
+    }
+
+    fn has_picture(&self) -> bool {
+        !(self.no_frame || self.damage.is_empty() && self.forced.is_empty())
     }
 
     fn take(&mut self, now: Instant) -> Work {
@@ -394,6 +406,29 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_frame_is_asked_for_when_the_client_waits_and_nothing_is_left() {
+        let asked = std::cell::Cell::new(0);
+        let viewer = Viewer::new((64, 64));
+        let until_asked = || {
+            asked.set(asked.get() + 1);
+            viewer.close();
+        };
+        viewer.request(None);
+        assert!(viewer.wait(None, until_asked).is_none());
+        assert_eq!(asked.get(), 1);
+        // There is something to be sent; there is a client that wants nothing.
+        let viewer = Viewer::new((64, 64));
+        viewer.damaged((64, 64), &[Rect::new(0, 0, 64, 64)]);
+        viewer.request(None);
+        let nobody = || panic!("nobody waits for a newer frame");
+        assert!(matches!(viewer.wait(None, nobody), Some(Turn::Paint(_))));
+        std::thread::scope(|scope| {
+            scope.spawn(|| viewer.close());
+            assert!(viewer.wait(None, nobody).is_none());
+        });
+    }
 
     #[test]
     fn a_flood_of_texts_holds_no_picture_up() {

@@ -73,8 +73,9 @@ impl FrontEnd {
         self.display.set_driver(Arc::new(Unheard), memory);
     }
 
-    /// The driver goes.
+    /// The driver goes, of which the back end will tell if it said that it does.
     pub fn reset(&self) {
+        self.display.expect_reset();
         self.display.reset();
     }
 

@@ -98,7 +98,20 @@ impl GpuHandle {
     /// Asks for up to `max_fps` frames per second of a scanout; 0: none, which costs nothing. Each
     /// call with another value than 0 is followed by one complete frame, even if nothing changes.
     pub fn want_frames(&self, scanout: u32, max_fps: u32) {
-        self.display.want_frames(scanout, max_fps);
+        self.display.want_frames(scanout, max_fps, false);
+    }
+
+    /// The same, but after the complete frame each next one has to be asked for with
+    /// [`want_next_frame`](Self::want_next_frame), so that the GPU does not read back what nobody would
+    /// look at. (A back end that is not ours may send more.)
+    pub fn want_frames_one_by_one(&self, scanout: u32, max_fps: u32) {
+        self.display.want_frames(scanout, max_fps, true);
+    }
+
+    /// Somebody has use for a frame that is newer than the last one. It comes when something has changed
+    /// since then, which may be at once; that it was asked for before it came makes no difference.
+    pub fn want_next_frame(&self, scanout: u32) {
+        self.display.want_next_frame(scanout);
     }
 
     /// Whether there is a back end at present.

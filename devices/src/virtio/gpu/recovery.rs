@@ -299,6 +299,9 @@ impl BackEnd {
         self.display.forget_driver();
         if let Some(vhost) = &mut state.vhost {
             let indices = active.queues.iter().map(|queue| queue.index);
+            if vhost.resets_devices() {
+                self.display.expect_reset();
+            }
             let stopped = self.watch.guard(&self.display, || vhost.stop(indices));
             if let Err(error) = stopped {
                 tracing::warn!(%error, "the GPU's back end could not be stopped");

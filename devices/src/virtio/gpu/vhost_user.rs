@@ -195,6 +195,11 @@ impl VhostUser {
         Ok(())
     }
 
+    /// Whether the back end knows RESET_DEVICE.
+    pub(super) fn resets_devices(&self) -> bool {
+        self.protocol.contains(VhostUserProtocolFeatures::RESET_DEVICE)
+    }
+
     /// Takes the queues back. When this returns without error, the back end no longer touches
     /// guest memory.
     pub(super) fn stop(&mut self, queues: impl Iterator<Item = u16>) -> Result<(), VhostError> {
@@ -202,7 +207,7 @@ impl VhostUser {
             self.frontend.set_vring_enable(index, false).named("SET_VRING_ENABLE")?;
             self.frontend.get_vring_base(index).named("GET_VRING_BASE")?;
         }
-        if self.protocol.contains(VhostUserProtocolFeatures::RESET_DEVICE) {
+        if self.resets_devices() {
             self.frontend.reset_device().named("RESET_DEVICE")?;
         }
         Ok(())

@@ -10,7 +10,7 @@ use gpu_protocol::{
     format::BYTES_PER_PIXEL,
     frames::MAX_SIZE,
     guest_frames::{self, GuestFrame, MAX_MEMORIES},
-    socket::FromFrontEnd,
+    socket::{FromFrontEnd, ProtocolFeatures},
 };
 
 use super::{
@@ -28,6 +28,9 @@ pub(super) struct Memories {
     /// `None`: there is no driver.
     guest: Option<GuestMemory>,
     resources: HashMap<u32, Arc<GuestPixels>>,
+    /// Resets that the back end was asked for and has not told of: what it says of memory is about the
+    /// driver before, whose messages may wait in the socket while the next one starts.
+    resets: u32,
 }
 
 /// The last frame of a scanout, if it is in such memory.
@@ -42,8 +45,32 @@ impl State {
         self.memories.guest = memory;
     }
 
+    /// The back end is about to be asked for a reset, of which it tells.
+    pub(super) fn expect_reset(&mut self) {
+        let features = self.features.unwrap_or(ProtocolFeatures::empty());
+        if features.contains(ProtocolFeatures::GUEST_FRAMES) {
+            self.memories.resets += 1;
+        }
+    }
+
+    /// It has told of one. What it said before the first one that was expected was taken seriously where
+    /// nobody knew yet that it would tell.
+    pub(super) fn device_reset(&mut self) {
+        match self.memories.resets.checked_sub(1) {
+            Some(left) => self.memories.resets = left,
+            None => self.forget_all_memory(),
+        }
+    }
+
+    /// There is another back end, or none.
+    pub(super) fn expect_no_reset(&mut self) {
+        self.memories.resets = 0;
+    }
+
     pub(super) fn guest_memory(&mut self, memory: guest_frames::GuestMemory) {
-        let Some(guest) = &self.memories.guest else { return };
+        let Some(guest) = self.memories.guest.as_ref().filter(|_| self.memories.resets == 0) else {
+            return;
+        };
         let resource = memory.resource;
         let Some(pixels) = GuestPixels::new(memory.pieces, guest) else {
             tracing::warn!(resource, "the GPU's back end speaks of memory that the guest has not");
@@ -98,10 +125,11 @@ impl State {
         self.forget_all_memory();
     }
 
-    pub(super) fn guest_frame(&mut self, frame: &GuestFrame) {
-        let Some(scanout) = self.scanouts.get_mut(frame.scanout as usize) else { return };
+    /// `None` if there is nothing in it to be shown.
+    pub(super) fn guest_frame(&mut self, frame: &GuestFrame) -> Option<()> {
+        let scanout = self.scanouts.get_mut(frame.scanout as usize)?;
         let size = (frame.part.width, frame.part.height);
-        let Some(pixels) = self.memories.resources.get(&frame.resource) else { return };
+        let pixels = self.memories.resources.get(&frame.resource)?;
         let row = u64::from(frame.part.width) * u64::from(BYTES_PER_PIXEL);
         // With such numbers no offset overflows, and no byte belongs to two rows.
         let is_picture = frame.part.fits(MAX_SIZE, MAX_SIZE)
@@ -109,13 +137,15 @@ impl State {
             && frame.layout.end_of(frame.part) <= pixels.len();
         if scanout.size != Some(size) || !is_picture {
             tracing::debug!(?frame, "a frame that is not in its memory, or of another size");
-            return;
+            return None;
         }
         let damage = clipped(&frame.damage, size.0, size.1);
         scanout.sequence = scanout.sequence_base.wrapping_add(frame.sequence);
         let picture = Frame::in_guest(pixels.clone(), frame.layout, frame.part, scanout.sequence);
         scanout.newest = None;
         scanout.in_guest = Some(InGuest { resource: frame.resource, frame: picture.clone() });
+        let shown = (!damage.is_empty()).then_some(());
         self.events.push_back(Event::Frame(frame.scanout, picture, damage));
+        shown
     }
 }

@@ -58,6 +58,9 @@ struct Scanout {
     mode: Option<DisplayMode>,
     size: Option<(u32, u32)>,
     max_fps: u32,
+    /// Each frame is asked for, and whether the next one has been.
+    one_by_one: bool,
+    asked: bool,
     /// Memory for frames, and which of its slots are ours at present.
     slots: Option<Arc<SlotMemory>>,
     held: u32,
@@ -189,18 +192,23 @@ impl Display {
         true
     }
 
-    pub(super) fn want_frames(&self, scanout: u32, max_fps: u32) {
+    pub(super) fn want_frames(&self, scanout: u32, max_fps: u32, one_by_one: bool) {
         let mut state = self.lock();
         let Some(target) = state.scanouts.get_mut(scanout as usize) else { return };
         if target.max_fps == 0 && max_fps == 0 {
             return;
         }
         target.max_fps = max_fps;
+        target.one_by_one = one_by_one;
         target.full = max_fps > 0;
         state.send_want(scanout);
         drop(state);
         // A shadow's frame is made by the server.
         self.wake();
+    }
+
+    pub(super) fn want_next_frame(&self, scanout: u32) {
+        self.lock().send_want_next(scanout);
     }
 
     pub(super) fn is_alive(&self) -> bool {
@@ -231,6 +239,11 @@ impl Display {
 
     pub(super) fn clear_events(&self, events: u32) {
         self.lock().events_read &= !events;
+    }
+
+    /// The back end is about to be asked for a reset by RESET_DEVICE.
+    pub(super) fn expect_reset(&self) {
+        self.lock().expect_reset();
     }
 
     /// The driver is gone, and what it showed with it.
@@ -274,6 +287,7 @@ impl Display {
         state.generation += 1;
         state.waiting.clear();
         state.features = None;
+        state.expect_no_reset();
         state.keep_pictures();
         for scanout in &mut state.scanouts {
             scanout.stale = true;
@@ -341,10 +355,15 @@ impl Display {
             }
             FromBackEnd::SetProtocolFeatures(bits) => {
                 let features = ProtocolFeatures::from_bits_truncate(bits & state.offered);
-                let pictures = match features.contains(ProtocolFeatures::SHM_FRAMES) {
-                    true => "in shared memory",
-                    false => "in linear dmabufs or through its socket, as the back end sends them",
-                };
+                let knows = |feature| features.contains(feature);
+                let pictures =
+                    if knows(ProtocolFeatures::SHM_FRAMES | ProtocolFeatures::GUEST_FRAMES) {
+                        "in shared memory, or where the guest has them"
+                    } else if knows(ProtocolFeatures::SHM_FRAMES) {
+                        "in shared memory"
+                    } else {
+                        "in linear dmabufs or through its socket, as the back end sends them"
+                    };
                 tracing::info!(?features, pictures, "the GPU's back end is connected");
                 state.features = Some(features);
                 for id in 0..state.scanouts.len() as u32 {
@@ -374,7 +393,10 @@ impl Display {
                 state.set_size(scanout, size);
             }
             FromBackEnd::Update { scanout, rect, pixels } => state.update(scanout, rect, pixels),
-            FromBackEnd::Frame(frame) => state.frame(&frame, &self.this),
+            FromBackEnd::Frame(frame) => {
+                let shown = state.frame(&frame, &self.this);
+                state.answered(frame.scanout, shown);
+            }
             FromBackEnd::DmabufScanout { scanout, modifier } => {
                 state.set_dmabuf(&scanout, modifier, fd);
             }
@@ -389,7 +411,11 @@ impl Display {
             FromBackEnd::Unmap(unmap) => state.unmap(unmap),
             FromBackEnd::GuestMemory(memory) => state.guest_memory(memory),
             FromBackEnd::ForgetMemory { resource } => state.forget_memory(resource),
-            FromBackEnd::GuestFrame(frame) => state.guest_frame(&frame),
+            FromBackEnd::GuestFrame(frame) => {
+                let shown = state.guest_frame(&frame);
+                state.answered(frame.scanout, shown);
+            }
+            FromBackEnd::DeviceReset => state.device_reset(),
         }
     }
 
@@ -449,6 +475,15 @@ pub(super) fn deliver(sink: &dyn DisplaySink, events: VecDeque<Event>) {
 }
 
 impl State {
+    /// A frame came; in place of one that is not shown the back end is asked for another one.
+    fn answered(&mut self, id: u32, shown: Option<()>) {
+        let Some(scanout) = self.scanouts.get_mut(id as usize) else { return };
+        scanout.asked = false;
+        if shown.is_none() {
+            self.send_want_next(id);
+        }
+    }
+
     fn replay_all(&mut self) {
         for id in 0..self.scanouts.len() as u32 {
             let Some(scanout) = self.scanouts.get_mut(id as usize) else { continue };

@@ -6,7 +6,7 @@ use std::{
 };
 
 use gpu_protocol::{
-    frames::{WANT_FULL, Want},
+    frames::{WANT_FULL, WANT_ONE, Want},
     socket::{FromFrontEnd, ProtocolFeatures},
 };
 use host::socket_io;
@@ -55,12 +55,28 @@ impl State {
         self.features.is_some_and(|features| features.contains(ProtocolFeatures::SHM_FRAMES))
     }
 
+    /// Tells what frames are wanted; if any, a complete one first.
     pub(super) fn send_want(&mut self, id: u32) {
         let Some(scanout) = self.scanouts.get(id as usize) else { return };
-        if self.has_shm() {
-            let flags = if scanout.max_fps > 0 { WANT_FULL } else { 0 };
-            let want = Want { scanout: id, max_fps: scanout.max_fps, flags, reserved: 0 };
-            self.send(&FromFrontEnd::Want(want), None);
+        let flags = if scanout.max_fps > 0 { WANT_FULL } else { 0 };
+        self.send_want_with(id, flags);
+    }
+
+    /// The next frame is wanted, unless it has been asked for.
+    pub(super) fn send_want_next(&mut self, id: u32) {
+        let Some(scanout) = self.scanouts.get(id as usize) else { return };
+        if scanout.one_by_one && scanout.max_fps > 0 && !scanout.asked {
+            self.send_want_with(id, 0);
         }
+    }
+
+    fn send_want_with(&mut self, id: u32, flags: u32) {
+        let has_shm = self.has_shm();
+        let Some(scanout) = self.scanouts.get_mut(id as usize).filter(|_| has_shm) else { return };
+        let one = if scanout.one_by_one && scanout.max_fps > 0 { WANT_ONE } else { 0 };
+        let flags = flags | one;
+        let want = Want { scanout: id, max_fps: scanout.max_fps, flags, reserved: 0 };
+        scanout.asked = scanout.max_fps > 0;
+        self.send(&FromFrontEnd::Want(want), None);
     }
 }

@@ -140,18 +140,19 @@ impl State {
         }
     }
 
-    pub(super) fn frame(&mut self, frame: &frames::Frame, owner: &Weak<Display>) {
-        let Some(scanout) = self.scanouts.get_mut(frame.scanout as usize) else { return };
-        let Some(memory) = scanout.slots.clone() else { return };
+    /// `None` if there is nothing in it to be shown.
+    pub(super) fn frame(&mut self, frame: &frames::Frame, owner: &Weak<Display>) -> Option<()> {
+        let scanout = self.scanouts.get_mut(frame.scanout as usize)?;
+        let memory = scanout.slots.clone()?;
         let layout = *memory.layout();
         if frame.generation != layout.generation {
             // Sent before the back end saw the memory for the new size.
-            return;
+            return None;
         }
         let bit = 1 << frame.slot.min(31);
         if frame.slot >= layout.slots || scanout.held & bit != 0 {
             tracing::debug!(slot = frame.slot, "a frame in a slot that is not the back end's");
-            return;
+            return None;
         }
         let damage = clipped(&frame.damage, layout.width, layout.height);
         scanout.held |= bit;
@@ -160,7 +161,9 @@ impl State {
         scanout.newest = Some((frame.slot, sequence));
         scanout.in_guest = None;
         let picture = Frame::in_slot(memory, frame.slot, sequence, owner.clone());
+        let shown = (!damage.is_empty()).then_some(());
         self.events.push_back(Event::Frame(frame.scanout, picture, damage));
+        shown
     }
 }
 

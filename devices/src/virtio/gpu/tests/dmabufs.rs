@@ -12,22 +12,11 @@ use std::{
 
 use gpu_protocol::{
     host_memory::{Map, Unmap},
-    socket::{Decoder, DmabufScanout, FromBackEnd, FromFrontEnd, ProtocolFeatures, Side},
+    socket::{DmabufScanout, FromBackEnd, FromFrontEnd, ProtocolFeatures},
 };
-use host::socket_io;
-use rustix::{
-    fs::{MemfdFlags, SealFlags},
-    net::RecvFlags,
-};
+use rustix::fs::{MemfdFlags, SealFlags};
 
-use super::{
-    super::{
-        display::{self, Display},
-        sys,
-    },
-    sink::Sink,
-    *,
-};
+use super::{super::sys, pair::Pair, *};
 use crate::virtio::shared_memory::SharedMemory;
 
 const WIDTH: u32 = 48;
@@ -36,47 +25,9 @@ const HEIGHT: u32 = 20;
 const STRIDE: u32 = 256;
 const SIZE: u64 = 8192;
 
-/// The display's side and, as far as it matters, the back end's.
-struct Pair {
-    display: Arc<Display>,
-    sink: Arc<Sink>,
-    back_end: UnixStream,
-    decoder: Decoder,
-}
-
 impl Pair {
-    fn new(region: Option<Arc<SharedMemory>>) -> Self {
-        let offered = ProtocolFeatures::EDID | ProtocolFeatures::DMABUF2;
-        let display = Display::new(1, DisplayMode::new(64, 64), offered, region).unwrap();
-        let (ours, back_end) = UnixStream::pair().unwrap();
-        display.connect(ours).unwrap();
-        let sink = Arc::new(Sink::default());
-        display.set_sink(sink.clone());
-        display.want_frames(0, 1000);
-        let mut pair = Self { display, sink, back_end, decoder: Decoder::new(Side::BackEnd) };
-        pair.tell(FromBackEnd::SetProtocolFeatures(offered.bits()), None);
-        pair
-    }
-
-    fn tell(&mut self, message: FromBackEnd<'_>, fd: Option<OwnedFd>) {
-        self.display.handle(message, fd);
-        while let Some((sink, events)) = self.display.take_events() {
-            display::deliver(&*sink, events);
-        }
-    }
-
-    /// The next message to the back end.
-    fn hear(&mut self) -> FromFrontEnd {
-        loop {
-            if let Some(raw) = self.decoder.next_message().unwrap() {
-                return FromFrontEnd::decode(&raw).unwrap();
-            }
-            let mut buffer = [0; 4096];
-            let mut fds = Default::default();
-            let flags = RecvFlags::DONTWAIT;
-            let count = socket_io::receive(&self.back_end, &mut buffer, &mut fds, flags).unwrap();
-            self.decoder.push(&buffer[..count]);
-        }
+    fn for_dmabufs(region: Option<Arc<SharedMemory>>) -> Self {
+        Self::new(ProtocolFeatures::EDID | ProtocolFeatures::DMABUF2, region)
     }
 
     fn update(&mut self, rect: Rect) {
@@ -150,7 +101,7 @@ fn linear_dmabufs_are_shown() {
             for (flags, modifier, rect) in
                 [(0, None, whole), (1, Some(0), whole), (0, Some(0), part), (1, None, part)]
             {
-                let mut pair = Pair::new(None);
+                let mut pair = Pair::for_dmabufs(None);
                 draw(&memory, place, 1);
                 let scanout = geometry(rect, fourcc, flags);
                 let message = FromBackEnd::DmabufScanout { scanout, modifier };
@@ -166,11 +117,11 @@ fn linear_dmabufs_are_shown() {
                 pair.update(rect);
                 assert!(is_shown(&pair, 2));
                 // Nobody looks: nothing is read. Who looks then sees all of it.
-                pair.display.want_frames(0, 0);
+                pair.display.want_frames(0, 0, false);
                 draw(&memory, place, 3);
                 pair.update(rect);
                 assert!(is_shown(&pair, 2));
-                pair.display.want_frames(0, 10);
+                pair.display.want_frames(0, 10, false);
                 pair.tell(FromBackEnd::CursorHide(Default::default()), None);
                 assert!(is_shown(&pair, 3));
             }
@@ -183,7 +134,7 @@ fn linear_dmabufs_are_shown() {
 fn a_picture_of_the_same_size_takes_over() {
     let memory = sealed(SIZE);
     let whole = Rect::of_size(WIDTH, HEIGHT);
-    let mut pair = Pair::new(None);
+    let mut pair = Pair::for_dmabufs(None);
     draw(&memory, [0, 1, 2], 1);
     let scanout = geometry(whole, b"XR24", 0);
     // The layout was not said.
@@ -196,8 +147,8 @@ fn a_picture_of_the_same_size_takes_over() {
     pair.tell(FromBackEnd::Scanout { scanout: 0, width: WIDTH, height: HEIGHT }, None);
     draw(&memory, [0, 1, 2], 2);
     pair.update(whole);
-    pair.display.want_frames(0, 0);
-    pair.display.want_frames(0, 10);
+    pair.display.want_frames(0, 0, false);
+    pair.display.want_frames(0, 10, false);
     pair.tell(FromBackEnd::CursorHide(Default::default()), None);
     assert!(!is_shown(&pair, 2));
 }
@@ -225,7 +176,7 @@ fn other_dmabufs_are_not_touched() {
         (DmabufScanout { fd_stride: u32::MAX, fd_height: u32::MAX, ..good }, None, fine()),
     ];
     for (number, (scanout, modifier, fd)) in cases.into_iter().enumerate() {
-        let mut pair = Pair::new(None);
+        let mut pair = Pair::for_dmabufs(None);
         pair.tell(FromBackEnd::DmabufScanout { scanout, modifier }, fd);
         pair.update(whole);
         let seen = pair.sink.seen.lock().unwrap();
@@ -234,7 +185,7 @@ fn other_dmabufs_are_not_touched() {
         assert!(seen.picture.chunks_exact(4).all(black), "case {number}");
     }
     // From one buffer to another kind of picture, and to none.
-    let mut pair = Pair::new(None);
+    let mut pair = Pair::for_dmabufs(None);
     pair.tell(FromBackEnd::DmabufScanout { scanout: good, modifier: None }, fine());
     pair.tell(FromBackEnd::Scanout { scanout: 0, width: 4, height: 4 }, None);
     pair.update(whole);
@@ -248,7 +199,7 @@ fn other_dmabufs_are_not_touched() {
 #[test]
 fn only_the_mapping_that_is_meant_is_taken_out() {
     let region = SharedMemory::new(1 << 20).unwrap();
-    let mut pair = Pair::new(Some(region.clone()));
+    let mut pair = Pair::for_dmabufs(Some(region.clone()));
     let file = sealed(4096);
     file.write_all_at(&[7; 4096], 0).unwrap();
     let offset = 0x2000;

@@ -1,10 +1,19 @@
 //! Pictures that stay where the guest has them.
 
-use gpu_protocol::{format::PixelFormat, guest_frames::MAX_MEMORIES};
+use std::sync::Arc;
+
+use gpu_protocol::{
+    format::{BlobLayout, PixelFormat},
+    guest_frames::{GuestFrame, GuestMemory as Memory, MAX_MEMORIES},
+    pieces::Pieces,
+    socket::{FromBackEnd, ProtocolFeatures},
+    virtio::BackingEntry,
+};
+use vm_memory::{Bytes, GuestAddress};
 use zerocopy::IntoBytes;
 
-use super::{commands::*, recovery::*, rig::*, *};
-use crate::virtio::testing::Driver;
+use super::{commands::*, pair::Pair, recovery::*, rig::*, *};
+use crate::virtio::testing::{Driver, TestInterrupt};
 
 impl Rig {
     fn create_blob(&mut self, screen: &Resource) {
@@ -164,4 +173,56 @@ fn the_last_picture_of_a_back_end_is_kept_without_the_guest() {
     rig.draw(&screen, screen.whole(), |_, _| [0x55; 4]);
     rig.new_viewer();
     rig.sink.wait("the last picture", |seen| (seen.picture == picture).then_some(()));
+}
+
+/// What the back end has said of the last driver's memory may lie unread in the socket when the next
+/// driver starts: nothing of it is read, and nothing of it takes a place.
+#[test]
+fn memory_of_a_driver_that_is_gone_is_not_read_for_the_next_one() {
+    let features = ProtocolFeatures::SHM_FRAMES | ProtocolFeatures::GUEST_FRAMES;
+    let mut pair = Pair::new(features, None);
+    let guest = memory();
+    let size = (8, 4);
+    let layout = BlobLayout { format: PixelFormat::B8G8R8X8, stride: 32, offset: 0 };
+    let whole = Rect::of_size(size.0, size.1);
+    let told = |resource: u32| {
+        let address = u64::from(resource) << 12;
+        let pieces = Pieces::new(vec![BackingEntry { address, length: 4096 }]);
+        FromBackEnd::GuestMemory(Memory { resource, pieces })
+    };
+    let frame = |resource| {
+        let (part, damage) = (whole, vec![whole]);
+        let frame = GuestFrame { scanout: 0, resource, part, layout, sequence: 1, damage };
+        FromBackEnd::GuestFrame(frame)
+    };
+    let shows = |pair: &Pair, value| pair.sink.seen.lock().unwrap().picture == [value; 8 * 4 * 4];
+    let resources = MAX_MEMORIES as u32;
+    for resource in 1..=2 * resources {
+        let at = GuestAddress(u64::from(resource) << 12);
+        guest.write_slice(&[resource as u8; 4096], at).unwrap();
+    }
+    pair.display.set_driver(Arc::new(TestInterrupt::new(2)), guest.clone());
+    let on = FromBackEnd::Scanout { scanout: 0, width: size.0, height: size.1 };
+    pair.tell(on.clone(), None);
+    pair.tell(told(1), None);
+    pair.tell(frame(1), None);
+    assert!(shows(&pair, 1));
+    // The device is reset, and the next driver is there before the socket has been read.
+    pair.display.expect_reset();
+    pair.display.reset();
+    pair.display.set_driver(Arc::new(TestInterrupt::new(2)), guest);
+    for resource in 1..=resources {
+        pair.tell(told(resource), None);
+    }
+    pair.tell(on.clone(), None);
+    pair.tell(frame(2), None);
+    assert!(!shows(&pair, 2), "what the last driver has shown");
+    pair.tell(FromBackEnd::DeviceReset, None);
+    // As many as ever for the next one.
+    pair.tell(on, None);
+    for resource in resources + 1..=2 * resources {
+        pair.tell(told(resource), None);
+        pair.tell(frame(resource), None);
+        assert!(shows(&pair, resource as u8), "{resource}");
+    }
 }

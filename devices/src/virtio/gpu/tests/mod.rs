@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`commands`] | what a driver writes into its queues, and its memory |
 //! | [`sink`] | a viewer |
+//! | [`pair`] | a display whose back end is the test |
 //! | [`rig`] | driver, device, back end and viewer together |
 //! | [`pictures`] | frames and cursors |
 //! | [`monitors`] | what the driver is told about them; options |
@@ -19,6 +20,7 @@ mod dmabufs;
 mod guest_frames;
 mod host_memory;
 mod monitors;
+mod pair;
 mod peers;
 mod pictures;
 mod recovery;

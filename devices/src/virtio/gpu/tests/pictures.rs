@@ -1,6 +1,7 @@
 //! Frames and cursors.
 
 use gpu_protocol::{format::PixelFormat, virtio::kind};
+use zerocopy::IntoBytes;
 
 use super::{commands::*, rig::*, sink::*, *};
 
@@ -177,6 +178,69 @@ fn two_flushes_while_no_slot_is_free() {
     assert_eq!(seen.frames, 4);
     assert_eq!(seen.damage[3], [Rect::new(1, 1, 10, 10), Rect::new(150, 50, 20, 20)]);
     assert_eq!(seen.sequences, [1, 2, 3, 4]);
+}
+
+/// Read back is what somebody takes, the newest of it; the guest never waits, and the last picture comes.
+#[test]
+fn a_viewer_that_takes_its_time_gets_the_newest_picture() {
+    let mut rig = Rig::new(BackEnd::Shared).unwrap();
+    for blob in [false, true] {
+        let screen = Resource::new(1 + u32::from(blob), 300, 200);
+        if blob {
+            rig.ok_raw(&screen.create_blob());
+            rig.ok_raw(screen.show_blob(screen.whole()).as_bytes());
+        } else {
+            rig.create(&screen);
+            rig.show(screen.id, screen.whole());
+        }
+        let paint = |rig: &mut Rig, seed| {
+            rig.draw(&screen, screen.whole(), noise(seed));
+            if !blob {
+                rig.transfer(&screen, screen.whole());
+            }
+            rig.flush(&screen, screen.whole());
+        };
+        let frames = |rig: &Rig| rig.sink.seen.lock().unwrap().frames;
+        paint(&mut rig, 1);
+        rig.expect_picture(&screen, screen.whole(), "a picture");
+        rig.handle.want_frames_one_by_one(0, 1000);
+        // When a question after the wish is answered, so is the wish (one socket, in order); and a frame
+        // comes before the answer to the next question.
+        let settle = |rig: &mut Rig| {
+            rig.display_info();
+            rig.display_info();
+        };
+        settle(&mut rig);
+        let before = frames(&rig);
+        (2..12).for_each(|seed| paint(&mut rig, seed));
+        settle(&mut rig);
+        assert_eq!(frames(&rig), before, "nobody has taken one");
+        rig.handle.want_next_frame(0);
+        rig.expect_picture(&screen, screen.whole(), "the newest picture");
+        settle(&mut rig);
+        assert_eq!(frames(&rig), before + 1);
+        // Asked for, however often, before there is one.
+        (0..9).for_each(|_| rig.handle.want_next_frame(0));
+        settle(&mut rig);
+        assert_eq!(frames(&rig), before + 1);
+        paint(&mut rig, 20);
+        rig.expect_picture(&screen, screen.whole(), "the next picture");
+        paint(&mut rig, 21);
+        settle(&mut rig);
+        assert_eq!(frames(&rig), before + 2);
+        // Another size is seen by who asks for it, as are pictures of the next viewer.
+        let small = Resource::new(3, 100, 50);
+        rig.create(&small);
+        rig.show(small.id, small.whole());
+        rig.paint(&small, small.whole(), noise(22));
+        rig.handle.want_next_frame(0);
+        rig.expect_picture(&small, small.whole(), "another size");
+        rig.paint(&small, small.whole(), noise(23));
+        rig.new_viewer();
+        rig.expect_picture(&small, small.whole(), "a new viewer's picture");
+        rig.handle.want_frames(0, 1000);
+        rig.unref(small.id);
+    }
 }
 
 #[test]
