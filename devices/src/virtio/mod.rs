@@ -27,6 +27,7 @@ pub mod gpu;
 pub mod input;
 pub mod net;
 pub mod pci;
+mod pieces;
 pub mod registry;
 mod ring;
 pub mod rng;

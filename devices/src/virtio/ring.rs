@@ -23,6 +23,9 @@ pub(crate) type Chain = DescriptorChain<Arc<GuestMemory>>;
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT` (§2.7.6).
 const AVAIL_NO_INTERRUPT: u16 = 1;
+/// `VIRTQ_DESC_F_NEXT` and `VIRTQ_DESC_F_INDIRECT` (§2.7.5).
+const DESCRIPTOR_NEXT: u16 = 1;
+const DESCRIPTOR_INDIRECT: u16 = 4;
 
 /// A queue together with what serving it takes.
 pub(crate) struct Ring {
@@ -119,6 +122,22 @@ impl Ring {
     /// for it: whoever waits for further buffers calls [`enable_kicks`](Self::enable_kicks) before.
     pub(crate) fn put_back(&mut self) {
         self.queue.go_to_previous_position();
+    }
+
+    /// How many entries of the queue the chain at `head` takes up: a table of its own takes one.
+    pub(crate) fn entries(&self, head: u16) -> u16 {
+        let (mut index, mut count) = (head, 0);
+        while count < self.size() && index < self.size() {
+            count += 1;
+            let at = self.queue.desc_table() + 16 * u64::from(index);
+            let word = |offset| self.memory.read_obj::<u16>(GuestAddress(at + offset));
+            let (Ok(flags), Ok(next)) = (word(12), word(14)) else { break };
+            if u16::from_le(flags) & (DESCRIPTOR_NEXT | DESCRIPTOR_INDIRECT) != DESCRIPTOR_NEXT {
+                break;
+            }
+            index = u16::from_le(next);
+        }
+        count
     }
 
     /// The device-readable bytes of a chain. A chain that leaves guest memory is a violation.
@@ -257,6 +276,9 @@ impl Ring {
 }
 
 #[cfg(test)]
+mod model;
+
+#[cfg(test)]
 mod tests {
     use virtio_queue::QueueT;
 
@@ -298,6 +320,23 @@ mod tests {
                 assert_eq!(element, [chain as u32, 100 + chain as u32]);
             }
         }
+    }
+
+    #[test]
+    fn a_chain_takes_up_entries_of_the_queue() {
+        let (ring, memory, _) = ring(true);
+        let describe = |index: u64, flags: u16, next: u16| {
+            memory.write_obj([flags, next], GuestAddress(0x1000 + 16 * index + 12)).unwrap();
+        };
+        describe(1, DESCRIPTOR_NEXT, 7);
+        describe(7, DESCRIPTOR_NEXT, 3);
+        describe(3, 0, 1);
+        describe(4, DESCRIPTOR_INDIRECT, 1);
+        assert_eq!([1, 7, 3, 4, 8].map(|head| ring.entries(head)), [3, 2, 1, 1, 0]);
+        describe(3, DESCRIPTOR_NEXT, 1);
+        assert_eq!(ring.entries(1), 8, "without end");
+        describe(7, DESCRIPTOR_NEXT, 8);
+        assert_eq!(ring.entries(1), 2, "out of range");
     }
 
     #[test]

@@ -236,6 +236,8 @@ impl DriverQueue {
         // Ask for an interrupt with the next one.
         let event = self.avail + 4 + 2 * u64::from(self.size);
         self.store(event, &self.next_used.to_le_bytes());
+        // Whoever finds nothing at the next look sleeps: the wish has to be visible before it.
+        fence(Ordering::SeqCst);
         let head = u16::try_from(head).unwrap();
         let mut bytes = Vec::new();
         let mut left = length as usize;

@@ -13,11 +13,8 @@ use std::{
 
 use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, StatxFlags};
 
-use super::{
-    MODULE,
-    sys::{self, GuestBuffers},
-};
-use crate::virtio::registry::BuildError;
+use super::MODULE;
+use crate::virtio::{pieces::Pieces, registry::BuildError};
 
 /// The unit of addresses on the wire, whatever the block size (VIRTIO 1.3 §5.2.4).
 pub(super) const SECTOR: u64 = 512;
@@ -219,7 +216,7 @@ impl Image {
         &self,
         direction: Direction,
         offset: &mut u64,
-        buffers: &mut GuestBuffers,
+        buffers: &mut Pieces,
     ) -> io::Result<Progress> {
         let possible = match direction {
             Direction::Read => &self.nowait_read,
@@ -229,7 +226,7 @@ impl Image {
         if self.direct.is_some() || !possible.load(Ordering::Relaxed) {
             return Ok(Progress::WouldWait);
         }
-        match self.move_all(direction, offset, buffers, sys::NO_WAIT) {
+        match self.move_all(direction, offset, buffers, libc::RWF_NOWAIT) {
             Ok(()) => Ok(Progress::Done),
             Err(error) => match error.raw_os_error() {
                 Some(libc::EAGAIN) => Ok(Progress::WouldWait),
@@ -247,7 +244,7 @@ impl Image {
         &self,
         direction: Direction,
         offset: &mut u64,
-        buffers: &mut GuestBuffers,
+        buffers: &mut Pieces,
     ) -> io::Result<()> {
         self.move_all(direction, offset, buffers, 0)
     }
@@ -256,7 +253,7 @@ impl Image {
         &self,
         direction: Direction,
         offset: &mut u64,
-        buffers: &mut GuestBuffers,
+        buffers: &mut Pieces,
         flags: libc::c_int,
     ) -> io::Result<()> {
         let mut refused = false;
@@ -270,15 +267,16 @@ impl Image {
             });
             let file = aligned.map_or(&self.buffered, |(file, _)| file);
             let moved = match direction {
-                Direction::Read => buffers.read(file, *offset, flags),
+                Direction::Read => buffers.read_at(file, *offset, flags),
                 Direction::Write { stable } => {
-                    let stable = if stable { sys::STABLE } else { 0 };
-                    buffers.write(file, *offset, flags | stable)
+                    let stable = if stable { libc::RWF_DSYNC } else { 0 };
+                    buffers.write_at(file, *offset, flags | stable)
                 }
             };
             match moved {
                 Ok(0) if direction == Direction::Read && *offset >= self.length => {
-                    return buffers.zero_rest();
+                    buffers.zero_rest();
+                    return Ok(());
                 }
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => {

@@ -12,13 +12,11 @@
 //! | `request` | from a descriptor chain to an operation and its status |
 //! | `pool` | threads for what has to wait |
 //! | `device` | configuration space, life cycle, the queue's worker |
-//! | `sys` | vectored I/O on guest memory |
 
 mod device;
 mod image;
 mod pool;
 mod request;
-mod sys;
 #[cfg(test)]
 mod tests;
 

@@ -2,13 +2,16 @@
 
 use std::{io, sync::Arc};
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, Permissions};
 
-use super::{
-    image::{Direction, Image, Progress, SECTOR},
-    sys::{GuestBuffers, PushError},
+use super::image::{Direction, Image, Progress, SECTOR};
+use crate::{
+    GuestMemory,
+    virtio::{
+        pieces::{Pieces, PushError},
+        ring::Chain,
+    },
 };
-use crate::{GuestMemory, virtio::ring::Chain};
 
 const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
@@ -34,6 +37,8 @@ pub(super) const MAX_SEGMENTS: usize = 32;
 /// Sectors of one such segment: just below 2 GiB, so that no single one takes for ever.
 pub(super) const MAX_SEGMENT_SECTORS: u32 = 0x3f_ffff;
 const UNMAP: u32 = 1;
+/// Pieces of one request; a driver that keeps to SEG_MAX stays far below.
+const PIECE_LIMIT: usize = 4096;
 
 /// What a request asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +62,8 @@ pub(super) struct Request {
     operation: Operation,
     /// Where the operation is on the disk, in bytes.
     offset: u64,
-    buffers: GuestBuffers,
+    /// Apart, because requests are handed from thread to thread.
+    buffers: Box<Pieces>,
     /// Bytes of data it is about.
     pub(super) size: usize,
     status: GuestAddress,
@@ -76,7 +82,7 @@ impl Request {
         Self {
             operation: Operation::Answer(S_IOERR),
             offset: 0,
-            buffers: GuestBuffers::default(),
+            buffers: Box::new(Pieces::new(PIECE_LIMIT)),
             size: 0,
             status: GuestAddress(0),
             head: 0,
@@ -184,14 +190,14 @@ impl Request {
                 | Operation::Discard
                 | Operation::WriteZeroes
         );
-        self.take(wanted, address, length)
+        self.take(wanted, address, length, Permissions::Read)
     }
 
     /// Takes device-writable bytes.
     fn room(&mut self, address: GuestAddress, length: usize) -> Result<(), Malformed> {
         let wanted =
             matches!(self.operation, Operation::Transfer(Direction::Read) | Operation::GetId);
-        self.take(wanted, address, length)
+        self.take(wanted, address, length, Permissions::Write)
     }
 
     fn take(
@@ -199,11 +205,12 @@ impl Request {
         wanted: bool,
         address: GuestAddress,
         length: usize,
+        access: Permissions,
     ) -> Result<(), Malformed> {
         if !wanted || length == 0 {
             return Ok(());
         }
-        match self.buffers.push(address, length) {
+        match self.buffers.push(address, length, access) {
             Ok(()) => Ok(()),
             Err(PushError::OutsideMemory) => Err(Malformed("a buffer is not in guest memory")),
             Err(PushError::TooMany) => {
@@ -238,7 +245,7 @@ impl Request {
         match self.operation {
             Operation::Answer(status) => self.result = status,
             Operation::GetId => {
-                self.buffers.copy_from(id);
+                self.buffers.store(0, id);
                 self.result = S_OK;
             }
             Operation::Transfer(direction) => {

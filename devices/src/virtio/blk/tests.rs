@@ -570,3 +570,40 @@ fn no_format_is_read_into_a_disk() {
     assert_eq!((status, &data[..]), (OK, &content[..512]));
     assert_eq!(super::looks_like(image(&pattern(MIB, 22)).path()), None);
 }
+
+/// Reads are answered by the worker, flushes by the pool: each order of these and of the driver's looks has
+/// to end with the driver awake. (`ring::model` has all orders, this has the code.)
+#[test]
+fn no_notification_is_lost_between_driver_and_disk() {
+    let file = image(&[0; 4096]);
+    for event_idx in [true, false] {
+        let mut device = build(file.path(), "");
+        let features = if event_idx { !0 } else { !(1 << 29) };
+        let features = device.features() & features;
+        let mut driver = Driver::start_with(device.as_mut(), features, guest_memory());
+        let queue = &mut driver.queues[0];
+        let random = pattern(20_000, 5);
+        let (mut under_way, read, flush) = (0, header(IN, 0), header(FLUSH, 0));
+        for chance in random {
+            // One to four at a time; some of them when others are under way.
+            for number in 0..=chance % 4 {
+                match chance >> 4 {
+                    0 => queue.add(&[Part::Out(&flush), Part::In(1)]),
+                    _ => queue.add(&[Part::Out(&read), Part::In(512), Part::In(1)]),
+                };
+                under_way += 1;
+                if chance & 8 != 0 || number == chance % 4 {
+                    queue.kick();
+                }
+            }
+            for _ in 0..u32::from(chance) * 4 {
+                std::hint::spin_loop();
+            }
+            let left = if chance & 4 != 0 { 4 } else { 0 };
+            while under_way > left {
+                queue.wait_used();
+                under_way -= 1;
+            }
+        }
+    }
+}

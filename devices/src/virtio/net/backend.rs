@@ -17,10 +17,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::{
     HEADER, MIN_FRAME,
     stream::{FrameDecoder, LENGTH},
-    sys::Pieces,
     tap::Tap,
 };
-use crate::virtio::VirtioInterrupt;
+use crate::virtio::{VirtioInterrupt, pieces::Pieces};
 
 /// A received packet, virtio header included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -205,7 +204,7 @@ impl Stream {
             packet.append_to(&mut self.unsent, HEADER);
             return Sent::Done;
         }
-        match packet.write(socket.as_fd(), &announced, HEADER) {
+        match packet.send(socket.as_fd(), &announced, HEADER) {
             Ok(count) => {
                 // The peer has the start of the frame: it must get the rest, whatever the driver does.
                 self.unsent.extend_from_slice(announced.get(count..).unwrap_or_default());

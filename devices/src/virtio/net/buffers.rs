@@ -5,8 +5,11 @@ use std::collections::VecDeque;
 
 use vm_memory::Permissions;
 
-use super::{HEADER, MAX_FRAME, NUM_BUFFERS, backend::Packet, sys::Pieces};
-use crate::virtio::ring::Ring;
+use super::{HEADER, MAX_FRAME, NUM_BUFFERS, backend::Packet};
+use crate::virtio::{
+    pieces::{ONE_CALL, Pieces},
+    ring::Ring,
+};
 
 /// Room for any packet.
 const LARGEST: usize = HEADER + MAX_FRAME;
@@ -17,7 +20,6 @@ const MANY_PIECES: usize = 128;
 struct Buffer {
     head: u16,
     length: usize,
-    pieces: usize,
 }
 
 /// What became of a received packet.
@@ -31,7 +33,6 @@ pub(super) enum Placed {
 }
 
 /// Buffers in the order in which the driver gave them.
-#[derive(Default)]
 pub(super) struct Buffers {
     /// VIRTIO_NET_F_MRG_RXBUF: a packet may take several buffers.
     mergeable: bool,
@@ -41,7 +42,7 @@ pub(super) struct Buffers {
 
 impl Buffers {
     pub(super) fn new(mergeable: bool) -> Self {
-        Self { mergeable, ..Self::default() }
+        Self { mergeable, taken: VecDeque::new(), pieces: Pieces::new(ONE_CALL) }
     }
 
     /// Where the next packet goes.
@@ -73,8 +74,7 @@ impl Buffers {
             if self.take_one(ring) {
                 continue;
             }
-            // With all of the queue in hand there is nothing to wait for.
-            if self.is_complete() || self.taken.len() >= usize::from(ring.size()) {
+            if self.is_complete() || !self.may_grow(ring) {
                 self.give_back(ring, 0);
                 return Placed::TooLarge;
             }
@@ -93,6 +93,18 @@ impl Buffers {
         !self.mergeable && !self.taken.is_empty()
     }
 
+    /// Whether the driver has room in the queue for another buffer of the sort that it has given so far:
+    /// else there is nothing to wait for.
+    fn may_grow(&self, ring: &Ring) -> bool {
+        let (mut all, mut least) = (0, ring.size());
+        for buffer in &self.taken {
+            let entries = ring.entries(buffer.head);
+            all += usize::from(entries);
+            least = least.min(entries);
+        }
+        all + usize::from(least) <= usize::from(ring.size())
+    }
+
     fn take_one(&mut self, ring: &mut Ring) -> bool {
         if self.is_complete() {
             return false;
@@ -101,31 +113,30 @@ impl Buffers {
         if self.taken.is_empty() {
             self.pieces.clear(&ring.memory());
         }
-        let before = (self.pieces.len(), self.pieces.count());
+        let before = self.pieces.len();
         let head = chain.head_index();
         for part in chain.writable() {
             let length = part.len() as usize;
-            if length > 0 && !self.pieces.push(part.addr(), length, Permissions::Write) {
+            if length > 0 && self.pieces.push(part.addr(), length, Permissions::Write).is_err() {
                 ring.fail("a receive buffer is not in guest memory, or in too many pieces");
                 return false;
             }
         }
-        let length = self.pieces.len() - before.0;
+        let length = self.pieces.len() - before;
         if length < HEADER {
             ring.fail("a receive buffer is too small for the packet header");
             return false;
         }
-        self.taken.push_back(Buffer { head, length, pieces: self.pieces.count() - before.1 });
+        self.taken.push_back(Buffer { head, length });
         true
     }
 
     /// Gives the buffers with the first `length` bytes back, at least one.
     fn give_back(&mut self, ring: &mut Ring, length: usize) {
-        let (mut room, mut pieces, mut count) = (0, 0, 0);
+        let (mut room, mut count) = (0, 0);
         for buffer in &self.taken {
             count += 1;
             room += buffer.length;
-            pieces += buffer.pieces;
             if room >= length {
                 break;
             }
@@ -140,6 +151,6 @@ impl Buffers {
             left -= written;
             (buffer.head, written as u32)
         }));
-        self.pieces.drop_front(pieces);
+        self.pieces.consume(room);
     }
 }

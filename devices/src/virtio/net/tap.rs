@@ -6,13 +6,8 @@ use std::{
     os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
 };
 
-use super::{
-    HEADER,
-    backend::Packet,
-    mac::MacAddress,
-    sys::{self, Pieces},
-};
-use crate::virtio::registry::BuildError;
+use super::{HEADER, backend::Packet, mac::MacAddress, sys};
+use crate::virtio::{pieces::Pieces, registry::BuildError};
 
 const OPTION: &str = "net";
 
@@ -196,7 +191,7 @@ impl Tap {
     pub(super) fn receive(&mut self, pieces: &mut Pieces, spill: &mut [u8]) -> io::Result<Packet> {
         if self.header {
             // Each piece costs the kernel time, also if nothing gets there.
-            let (length, placed) = pieces.read(self.file.as_fd(), self.expected, spill)?;
+            let (length, placed) = pieces.receive(self.file.as_fd(), self.expected, spill)?;
             let shrunk = self.expected - self.expected / 8;
             self.expected = length.max(shrunk);
             return Ok(Packet { length, placed });
@@ -209,7 +204,7 @@ impl Tap {
     /// Sends a packet that has a virtio header, from where the driver has it.
     pub(super) fn transmit(&self, packet: &mut Pieces) -> io::Result<()> {
         let skip = if self.header { 0 } else { HEADER };
-        packet.write(self.file.as_fd(), &[], skip).map(|_| ())
+        packet.send(self.file.as_fd(), &[], skip).map(|_| ())
     }
 }
 

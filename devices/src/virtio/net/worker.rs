@@ -16,9 +16,11 @@ use super::{
     backend::{Backend, Link, Packet, Received, Sent},
     buffers::{Buffers, Placed},
     control::Switch,
-    sys::Pieces,
 };
-use crate::virtio::ring::{Chain, Ring};
+use crate::virtio::{
+    pieces::{ONE_CALL, Pieces},
+    ring::{Chain, Ring},
+};
 
 // Event data.
 const RECEIVE: u32 = 0;
@@ -95,7 +97,7 @@ impl NetWorker {
             counters,
             waiting: Waiting::Nothing,
             spill: vec![0; HEADER + MAX_FRAME].into(),
-            outgoing: Pieces::default(),
+            outgoing: Pieces::new(ONE_CALL),
             blocked: false,
             watched: None,
         }
@@ -268,7 +270,7 @@ fn gather(ring: &mut Ring, chain: &Chain, pieces: &mut Pieces) -> Option<usize> 
             ring.fail(format_args!("a packet of {} bytes or more", pieces.len() + length));
             return None;
         }
-        if length > 0 && !pieces.push(part.addr(), length, Permissions::Read) {
+        if length > 0 && pieces.push(part.addr(), length, Permissions::Read).is_err() {
             ring.fail("a packet is not in guest memory, or in too many pieces");
             return None;
         }
