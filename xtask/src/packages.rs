@@ -19,6 +19,7 @@ const BASE: &[Need] = &[
     ("passt", "user networking of the guest"),
     ("qemu-system-x86", "the nested-KVM test host, and QEMU as a peer to compare with"),
     ("mmdebstrap", "makes guests from Debian packages"),
+    ("uidmap", "lets it do so for others than root"),
     ("debian-archive-keyring", "checks those packages' signatures"),
     ("e2fsprogs", "makes the guests' disks"),
     ("busybox-static", "programs of the test host and of the minimal guest"),

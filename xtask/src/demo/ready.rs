@@ -22,14 +22,13 @@ const PAUSE: Duration = Duration::from_secs(3);
 /// Waits until the guest has booted and shows what it is to show; whether that has come about. There is
 /// nothing to wait for in guests of which nobody knows what that is.
 pub(super) fn wait(plan: &Plan<'_>, kind: Kind, machine: &Machine) -> bool {
-    let Some(prompt) = kind.prompt() else { return false };
-    let booted =
-        step("the guest boots", || machine.serial.wait_for(0, prompt, PATIENCE).map(drop)).is_ok();
-    if !booted || !kind.has_desktop() {
-        return booted;
+    if !kind.has_desktop() {
+        let Some(prompt) = kind.prompt() else { return false };
+        let boots = || machine.serial.wait_for(0, prompt, PATIENCE).map(drop);
+        return step("the guest boots", boots).is_ok();
     }
     let Some(control) = &plan.control else { return false };
-    step("the desktop starts", || {
+    step("the guest boots and its desktop starts", || {
         let end = Instant::now() + PATIENCE;
         while !has_come(plan, control) {
             ensure!(Instant::now() < end, "it took too long");
