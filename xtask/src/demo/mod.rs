@@ -99,7 +99,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     introduce(&plan, kind);
     let viewer = viewer(plan.spice_port);
     if let Some(file) = &args.screenshot {
-        step("waiting for the desktop", || {
+        step(format_args!("waiting for the {}", kind.screen()), || {
             ready::screenshot(&guest, plan.spice_port, &folder, file)
         })?;
         println!("picture:     {}", file.display());
