@@ -1,6 +1,6 @@
 //! Golden pictures all the way: virgl's commands in a virtqueue → virtio-gpu → `drago-gpu` →
-//! virglrenderer on llvmpipe → the SPICE server → a real SPICE client, exact to the pixel. No virtual
-//! machine: the queue is made by hand.
+//! virglrenderer on llvmpipe → the SPICE server → a real SPICE client, exact to the pixel; and one picture
+//! after the other to a VNC client. No virtual machine: the queue is made by hand.
 
 #![allow(
     dead_code,
@@ -24,6 +24,8 @@ mod three_d;
 
 use std::{
     fs::File,
+    io::{Read, Write},
+    net::TcpStream,
     process::Command,
     sync::Arc,
     time::{Duration, Instant},
@@ -35,7 +37,7 @@ use devices::{
     virtio::{device::VirtioDevice, gpu},
 };
 use drago_tests::{client::SpiceClient, paths, picture::Picture};
-use drago_vmm::display::{self, DisplayControl, Doors, Handles, Identity, SpiceConfig};
+use drago_vmm::display::{self, DisplayControl, Doors, Handles, Identity, SpiceConfig, VncConfig};
 use gpu_protocol::{
     Rect,
     virtio::{
@@ -166,11 +168,10 @@ fn build_drago_gpu() {
     assert!(cargo.status().unwrap().success(), "drago-gpu could not be built");
 }
 
-/// A running device and a viewer.
+/// A running device.
 struct Rig {
-    client: SpiceClient,
     front: FrontEnd,
-    _display: Arc<dyn DisplayControl>,
+    display: Arc<dyn DisplayControl>,
     _device: Box<dyn VirtioDevice>,
 }
 
@@ -183,15 +184,24 @@ impl Rig {
         let handles = Handles { by_option: vec![("gpu", built.handle.unwrap())] };
         let spice = SpiceConfig::parse(Spec::parse("spice", "127.0.0.1:0").unwrap()).unwrap();
         let identity = Identity { name: "pictures".to_owned(), uuid: None };
-        let doors = Doors::open(Some(&spice), None, None).unwrap();
+        let vnc = VncConfig::parse(Spec::parse("vnc", "127.0.0.1:0").unwrap()).unwrap();
+        let doors = Doors::open(Some(&spice), None, Some(&vnc)).unwrap();
         let display = display::start(doors, identity, &handles, &Arc::default()).unwrap().unwrap();
-        let address = display.address().unwrap();
-        let port = address.rsplit(':').next().unwrap().parse().unwrap();
         let features = device.features();
         let driver = Driver::start_with(&mut *device, features, memory());
         let front = FrontEnd { driver, answers: Vec::new() };
-        let client = SpiceClient::connect(port).unwrap();
-        Self { client, front, _display: display, _device: device }
+        Self { front, display, _device: device }
+    }
+}
+
+/// A SPICE client.
+struct Spice(SpiceClient);
+
+impl Spice {
+    fn connect(rig: &Rig) -> Self {
+        let address = rig.display.address().unwrap();
+        let port = address.rsplit(':').next().unwrap().parse().unwrap();
+        Self(SpiceClient::connect(port).unwrap())
     }
 
     /// Waits until the client shows exactly this: B, G, R of each pixel.
@@ -214,7 +224,7 @@ impl Rig {
         path: &std::path::Path,
         pixel: impl Fn(u32, u32) -> [u8; 3],
     ) -> Option<String> {
-        let size = self.client.screenshot(path).unwrap();
+        let size = self.0.screenshot(path).unwrap();
         if size != SIZE {
             return Some(format!("the size is {size:?}"));
         }
@@ -231,6 +241,7 @@ impl Rig {
 #[test]
 fn golden_pictures_reach_a_spice_client_exactly() {
     let mut rig = Rig::start();
+    let mut spice = Spice::connect(&rig);
     let front = &mut rig.front;
     assert_eq!(front.create_context(1, VIRGL2), kind::OK_NODATA);
     assert_eq!(front.draw(1, &prologue()), kind::OK_NODATA);
@@ -250,7 +261,7 @@ fn golden_pictures_reach_a_spice_client_exactly() {
     assert_eq!(front.draw(1, &[target(1, 1, BGRX), clear(colour)].concat()), kind::OK_NODATA);
     front.show(1);
     front.flush(1, WHOLE);
-    rig.expect("clear", |_, _| [153, 102, 51]);
+    spice.expect("clear", |_, _| [153, 102, 51]);
 
     // Triangle: the edge is the line from (140, 0) to (0, 140), just past the centres on it.
     let corner = |x: f32, y: f32| [x / 100.0 - 1.0, y / 60.0 - 1.0, 0.0, 1.0].map(f32::to_bits);
@@ -263,7 +274,7 @@ fn golden_pictures_reach_a_spice_client_exactly() {
     ];
     assert_eq!(front.draw(1, &words.concat()), kind::OK_NODATA);
     front.flush(1, WHOLE);
-    rig.expect("triangle", |x, y| if x + y <= 139 { [153, 102, 51] } else { [0; 3] });
+    spice.expect("triangle", |x, y| if x + y <= 139 { [153, 102, 51] } else { [0; 3] });
 
     // Texture: 50 × 30 texels, each two pixels wide and high, repeated over the screen.
     let corner = |x: f32, y: f32| [x, y, 0.0, 1.0, x + 1.0, y + 1.0, 0.0, 0.0].map(f32::to_bits);
@@ -274,7 +285,7 @@ fn golden_pictures_reach_a_spice_client_exactly() {
         [clear([1.0; 4]), write_buffer(3, &vertices), textured(3, 6, SIZE, 5, RGBX)].concat();
     assert_eq!(front.draw(1, &words), kind::OK_NODATA);
     front.flush(1, WHOLE);
-    rig.expect("texture", |x, y| pattern(x / 2 % small.0, y / 2 % small.1));
+    spice.expect("texture", |x, y| pattern(x / 2 % small.0, y / 2 % small.1));
 
     // Copy, to the other screen, whose rows OpenGL counts from below; then a part to another place.
     let front = &mut rig.front;
@@ -282,13 +293,13 @@ fn golden_pictures_reach_a_spice_client_exactly() {
     assert_eq!(front.draw(1, &all), kind::OK_NODATA);
     front.show(2);
     front.flush(2, WHOLE);
-    rig.expect("copy", pattern);
+    spice.expect("copy", pattern);
     let front = &mut rig.front;
     let part = copy(2, (20, 10), 4, (0, 0), (64, 32));
     assert_eq!(front.draw(1, &part), kind::OK_NODATA);
     let at = Rect { x: 20, y: SIZE.1 - 10 - 32, width: 64, height: 32 };
     front.flush(2, at);
-    rig.expect("part", |x, y| match at.contains(&Rect::new(x, y, 1, 1)) {
+    spice.expect("part", |x, y| match at.contains(&Rect::new(x, y, 1, 1)) {
         true => pattern(x - 20, y + 10),
         false => pattern(x, y),
     });
@@ -312,7 +323,101 @@ fn golden_pictures_reach_a_spice_client_exactly() {
     };
     let pixels: String = (0..64).flat_map(|y| (0..64).map(move |x| pixel(x, y))).collect();
     let expected = json!({ "width": 64, "height": 64, "hot": [3, 61], "rgba": pixels });
-    rig.client
+    spice
+        .0
         .wait_state("the cursor", PATIENCE, |state| state["cursor"] == expected)
         .unwrap_or_else(|error| panic!("{error}"));
+}
+
+/// A number of two bytes, as VNC has them.
+fn number(bytes: &[u8], at: usize) -> usize {
+    usize::from(u16::from_be_bytes([bytes[at], bytes[at + 1]]))
+}
+
+/// A VNC client that knows raw pixels and new sizes.
+struct Vnc {
+    socket: TcpStream,
+    size: (u32, u32),
+    picture: Vec<u8>,
+}
+
+impl Vnc {
+    fn connect(rig: &Rig) -> Self {
+        let socket = TcpStream::connect(rig.display.vnc_address().unwrap()).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut client = Self { socket, size: (0, 0), picture: Vec::new() };
+        assert_eq!(&client.take(12)[..4], b"RFB ");
+        client.socket.write_all(b"RFB 003.008\n").unwrap();
+        let kinds = usize::from(client.take(1)[0]);
+        assert!(client.take(kinds).contains(&1), "a password is wanted");
+        // No password; the answer is 0; others may stay.
+        client.socket.write_all(&[1]).unwrap();
+        assert_eq!(client.take(4), [0; 4]);
+        client.socket.write_all(&[1]).unwrap();
+        let head = client.take(24);
+        client.resize(number(&head, 0), number(&head, 2));
+        client.take(usize::from(head[23]));
+        // Two encodings: raw, DesktopSize (-223).
+        let encodings = [&[2, 0, 0, 2][..], &0_i32.to_be_bytes(), &(-223_i32).to_be_bytes()];
+        client.socket.write_all(&encodings.concat()).unwrap();
+        client
+    }
+
+    fn take(&mut self, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        self.socket.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    fn resize(&mut self, width: usize, height: usize) {
+        self.size = (width as u32, height as u32);
+        self.picture = vec![0x55; width * height * 4];
+    }
+
+    /// Asks for what has changed, and takes it in.
+    fn update(&mut self) {
+        let everything = [3, 1, 0, 0, 0, 0, 0x3f, 0xff, 0x3f, 0xff];
+        self.socket.write_all(&everything).unwrap();
+        let head = self.take(4);
+        assert_eq!(head[0], 0, "no update");
+        for _ in 0..number(&head, 2) {
+            let rect = self.take(12);
+            let [x, y, width, height] = [0, 2, 4, 6].map(|at| number(&rect, at));
+            if rect[8..] == (-223_i32).to_be_bytes() {
+                self.resize(width, height);
+                continue;
+            }
+            let pixels = self.take(width * height * 4);
+            let stride = self.size.0 as usize * 4;
+            for (line, row) in pixels.chunks(width * 4).enumerate() {
+                let at = (y + line) * stride + x * 4;
+                self.picture[at..at + row.len()].copy_from_slice(row);
+            }
+        }
+    }
+}
+
+/// The GPU reads back what a viewer asks for: VNC's viewers do, too.
+#[test]
+fn a_vnc_client_sees_one_picture_after_the_other() {
+    let mut rig = Rig::start();
+    let mut vnc = Vnc::connect(&rig);
+    let front = &mut rig.front;
+    assert_eq!(front.create_context(1, VIRGL2), kind::OK_NODATA);
+    for id in 1..=5 {
+        let shade = |x: u32, y: u32| [(x * id) as u8, (y * id) as u8, id as u8 * 50, 0];
+        let pixels: Vec<u8> =
+            (0..SIZE.1).flat_map(|y| (0..SIZE.0).flat_map(move |x| shade(x, y))).collect();
+        front.create_texture(id, BGRX, SIZE, RESOURCE_Y_0_TOP);
+        front.upload(id, BGRX, SIZE, &pixels);
+        front.show(id);
+        front.flush(id, WHOLE);
+        let is_seen = |vnc: &Vnc| {
+            let mut pairs = vnc.picture.chunks(4).zip(pixels.chunks(4));
+            vnc.size == SIZE && pairs.all(|(seen, drawn)| seen[..3] == drawn[..3])
+        };
+        while !is_seen(&vnc) {
+            vnc.update();
+        }
+    }
 }
