@@ -118,8 +118,11 @@ let
     ++ optionals graphics.enable (
       let value = device [
         cfg.gpu.renderer
-        (if graphics.vulkan == null then null else "vulkan=${graphics.vulkan}")
-        (removeAttrs cfg.gpu [ "renderer" ])
+        (lib.optionalAttrs (graphics.vulkan != null) {
+          inherit (graphics) vulkan;
+          # Not in older versions of microvm.nix; null is left out.
+          hostmem = graphics.hostmem or null;
+        } // removeAttrs cfg.gpu [ "renderer" ])
       ];
       in [ "--gpu" ] ++ optional (value != "") value
     )

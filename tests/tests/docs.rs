@@ -84,8 +84,8 @@ const OPTIONS: &[&str] = &[
     "pcieRootPorts",
 ];
 
-/// Rows that ask for no test, because there is nothing to be done or nothing is done.
-const NOTHING: &[&str] = &["nothing to do here", "no meaning", "no"];
+/// What a row says that asks for no test.
+const NOTHING: &str = "no";
 
 fn page() -> String {
     fs::read_to_string(paths::workspace().join("docs/microvm.md")).unwrap()
@@ -128,7 +128,7 @@ fn every_row_names_tests_that_exist() {
     {
         for row in rows(&page, heading) {
             let names = quoted(&row[2]);
-            let nothing = NOTHING.iter().any(|end| row[1].ends_with(end));
+            let nothing = row[1] == NOTHING;
             if names.is_empty() && !nothing {
                 wrong.push(format!("no test: {}", row[0]));
             }

@@ -182,6 +182,14 @@ fn runners_are_as_expected() {
     }
 }
 
+/// What the guest or another hypervisor is told.
+#[test]
+fn options_of_others_change_nothing() {
+    let Some(evaluated) = evaluate(PACKAGE) else { return };
+    let [plain, other] = ["plain", "indifferent"].map(|name| &evaluated.accepted[name]);
+    assert_eq!(describe(plain), describe(other));
+}
+
 #[test]
 fn what_is_refused_throws() {
     let Some(evaluated) = evaluate(PACKAGE) else { return };

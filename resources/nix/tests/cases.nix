@@ -75,7 +75,7 @@ in
     storeOnDisk = true;
     storeDisk = "/nix/store/microvm-store-disk.erofs";
     systemSymlink = false;
-    graphics = { enable = false; vulkan = null; };
+    graphics = { enable = false; vulkan = null; hostmem = "256M"; };
     credentialFiles = { };
     preStart = "";
     extraArgsScript = null;
@@ -111,7 +111,8 @@ in
 
     # A display for screenshots, an IPv6 address for viewers.
     graphics = { graphics.enable = true; };
-    vulkan = { graphics = { enable = true; vulkan = "venus"; }; drago-vmm.gpu.hostmem = "512M"; };
+    vulkan = { graphics = { enable = true; vulkan = "venus"; hostmem = "1G"; }; };
+    vulkan-own = { graphics = { enable = true; vulkan = "venus"; }; drago-vmm.gpu.hostmem = "512M"; };
     spice-ipv6 = {
       graphics.enable = true;
       drago-vmm.spice = spice // { address = "::1"; port = 5901; };
@@ -138,8 +139,17 @@ in
       systemSymlink = true;
       shares = [
         (share { tag = "ro-store"; source = "/nix/store"; })
-        (share { tag = "home"; })
+        # All but the tag and the socket is virtiofsd's.
+        (share {
+          tag = "home";
+          readOnly = true;
+          cache = "never";
+          posixAcl = false;
+          extraArgs = [ "--translate-uid" "map:0:1000:1" ];
+          securityModel = "mapped";
+        })
       ];
+      virtiofsd = { threadPoolSize = "`nproc`"; extraArgs = [ "--xattr" ]; };
       hugepageMem = true;
     };
 
@@ -197,6 +207,22 @@ in
         { bus = "pci"; path = "0000:01:00.0"; }
         { bus = "pci"; path = "0000:01:00.1"; }
       ];
+    };
+
+    # What is the guest's, or another hypervisor's: nothing comes of it.
+    indifferent = {
+      storeDiskType = "squashfs";
+      writableStoreOverlay = "/nix/.rw-store";
+      registerClosure = false;
+      graphics = { backend = "gtk"; socket = "guest-gpu.sock"; crosvmPackage = "/nix/store/crosvm"; };
+      qemu = {
+        machine = "q35";
+        machineOpts.accel = "tcg";
+        serialConsole = false;
+        pcieRootPorts = [ { id = "port"; bus = "pcie.0"; chassis = 0; slot = null; addr = null; } ];
+        extraArgs = [ "-s" ];
+      };
+      vsock.ssh.enable = true;
     };
 
     # No control socket, no console, no name for ps, no sandbox.
