@@ -218,21 +218,27 @@ impl Machine<'_> {
         if self.drago { "pgrep -o drago-vmm" } else { "pgrep -o qemu-system" }
     }
 
-    /// Exits of the guest, and the VMM's processor time without the guest's, in seconds.
-    fn cost(&self) -> Result<(f64, f64)> {
+    /// What it took so far: exits of the guest; of these instructions that KVM had to carry out (nearly all
+    /// of them notifications of the driver's) and halts; interrupts; and the VMM's processor time without
+    /// the guest's, in seconds.
+    fn cost(&self) -> Result<[f64; 5]> {
         let script = format!(
-            "p=$({}); cat /sys/kernel/debug/kvm/$p-*/exits 2>/dev/null || echo 0; cat /proc/$p/stat",
+            "p=$({}); cd /sys/kernel/debug/kvm/$p-* && \
+             cat exits insn_emulation halt_exits irq_injections; cat /proc/$p/stat",
             self.process()
         );
         let said = self.host.shell(&script)?;
-        let mut lines = said.lines();
-        let exits: f64 = lines.next().unwrap_or_default().parse()?;
-        let stat = lines.next().and_then(|line| line.rsplit_once(')')).context("no process")?.1;
+        let lines: Vec<&str> = said.lines().collect();
+        let &[exits, instructions, halts, interrupts, stat] = &lines[..] else {
+            bail!("the machine is gone: {said}")
+        };
+        let stat = stat.rsplit_once(')').context("no process")?.1;
         // proc(5): the 14th, the 15th and the 43rd field, counted from behind the name.
         let fields: Vec<f64> =
             stat.split_whitespace().map(|field| field.parse().unwrap_or_default()).collect();
         let at = |index: usize| fields.get(index - 3).copied().unwrap_or_default();
-        Ok((exits, (at(14) + at(15) - at(43)) / 100.0))
+        let seconds = (at(14) + at(15) - at(43)) / 100.0;
+        Ok([exits.parse()?, instructions.parse()?, halts.parse()?, interrupts.parse()?, seconds])
     }
 
     /// Proportional set size without mappings that are the guest's RAM, in MiB.
@@ -248,11 +254,12 @@ impl Machine<'_> {
         let said = self.guest(&format!("/bench/run {what}"))?;
         let after = self.cost()?;
         let value = figure(name, &said)?;
+        let [exits, kicks, halts, interrupts, seconds] =
+            std::array::from_fn(|index| after[index] - before[index]);
         note(format_args!(
-            "{:<10} {name:<30} {value:>10.1}   exits {:>8.0}   VMM {:>5.2} s",
+            "{:<10} {name:<30} {value:>10.1}   exits {exits:>6.0} (kicks {kicks:>6.0}, \
+             halts {halts:>6.0}), interrupts {interrupts:>6.0}, VMM {seconds:>5.2} s",
             if self.drago { "drago-vmm" } else { "QEMU" },
-            after.0 - before.0,
-            after.1 - before.1
         ));
         Ok(value)
     }
