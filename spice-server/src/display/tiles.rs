@@ -66,7 +66,8 @@ impl Span {
 struct Tile {
     /// What the client has not been sent; `fresh` is valid in the whole tile if there is any.
     todo: Span,
-    /// `shown` is what the client shows, or the original of a lossy version of it.
+    /// `shown` is what the client shows, or the original of a lossy version of it; not kept up where
+    /// the whole tile is under a stream.
     known: bool,
     /// When it was last sent with a lossy coding, if it has not been sent exactly since.
     lossy: Option<Instant>,
@@ -82,6 +83,11 @@ impl Tile {
 
     fn held(self) -> bool {
         !self.veil.is_empty()
+    }
+
+    /// Whether all of it is under a stream: nothing else draws there.
+    fn is_covered(self, rect: Rect) -> bool {
+        self.veil == whole(rect)
     }
 }
 
@@ -221,7 +227,9 @@ impl Tiles {
                     continue;
                 }
             }
-            let span = if state.known {
+            let span = if state.is_covered(tile) {
+                whole(tile)
+            } else if state.known {
                 difference(source, stride, self.shown_at(tile), self.stride(), tile)
             } else {
                 whole(tile)
@@ -499,13 +507,20 @@ impl Tiles {
         true
     }
 
+    /// The newest pixels of a part that a stream has taken over, and the bytes from one row to the next.
+    pub(crate) fn held_pixels(&self, rect: Rect) -> (&[u8], usize) {
+        (self.fresh.get(self.offset(rect.x, rect.y)..).unwrap_or_default(), self.stride())
+    }
+
     /// A stream showed the newest pixels of its part.
     pub(crate) fn streamed(&mut self, rect: Rect, now: Instant) {
-        let (start, stride) = (self.offset(rect.x, rect.y), self.stride());
-        let fresh = self.fresh.get(start..).unwrap_or_default();
-        copy(fresh, stride, self.shown.get_mut(start..).unwrap_or_default(), stride, rect);
         for index in self.indices(rect) {
-            if self.tiles.get(index).is_some_and(|tile| !tile.drawable()) {
+            let tile = self.rect_of(index);
+            let Some(state) = self.tiles.get(index).copied() else { continue };
+            if !state.is_covered(tile) {
+                self.show(at(tile, within(tile, rect)));
+            }
+            if !state.drawable() {
                 self.set_todo(index, Span::default());
             }
             self.set_lossy(index, Some(now));
@@ -516,10 +531,24 @@ impl Tiles {
     pub(crate) fn release(&mut self, rect: Rect, now: Instant) {
         for index in self.indices(rect) {
             let tile = self.rect_of(index);
-            let start = self.offset(tile.x, tile.y);
-            let fresh = self.fresh.get(start..).unwrap_or_default();
-            let stride = self.stride();
-            let span = difference(fresh, stride, self.shown_at(tile), stride, tile);
+            let Some(state) = self.tiles.get(index).copied() else { continue };
+            let is_shown = state.todo.is_empty();
+            let span = match (state.is_covered(tile), is_shown) {
+                (true, true) => {
+                    self.show(tile);
+                    Span::default()
+                }
+                // Nobody remembers what it showed last.
+                (true, false) => {
+                    self.forget(index);
+                    whole(tile)
+                }
+                (false, _) => {
+                    let fresh = self.fresh.get(self.offset(tile.x, tile.y)..).unwrap_or_default();
+                    let stride = self.stride();
+                    difference(fresh, stride, self.shown_at(tile), stride, tile)
+                }
+            };
             self.change(index, |tile| {
                 tile.veil = Span::default();
                 tile.todo = span;
@@ -570,6 +599,21 @@ impl Tiles {
             _ => {}
         }
         tile.lossy = since;
+    }
+
+    /// What the client shows in a tile is not known any more.
+    fn forget(&mut self, index: usize) {
+        if let Some(state) = self.tiles.get_mut(index).filter(|state| state.known) {
+            state.known = false;
+            self.unknown += 1;
+        }
+    }
+
+    /// The client shows the newest pixels of a part.
+    fn show(&mut self, rect: Rect) {
+        let (start, stride) = (self.offset(rect.x, rect.y), self.stride());
+        let fresh = self.fresh.get(start..).unwrap_or_default();
+        copy(fresh, stride, self.shown.get_mut(start..).unwrap_or_default(), stride, rect);
     }
 
     /// Makes `fresh` what the client shows in a tile.

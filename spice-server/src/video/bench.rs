@@ -15,17 +15,18 @@ const FRAMES: u32 = 150;
 /// One codec, size and rate; a line of the table.
 fn measure(video: &Video, codec: VideoCodec, size: (u32, u32), (rate, fps): (f64, f64)) -> String {
     let mut scene = picture::Scene::new(picture::Mode::Film, size);
-    let mut encoder = video.encoder(codec, size, fps).unwrap().unwrap();
+    let mut encoder = video.encoder(codec, size, (rate, fps)).unwrap().unwrap();
     let (mut frames, mut times, mut source) = (Vec::new(), Vec::new(), Vec::new());
     for step in 1..=FRAMES {
         scene.next(step);
         let (mut out, mut planes) = (Vec::new(), I420::default());
-        planes.convert(scene.pixels(), size, Matrix::of_height(size.1));
+        planes.convert(View::new(scene.pixels(), size), Matrix::of_height(size.1));
         source.extend_from_slice(planes.planes().0);
         let (duration, clock) =
             (Duration::from_secs_f64(1.0 / fps), f64::from(step) * 1000.0 / fps);
         let start = Instant::now();
-        let picture = Picture { pixels: scene.pixels(), size, clock: clock as u32, duration, rate };
+        let view = View::new(scene.pixels(), size);
+        let picture = Picture { view, clock: clock as u32, duration, rate };
         encoder.encode(picture, &mut out).unwrap();
         times.push(start.elapsed().as_secs_f64() * 1000.0);
         frames.push(out);

@@ -1,7 +1,7 @@
 //! From the pixels of a screen to those of video: one luma sample per pixel, two chroma samples for
 //! four.
 
-use super::{Matrix, sys};
+use super::{Matrix, View, sys};
 
 /// A picture of even size as video encoders take it: the planes Y, U and V one after the other,
 /// without gaps.
@@ -46,10 +46,10 @@ impl I420 {
         (y, u, v)
     }
 
-    /// Takes over a picture of XRGB8888 pixels without padding; a last odd row and column are left
-    /// out.
-    pub(crate) fn convert(&mut self, pixels: &[u8], size: (u32, u32), matrix: Matrix) {
-        (self.width, self.height) = (size.0 & !1, size.1 & !1);
+    /// Takes over a picture; a last odd row and column are left out.
+    pub(crate) fn convert(&mut self, view: View<'_>, matrix: Matrix) {
+        let (columns, rows) = view.size;
+        (self.width, self.height) = (columns & !1, rows & !1);
         let (stride, rows) = (self.width as usize, self.height as usize);
         self.bytes.resize(stride * rows * 3 / 2, 0);
         if self.bytes.is_empty() {
@@ -62,12 +62,11 @@ impl I420 {
         let convert = sys::two_rows();
         let (y, chroma) = self.bytes.split_at_mut(stride * rows);
         let (u, v) = chroma.split_at_mut(stride * rows / 4);
-        let bytes = size.0 as usize * 4;
-        let pairs = pixels.chunks_exact(bytes * 2).zip(y.chunks_exact_mut(stride * 2));
+        let pairs = view.pairs_of_rows().zip(y.chunks_exact_mut(stride * 2));
         let chroma = u.chunks_exact_mut(stride / 2).zip(v.chunks_exact_mut(stride / 2));
         for ((pixels, y), (u, v)) in pairs.zip(chroma) {
             let y = y.split_at_mut(stride);
-            convert(factors, TwoRows { pixels: pixels.split_at(bytes), y, u, v });
+            convert(factors, TwoRows { pixels, y, u, v });
         }
     }
 }

@@ -49,8 +49,8 @@ impl<C: Coder> Encoder<C> {
 
 impl<C: Coder> VideoEncoder for Encoder<C> {
     fn encode(&mut self, picture: Picture<'_>, out: &mut Vec<u8>) -> Result<(), VideoError> {
-        let matrix = Matrix::of_height(picture.size.1);
-        self.picture.convert(picture.pixels, picture.size, matrix);
+        let matrix = Matrix::of_height(picture.view.size.1);
+        self.picture.convert(picture.view, matrix);
         self.coder.set_size(self.picture.size())?;
         let duration = picture.duration.max(Duration::from_millis(1));
         let (bits, frames) = (picture.rate.clamp(RATES.0, RATES.1), 1.0 / duration.as_secs_f64());

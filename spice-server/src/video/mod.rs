@@ -11,7 +11,7 @@ mod vp8;
 
 pub(crate) use convert::I420;
 
-use std::{fmt, str::FromStr, time::Duration};
+use std::{borrow::Cow, fmt, str::FromStr, time::Duration};
 
 use crate::{Error, Rect};
 use encoder::Encoder;
@@ -147,12 +147,47 @@ impl Matrix {
     }
 }
 
+/// XRGB8888 pixels, perhaps a part of a larger picture.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct View<'a> {
+    pub(crate) pixels: &'a [u8],
+    /// Bytes from one row to the next.
+    pub(crate) stride: usize,
+    pub(crate) size: (u32, u32),
+}
+
+impl<'a> View<'a> {
+    /// Pixels without padding.
+    pub(crate) fn new(pixels: &'a [u8], size: (u32, u32)) -> Self {
+        Self { pixels, stride: size.0 as usize * 4, size }
+    }
+
+    /// The same without padding.
+    pub(crate) fn without_padding(self) -> Cow<'a, [u8]> {
+        match self.size.0 as usize * 4 == self.stride {
+            true => Cow::Borrowed(self.pixels),
+            false => Cow::Owned(self.rows().flatten().copied().collect()),
+        }
+    }
+
+    /// Its rows.
+    pub(crate) fn rows(self) -> impl Iterator<Item = &'a [u8]> {
+        let bytes = self.size.0 as usize * 4;
+        let rows = self.pixels.chunks(self.stride.max(1)).take(self.size.1 as usize);
+        rows.map_while(move |row| row.get(..bytes))
+    }
+
+    /// Two rows at a time; without a last odd one.
+    pub(crate) fn pairs_of_rows(self) -> impl Iterator<Item = (&'a [u8], &'a [u8])> {
+        let (upper, lower) = (self.rows().step_by(2), self.rows().skip(1).step_by(2));
+        upper.zip(lower)
+    }
+}
+
 /// A frame to be encoded.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Picture<'a> {
-    /// XRGB8888 pixels without padding.
-    pub(crate) pixels: &'a [u8],
-    pub(crate) size: (u32, u32),
+    pub(crate) view: View<'a>,
     /// The multimedia clock in milliseconds.
     pub(crate) clock: u32,
     /// How long it is probably shown.
@@ -168,6 +203,13 @@ pub(crate) trait VideoEncoder: Send {
 
     /// How coarse the last frame was, from 0 to 63; `None` where that is not known.
     fn quantizer(&mut self) -> Option<u32>;
+}
+
+/// Whether so many bits per second are enough for a film of this size to look good without every means
+/// there is.
+fn is_generous(size: (u32, u32), bits: f64) -> bool {
+    const PER_PIXEL: f64 = 2.5;
+    bits >= f64::from(size.0) * f64::from(size.1) * PER_PIXEL
 }
 
 /// The codecs a server has.
@@ -232,24 +274,24 @@ impl Video {
         &self.codecs
     }
 
-    /// An encoder for pictures of this even size, so many per second; `None` for MJPEG, whose frames
-    /// do not build on one another.
+    /// An encoder for pictures of this even size, with about so many bits and frames per second; `None` for
+    /// MJPEG, whose frames do not build on one another.
     pub(crate) fn encoder(
         &self,
         codec: VideoCodec,
         size: (u32, u32),
-        fps: f64,
+        rate: (f64, f64),
     ) -> Result<Option<Box<dyn VideoEncoder>>, VideoError> {
         let missing = || VideoError::Missing { reason: format!("no library for {codec}") };
         Ok(match codec {
             VideoCodec::Mjpeg => None,
             VideoCodec::Vp8 => {
                 let vpx = self.vpx.as_ref().ok_or_else(missing)?;
-                Some(Box::new(Encoder::new(vp8::encoder(vpx, size, fps)?)))
+                Some(Box::new(Encoder::new(vp8::encoder(vpx, size, rate)?)))
             }
             VideoCodec::H264 => {
                 let openh264 = self.openh264.as_ref().ok_or_else(missing)?;
-                Some(Box::new(Encoder::new(h264::encoder(openh264, size, fps)?)))
+                Some(Box::new(Encoder::new(h264::encoder(openh264, size, rate)?)))
             }
         })
     }

@@ -15,11 +15,14 @@ fn ramps((width, height): (u32, u32), step: u32) -> Vec<u8> {
 fn conversion_is_that_of_the_standards() {
     // Red, green and blue factors of luma.
     for (matrix, kr, kb) in [(Matrix::Bt601, 0.299, 0.114), (Matrix::Bt709, 0.2126, 0.0722)] {
-        // Of odd size; the last row and column are left out.
-        let size = (67u32, 35u32);
-        let pixels = ramps(size, 7);
+        // Of odd size, the last row and column of which are left out, in a larger picture.
+        let (size, all) = ((67u32, 35u32), (80, 36));
+        let picture_of_all = ramps(all, 7);
         let mut picture = I420::default();
-        picture.convert(&pixels, size, matrix);
+        let view = View { pixels: &picture_of_all, stride: all.0 as usize * 4, size };
+        assert!(view.rows().eq(picture_of_all.chunks(320).take(35).map(|row| &row[..268])));
+        let pixels = view.without_padding();
+        picture.convert(view, matrix);
         assert_eq!(picture.size(), (66, 34));
         let (luma, u, v) = picture.planes();
         let rgb = |x: u32, y: u32| {
@@ -55,7 +58,8 @@ fn conversion_is_that_of_the_standards() {
 fn tiny_pictures_are_no_pictures() {
     let mut picture = I420::default();
     for size in [(0, 0), (1, 1), (1, 9), (9, 1)] {
-        picture.convert(&ramps((size.0.max(1), size.1.max(1)), 0), size, Matrix::Bt601);
+        let pixels = ramps((size.0.max(1), size.1.max(1)), 0);
+        picture.convert(View::new(&pixels, size), Matrix::Bt601);
         assert_eq!(picture.bytes().len(), 0, "{size:?}");
     }
 }
@@ -70,7 +74,7 @@ fn encode(codec: VideoCodec, size: (u32, u32), rate: f64) -> Option<Vec<Vec<u8>>
         }
     };
     assert_eq!(video.codecs(), [codec, VideoCodec::Mjpeg]);
-    let mut encoder = video.encoder(codec, size, 30.0).unwrap().unwrap();
+    let mut encoder = video.encoder(codec, size, (rate, 30.0)).unwrap().unwrap();
     // The clock wraps around on the way.
     let frame = |step: u32| {
         let mut pixels = ramps(size, step);
@@ -81,8 +85,7 @@ fn encode(codec: VideoCodec, size: (u32, u32), rate: f64) -> Option<Vec<Vec<u8>>
         }
         let mut out = Vec::new();
         let picture = Picture {
-            pixels: &pixels,
-            size,
+            view: View::new(&pixels, size),
             clock: (u32::MAX - 500).wrapping_add(step * 33),
             duration: Duration::from_millis(33),
             rate,
@@ -120,12 +123,14 @@ const DELIMITER: u8 = 9;
 
 #[test]
 fn h264_keeps_to_its_rate_and_begins_with_its_only_idr_frame() {
-    for frames in in_two_rates(VideoCodec::H264, (640, 360)).into_iter().flatten() {
+    let films = in_two_rates(VideoCodec::H264, (640, 360)).into_iter().flatten();
+    // Main, where bits are few; else Constrained Baseline, which all decoders show at once.
+    for (frames, profile) in films.zip([77, 66]) {
         assert_eq!(frames[0][..4], [0, 0, 0, 1], "a byte stream");
         // The begin of the next access unit tells the client that this one is whole.
         assert_eq!(units(&frames[0]), [SPS, PPS, IDR, DELIMITER, SEI]);
-        // `profile_idc`.
-        assert_eq!(frames[0][5], 77);
+        // `profile_idc` and `constraint_set1_flag`.
+        assert_eq!((frames[0][5], frames[0][6] & 0x40), (profile, 0x40));
         for frame in &frames[1..] {
             assert_eq!(units(frame), [SLICE, DELIMITER, SEI], "one slice each");
         }
@@ -146,11 +151,13 @@ fn vp8_keeps_to_its_rate_and_begins_with_a_key_frame() {
 fn smaller_pictures_are_taken_and_larger_ones_are_refused() {
     for codec in Video::PREDICTIVE {
         let Ok(video) = Video::load(VideoCodecs::Prefer(codec)) else { continue };
-        let mut encoder = video.encoder(codec, (64, 64), 30.0).unwrap().unwrap();
+        let mut encoder = video.encoder(codec, (64, 64), (1e6, 30.0)).unwrap().unwrap();
         let mut encode = |size: (u32, u32)| {
             let mut out = Vec::new();
             let duration = Duration::from_millis(33);
-            let picture = Picture { pixels: &ramps(size, 0), size, clock: 0, duration, rate: 1e6 };
+            let pixels = ramps(size, 0);
+            let view = View::new(&pixels, size);
+            let picture = Picture { view, clock: 0, duration, rate: 1e6 };
             encoder.encode(picture, &mut out)?;
             assert!(encoder.quantizer().is_none_or(|quantizer| quantizer < 64));
             Ok(out)
@@ -171,7 +178,7 @@ fn smaller_pictures_are_taken_and_larger_ones_are_refused() {
             }
             assert!(!is_whole(&encode(size).unwrap()), "{codec} {size:?}");
         }
-        assert!(video.encoder(codec, (20_000, 20_000), 30.0).is_err());
+        assert!(video.encoder(codec, (20_000, 20_000), (1e6, 30.0)).is_err());
     }
 }
 
@@ -182,8 +189,8 @@ fn nothing_is_tried_with_a_codec_that_is_too_large_for_it() {
     assert!(takes(VideoCodec::Vp8, 5120, 2880) && takes(VideoCodec::Mjpeg, 5120, 2880));
     let video = Video::load(VideoCodecs::Auto).unwrap();
     if video.codecs().contains(&VideoCodec::H264) {
-        assert!(video.encoder(VideoCodec::H264, (4096, 2304), 30.0).is_ok());
-        assert!(video.encoder(VideoCodec::H264, (4096, 2306), 30.0).is_err());
+        assert!(video.encoder(VideoCodec::H264, (4096, 2304), (1e6, 30.0)).is_ok());
+        assert!(video.encoder(VideoCodec::H264, (4096, 2306), (1e6, 30.0)).is_err());
     }
 }
 

@@ -22,7 +22,7 @@ use crate::{
         framing::Framer,
         image::put_jpeg,
     },
-    video::{Picture, Video, VideoError},
+    video::{Picture, Video, VideoError, View},
 };
 
 /// Most streams at a time.
@@ -264,16 +264,17 @@ impl Encoder {
         let size = (rect.width, rect.height);
         let turn = stream.next_turn();
         if turn == Turn::Encoder {
-            match self.video.encoder(codec, size, fps) {
+            // Its opener is gone soon.
+            let bits = stream.bit_rate(line.rate);
+            match self.video.encoder(codec, size, (bits, fps)) {
                 Ok(encoder) => stream.encoder = encoder,
                 Err(error) => self.fail(codec, &error, now),
             }
             return;
         }
-        self.tiles.pixels(rect, &mut self.pixels);
+        let (pixels, stride) = self.tiles.held_pixels(rect);
         let mut frame = FrameOf {
-            pixels: &self.pixels,
-            size,
+            whole: View { pixels, stride, size },
             halved: None,
             line,
             // Of the line, for this stream.
@@ -385,8 +386,7 @@ struct Wire<'a> {
 
 /// A frame of a film, for one or two streams.
 struct FrameOf<'a> {
-    pixels: &'a [u8],
-    size: (u32, u32),
+    whole: View<'a>,
     /// The same, half as wide and high, once somebody wants it.
     halved: Option<Vec<u8>>,
     line: &'a Line,
@@ -405,20 +405,20 @@ impl FrameOf<'_> {
         transfer: &impl Fn(usize) -> f64,
     ) -> Result<usize, VideoError> {
         let (start, before) = (Instant::now(), wire.out.len());
-        let was_whole = stream.frame_size() == self.size;
+        let whole = self.whole.size;
+        let was_whole = stream.frame_size() == whole;
         let per_frame = self.share.map(|rate| rate / self.fps);
         let mut data = Vec::new();
         let mut tries = 0;
         let size = loop {
             let size = stream.frame_size();
-            let whole = size == self.size;
-            let pixels = match whole {
-                true => self.pixels,
-                false => self.halved.get_or_insert_with(|| halve(self.pixels, self.size)),
+            let view = match size == whole {
+                true => self.whole,
+                false => View::new(self.halved.get_or_insert_with(|| halve(self.whole)), size),
             };
             let rate = stream.bit_rate(self.share);
             let Some(encoder) = &mut stream.encoder else {
-                put_jpeg(&mut data, size, pixels, stream.quality());
+                put_jpeg(&mut data, size, &view.without_padding(), stream.quality());
                 tries += 1;
                 if tries < MAX_TRIES && stream.refit(data.len(), per_frame, self.can_scale) {
                     data.clear();
@@ -428,20 +428,20 @@ impl FrameOf<'_> {
                 break size;
             };
             let (clock, duration) = (self.line.clock, Duration::from_secs_f64(1.0 / self.fps));
-            encoder.encode(Picture { pixels, size, clock, duration, rate }, &mut data)?;
+            encoder.encode(Picture { view, clock, duration, rate }, &mut data)?;
             let quantizer = encoder.quantizer();
             let told = rate / 8.0 / self.fps;
             stream.coded(data.len(), told, quantizer, per_frame, self.can_scale);
             // The decoder finds the size in the frame.
-            break self.size;
+            break whole;
         };
         let clock = self.line.clock.wrapping_add(start.elapsed().as_millis() as u32);
         let time = stream.time(clock, transfer(data.len()));
-        let sized = (size != self.size).then_some((size, stream.rect));
+        let sized = (size != whole).then_some((size, stream.rect));
         put_stream_data(wire.framer, wire.out, stream.id, time, sized, |out| {
             out.extend_from_slice(&data);
         });
-        if was_whole && stream.frame_size() != self.size {
+        if was_whole && stream.frame_size() != whole {
             count(&wire.stats.halved, 1);
         }
         wire.stats.encoded(Codec::from(stream.codec), wire.out.len() - before, start);
@@ -463,12 +463,10 @@ fn even(rect: Rect, (width, height): (u32, u32)) -> Rect {
 }
 
 /// A picture of half the width and height; odd ends are left out.
-fn halve(pixels: &[u8], (width, height): (u32, u32)) -> Vec<u8> {
-    let stride = width as usize * 4;
-    let (columns, rows) = (width as usize / 2, height as usize / 2);
+fn halve(view: View<'_>) -> Vec<u8> {
+    let (columns, rows) = (view.size.0 as usize / 2, view.size.1 as usize / 2);
     let mut half = Vec::with_capacity(columns * rows * 4);
-    for pair in pixels.chunks_exact(stride * 2).take(rows) {
-        let (top, bottom) = pair.split_at(stride);
+    for (top, bottom) in view.pairs_of_rows() {
         let (top, bottom) = (top.as_chunks::<8>().0, bottom.as_chunks::<8>().0);
         for (a, b) in top.iter().zip(bottom) {
             let sum = |at: usize| {
