@@ -1,114 +1,28 @@
 //! Sound to and from spice-gtk: a sine stays a sine.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+#[path = "support/ear.rs"]
+mod ear;
 mod support;
 #[path = "support/tone.rs"]
 mod tone;
 
 use std::{
     f64::consts::TAU,
-    io::{BufRead, BufReader},
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    process::{Child, ChildStdin, Command, Stdio},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
-        mpsc::{Receiver, channel},
     },
     thread,
     time::{Duration, Instant},
 };
 
-use serde_json::Value;
+use ear::Ear;
 use spice_server::{ClientPolicy, PlaybackHandle, ask_for_short_turns};
-use support::{PATIENCE, have_client, setup};
+use support::{have_client, setup};
 use tone::{RATE, TONE, clean, tone};
 
 const TICK: Duration = Duration::from_millis(10);
-
-/// `tests/sound_client.py`.
-struct Ear {
-    child: Child,
-    stdin: Option<ChildStdin>,
-    events: Receiver<Value>,
-    played: PathBuf,
-    _folder: tempfile::TempDir,
-}
-
-impl Ear {
-    fn new(address: SocketAddr, opus: bool, speed: f64) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let played = folder.path().join("played");
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sound_client.py");
-        let mut command = Command::new("/usr/bin/python3");
-        command.arg(script).arg(address.ip().to_string()).arg(address.port().to_string());
-        command.arg(&played).arg(TONE.to_string()).arg(speed.to_string());
-        if !opus {
-            command.env("SPICE_DISABLE_OPUS", "1");
-        }
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let stdout = BufReader::new(child.stdout.take().unwrap());
-        let (sender, events) = channel();
-        thread::spawn(move || {
-            for line in stdout.lines().map_while(Result::ok) {
-                let Ok(value) = serde_json::from_str(&line) else { continue };
-                if sender.send(value).is_err() {
-                    break;
-                }
-            }
-        });
-        let stdin = child.stdin.take();
-        Self { child, stdin, events, played, _folder: folder }
-    }
-
-    /// The next event of this name.
-    fn event(&self, name: &str) -> Value {
-        let end = Instant::now() + PATIENCE;
-        loop {
-            let event = self.events.recv_timeout(end.saturating_duration_since(Instant::now()));
-            let event = event.unwrap_or_else(|error| panic!("no {name}: {error}"));
-            if event["ev"] == name {
-                return event;
-            }
-        }
-    }
-
-    fn wait_open(&self, channels: &[&str]) {
-        let mut missing = channels.to_vec();
-        while !missing.is_empty() {
-            let event = self.event("channel");
-            if event["event"] == "opened" {
-                missing.retain(|name| event["channel"] != *name);
-            }
-        }
-    }
-
-    /// Number of frames that it got so far.
-    fn heard(&self) -> usize {
-        std::fs::metadata(&self.played).map_or(0, |file| file.len() as usize / 4)
-    }
-
-    /// The left samples that it played so far.
-    fn played(&self) -> Vec<f64> {
-        let bytes = std::fs::read(&self.played).unwrap();
-        bytes.chunks_exact(4).map(|f| i16::from_le_bytes([f[0], f[1]]).into()).collect()
-    }
-
-    /// Ends the client, so that everything it got is in the file.
-    fn finish(mut self) -> Vec<f64> {
-        self.stdin = None;
-        self.child.wait().unwrap();
-        self.played()
-    }
-}
-
-impl Drop for Ear {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 /// Plays what `frames` makes, given the number of the next frame, for so long: as time goes by, and not
 /// before `ears` have got what was played so far. So a busy machine makes it slow and not wrong.
@@ -355,7 +269,7 @@ fn a_client_that_stalls_is_left_behind() {
         ear.wait_open(&["PlaybackChannel"]);
     }
     handle.start(RATE as u32);
-    let pid = rustix::process::Pid::from_child(&stalled.child);
+    let pid = stalled.pid();
     play(&handle, Duration::from_millis(500), &[&ear, &stalled], tone);
     rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
     play(&handle, Duration::from_secs(3), &[&ear], |from, count| tone(from + RATE / 2, count));

@@ -5,7 +5,8 @@
 
 What arrives on the playback channel is appended to the file PLAYED (S16LE, stereo); where it asks to
 record, it says a sine of FREQUENCY Hz, 20 ms at a time, on a clock that runs SPEED times as fast as
-the system's. Every line of stdout is a JSON object with "ev". Ends with its stdin.
+the system's. Every line of stdout is a JSON object with "ev". Ends with its stdin. If SPEAKER is set, spice-gtk
+plays it as well, by GStreamer.
 """
 import array
 import ctypes
@@ -111,13 +112,16 @@ def new_channel(session, channel):
         on(channel, "record-stop", record_stop)
     elif name not in ("MainChannel",):
         return
-    S.Channel.connect(channel)
+    # A speaker takes those channels that nobody has connected.
+    if name == "MainChannel" or not speaker:
+        S.Channel.connect(channel)
 
 
 session = S.Session()
 session.set_property("host", host)
 session.set_property("port", port)
 session.set_property("enable-audio", True)
+speaker = S.Audio.get(session, None) if "SPEAKER" in os.environ else None
 on(session, "channel-new", new_channel)
 
 

@@ -7,7 +7,7 @@ mod picture;
 use std::{
     path::PathBuf,
     process::ExitCode,
-    sync::{Arc, mpsc},
+    sync::{Arc, atomic::Ordering, mpsc},
     time::{Duration, Instant},
 };
 
@@ -23,7 +23,7 @@ test-picture [--listen ADDRESS:PORT] [--password-file FILE] [--mode MODE] [--siz
              [--tls-cert-file FILE --tls-key-file FILE] [--web FOLDER]
   MODE: moving (default), noise, texture, key, static, window, scroll, typing, film, pan
   --whole: every frame says that everything changed
-  --stats: prints every second what the display channels did
+  --stats: prints every second how many frames there were, and what became of them
   --sound: plays a tone of so many hertz, and prints how loud the client's microphone is
   --into: no server; the frames are written into a file, for another server to show";
 
@@ -243,11 +243,15 @@ fn main() -> ExitCode {
         println!("listening on {address}");
     }
     let server = Arc::new(server);
+    let display = server.display(0).expect("one display");
+    let mut picture = Picture::new(display, options.mode, options.size);
+    picture.whole = options.whole;
     if options.stats {
-        let server = server.clone();
+        let (server, painted) = (server.clone(), picture.painted.clone());
         std::thread::spawn(move || {
             loop {
                 std::thread::sleep(Duration::from_secs(1));
+                println!("painted {}", painted.load(Ordering::Relaxed));
                 for display in server.status().clients.iter().flat_map(|c| &c.displays) {
                     print_stats(display);
                 }
@@ -258,9 +262,6 @@ fn main() -> ExitCode {
         let server = server.clone();
         std::thread::spawn(move || play(&server, tone));
     }
-    let display = server.display(0).expect("one display");
-    let mut picture = Picture::new(display, options.mode, options.size);
-    picture.whole = options.whole;
     picture.run(&inbox, options.fps, |event: Event| {
         if !options.quiet {
             println!("{event:?}");

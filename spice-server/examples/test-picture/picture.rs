@@ -7,6 +7,7 @@ pub mod content;
 use std::{
     sync::{
         Arc,
+        atomic::{AtomicU64, Ordering},
         mpsc::{Receiver, RecvTimeoutError, Sender},
     },
     time::{Duration, Instant},
@@ -328,6 +329,8 @@ pub struct Picture {
     square: Rect,
     step: u32,
     pressed: bool,
+    /// Frames shown so far.
+    pub painted: Arc<AtomicU64>,
 }
 
 impl Picture {
@@ -343,6 +346,7 @@ impl Picture {
             square: Rect::default(),
             step: 0,
             pressed: false,
+            painted: Arc::default(),
         };
         picture.resize(size);
         picture
@@ -401,6 +405,7 @@ impl Picture {
             }
         }
         self.display.present(shared.clone(), damage);
+        self.painted.fetch_add(1, Ordering::Relaxed);
         self.pool.push(shared);
     }
 
