@@ -1,5 +1,5 @@
-//! What microvm.nix asks of a hypervisor, with the minimal guest: a shared folder, sockets, readiness,
-//! credentials, a tap interface with several queues, the balloon.
+//! What microvm.nix asks of a hypervisor, with the minimal guest: memory of huge pages, a shared folder,
+//! sockets, readiness, credentials, a tap interface with several queues, the balloon.
 //!
 //! Run by `cargo xtask test --suite nested`; needs the test host, so every test is `#[ignore]`d by default.
 
@@ -137,7 +137,8 @@ fn a_guest_has_what_microvm_nix_promises_it() {
     shell(
         &host,
         &format!(
-            "mkdir -p /run/m/share && cd /run/m && echo from the host >share/hello && \
+            "sysctl -q vm.nr_hugepages=128 && \
+             mkdir -p /run/m/share && cd /run/m && echo from the host >share/hello && \
              cp {}/report share/ && printf 's3cret\\0' >secret && \
              ip tuntap add dev mtap0 mode tap vnet_hdr multi_queue && \
              ip addr add 10.7.0.1/24 dev mtap0 && ip link set mtap0 up && \
@@ -156,7 +157,7 @@ fn a_guest_has_what_microvm_nix_promises_it() {
         .cwd(Path::new("/run/m"))
         .env("NOTIFY_SOCKET", "/run/m/notify")
         .args(["--kernel", &kernel, "--initrd", &initrd, "--cmdline", &guest.cmdline])
-        .args(["--memory", "256", "--cpus", "2", "--control", "control"])
+        .args(["--memory", "256", "--hugepages", "--cpus", "2", "--control", "control"])
         .args(["--credential", "test.secret=secret"])
         .args(["--uuid", "6ba7b810-9dad-11d1-80b4-00c04fd430c8"])
         .args(["--vsock", "cid=4242,notify=on"])
@@ -176,6 +177,12 @@ fn a_guest_has_what_microvm_nix_promises_it() {
     if let Err(error) = vm.serial.wait_for(0, PROMPT, PATIENCE) {
         panic!("{error}\n{}", vm.log.since(0));
     }
+
+    // All of its memory is the host's huge pages, from the start on, and nothing else is.
+    let huge = "awk '/^HugePages_Free/ { free = $2 } /^HugePages_Rsvd/ { rsvd = $2 } \
+                END { print free - rsvd }' /proc/meminfo";
+    assert_eq!(vm.host("awk '/^HugePages_Total/ { print $2 }' /proc/meminfo"), "128");
+    assert_eq!(vm.host(huge), "0");
 
     // Credentials and UUID.
     let strings = vm.guest("strings /sys/firmware/dmi/tables/DMI | grep io.systemd");
@@ -210,6 +217,11 @@ fn a_guest_has_what_microvm_nix_promises_it() {
     assert_eq!(vm.host(&format!("{ctl} balloon 64")), "64");
     assert_eq!(vm.host(&format!("{ctl} balloon")), "64");
     assert_eq!(vm.host(&format!("{ctl} balloon 0")), "0");
+    // What it gave back is memory as any other.
+    let said =
+        vm.guest("dd if=/dev/zero of=/tmp/much bs=1M count=60 2>/dev/null; md5sum </tmp/much");
+    assert_eq!(said, "76c136bc0d680abd978d9934070c01e5  -");
+    vm.guest("rm /tmp/much");
 
     // virtiofsd dies: nothing hangs. It comes back: mounting again works.
     vm.host("kill -9 $(cat /run/m/virtiofsd.pid)");
@@ -227,6 +239,8 @@ fn a_guest_has_what_microvm_nix_promises_it() {
     let told = vm.host("cat /run/m/told; ls /run/m");
     assert!(told.contains("STOPPING=1"), "{told}");
     assert!(!told.contains("control"), "the control socket is removed: {told}");
+    // Its memory is the host's again, as soon as virtiofsd has noticed.
+    vm.host(&format!("until [ \"$({huge})\" = 128 ]; do sleep 0.1; done"));
     // Stopping what is off already.
     vm.host(&format!("{ctl} shutdown --wait"));
 }
