@@ -127,12 +127,16 @@ pub struct Scanout {
     source: Option<Source>,
     /// The size the front end was last told; 0 × 0 is off.
     told: (u32, u32),
+    /// It was left since then, and its memory with it: should it come back, it has to be told anew.
+    left: bool,
     /// What changed since the last frame or update that was sent.
     unsent: Damage,
     /// A flush (or a request for a picture) happened and nothing has been sent since.
     due: bool,
-    /// A flush happened and has not been counted.
+    /// A flush happened and its picture has not been sent.
     flushed: bool,
+    /// The guest has flushed the source since it is shown.
+    drawn: bool,
     slots: Option<Slots>,
     /// The last frame was in guest memory.
     in_guest: bool,
@@ -167,11 +171,13 @@ impl Scanout {
     /// next flush, because guests upload its contents in between.
     pub fn set_source(&mut self, source: Option<Source>) {
         let size = self.size();
+        self.drawn &= self.source == source;
         self.source = source;
         if self.size() != size {
             self.unsent = Damage::new();
             self.slots = None;
-            self.due = false;
+            self.left = true;
+            (self.due, self.flushed) = (false, false);
         }
         if source.is_some() {
             self.damage(Rect::of_size(self.size().0, self.size().1));
@@ -180,7 +186,7 @@ impl Scanout {
 
     /// Forgets what the front end knows: there is a new one.
     pub fn reconnect(&mut self) {
-        self.told = (0, 0);
+        (self.told, self.left) = ((0, 0), false);
         self.slots = None;
         self.in_guest = false;
         (self.demand, self.max_fps) = (Demand::Nothing, 0);
@@ -199,8 +205,8 @@ impl Scanout {
             return;
         }
         self.damage(Rect { x: visible.x - source.rect.x, y: visible.y - source.rect.y, ..visible });
-        self.due = true;
-        self.flushed = true;
+        self.count_skipped();
+        (self.due, self.flushed, self.drawn) = (true, true, true);
     }
 
     /// The front end made memory for frames, or took it away.
@@ -212,7 +218,14 @@ impl Scanout {
         }
         let Some(fd) = fd else { return };
         match Slots::map(layout, fd) {
-            Ok(slots) => self.slots = Some(slots),
+            Ok(slots) => {
+                self.slots = Some(slots);
+                if !self.in_guest {
+                    // A frame in memory for the same size of before is one that the front end ignores.
+                    self.unsent = Damage::of(Rect::of_size(layout.width, layout.height));
+                    self.due |= self.drawn;
+                }
+            }
             Err(error) => {
                 tracing::error!(%error, scanout = layout.scanout, "frame memory cannot be used");
             }
@@ -265,17 +278,28 @@ impl Scanout {
         let Some(transport) = transport else { return };
         // A size is told only when there is room, so that a guest that keeps changing it cannot
         // fill our memory.
-        if self.told != self.size() {
+        let size = self.size();
+        if self.told != size || self.left {
             if !link.has_room() {
                 return;
             }
-            let (width, height) = self.size();
-            link.send(&FromBackEnd::Scanout { scanout: id, width, height });
-            self.told = (width, height);
+            if self.told == size {
+                // Only another size makes the front end prepare new memory.
+                self.tell_size(id, (0, 0), link);
+            }
+            self.tell_size(id, size, link);
+            self.left = false;
         }
         match transport {
             Transport::Shm => self.pump_frame(id, pictures, link),
             Transport::Update => self.pump_updates(id, pictures, link),
+        }
+    }
+
+    fn tell_size(&mut self, id: u32, (width, height): (u32, u32), link: &Link) {
+        if self.told != (width, height) {
+            link.send(&FromBackEnd::Scanout { scanout: id, width, height });
+            self.told = (width, height);
         }
     }
 
@@ -301,11 +325,10 @@ impl Scanout {
         if !self.due || self.max_fps == 0 || self.unsent.is_empty() {
             return;
         }
-        let now = Instant::now();
         if self.demand == Demand::Nothing {
-            self.skip(now);
             return;
         }
+        let now = Instant::now();
         if self.earliest.is_some_and(|earliest| now < earliest) {
             // The device's thread comes back at the deadline.
             return;
@@ -336,10 +359,14 @@ impl Scanout {
         Duration::from_secs(1) / self.max_fps.max(1)
     }
 
-    /// There is a picture that nobody asks for at present. It counts: how often the picture changes is
-    /// how viewers' servers tell what is a film.
-    fn skip(&mut self, now: Instant) {
-        if std::mem::take(&mut self.flushed) && self.counted.is_none_or(|counted| counted <= now) {
+    /// There is a newer picture. One before it that nobody asked for counts: how often the picture changes
+    /// is how viewers' servers tell what is a film.
+    fn count_skipped(&mut self) {
+        if !self.flushed || self.max_fps == 0 || self.demand != Demand::Nothing {
+            return;
+        }
+        let now = Instant::now();
+        if self.counted.is_none_or(|counted| counted <= now) {
             self.sequence += 1;
             self.counted = Some(now + self.interval());
         }
@@ -481,6 +508,26 @@ mod tests {
         (layout, Some(fd))
     }
 
+    /// The messages in a socket.
+    fn heard(peer: &mut UnixStream, decoder: &mut Decoder) -> Vec<FromBackEnd<'static>> {
+        let mut bytes = [0; 64 * 1024];
+        peer.set_nonblocking(true).unwrap();
+        while let Ok(count) = peer.read(&mut bytes) {
+            decoder.push(&bytes[..count]);
+        }
+        let mut messages = Vec::new();
+        while let Some(raw) = decoder.next_message().unwrap() {
+            messages.push(match FromBackEnd::decode(&raw).unwrap() {
+                FromBackEnd::Scanout { scanout, width, height } => {
+                    FromBackEnd::Scanout { scanout, width, height }
+                }
+                FromBackEnd::Frame(frame) => FromBackEnd::Frame(frame),
+                _ => continue,
+            });
+        }
+        messages
+    }
+
     /// Reading back stalls a GPU: nothing is read that nobody looks at, and nothing twice.
     #[test]
     fn only_what_is_wanted_and_changed_is_read() {
@@ -554,22 +601,24 @@ mod tests {
             scanout.pump(0, Some(Transport::Shm), &mut counter, &link);
             std::mem::take(&mut counter.0)
         };
-        let want = |flags| Want { scanout: 0, max_fps: 60, flags, reserved: 0 };
+        let want = |flags| Want { scanout: 0, max_fps: 1, flags, reserved: 0 };
         scanout.flush(1, whole);
         scanout.want(&want(WANT_FULL | WANT_ONE));
         assert_eq!(pump(&mut scanout), whole.area());
         scanout.release(&Release { scanout: 0, generation: 1, slot: 0, reserved: 0 });
-        // However often the picture changes; but each change counts that could have been shown.
+        // However often the picture changes; but each counts that could have been shown before the next.
         let part = Rect::new(10, 10, 20, 5);
         for _ in 0..10 {
             scanout.counted = None;
             scanout.flush(1, part);
             assert_eq!(pump(&mut scanout), 0);
             assert_eq!(pump(&mut scanout), 0);
-            scanout.flush(1, part);
-            assert_eq!(pump(&mut scanout), 0);
         }
-        assert_eq!(scanout.sequence, 11);
+        assert_eq!(scanout.sequence, 1 + 9);
+        scanout.counted = Some(Instant::now() + Duration::from_secs(3600));
+        scanout.flush(1, part);
+        assert_eq!(pump(&mut scanout), 0);
+        assert_eq!(scanout.sequence, 1 + 9, "no more than are wanted");
         assert_eq!(scanout.deadline(), None, "nobody is woken for it either");
         // Then it is the newest, and not before its time.
         scanout.want(&want(WANT_ONE));
@@ -578,7 +627,7 @@ mod tests {
         assert!(scanout.deadline().is_some());
         scanout.earliest = None;
         assert_eq!(pump(&mut scanout), part.area());
-        assert_eq!(scanout.sequence, 12);
+        assert_eq!(scanout.sequence, 1 + 9 + 1, "the last one counts once");
         // Asked for before it is there.
         scanout.want(&want(WANT_ONE));
         scanout.earliest = None;
@@ -632,5 +681,96 @@ mod tests {
             scanout.earliest = None;
         }
         assert_eq!(counter.0, 0);
+    }
+
+    /// A size that the guest leaves and comes back to before the front end can be told is another one.
+    #[test]
+    fn a_size_that_came_back_gets_memory_again() {
+        let link = Link::new().unwrap();
+        let (socket, mut peer) = UnixStream::pair().unwrap();
+        let listener: std::sync::Arc<dyn Listener> = std::sync::Arc::new(Quiet);
+        link.connect(socket, std::sync::Arc::downgrade(&listener)).unwrap();
+        let mut decoder = Decoder::new(Side::FrontEnd);
+        let mut counter = Counter::default();
+        let mut scanout = Scanout::default();
+        let whole = Rect::of_size(SIZE.0, SIZE.1);
+        let source = Some(Source { resource: 1, rect: whole, blob: None });
+        let told = |(width, height)| FromBackEnd::Scanout { scanout: 0, width, height };
+        let mut pump = |scanout: &mut Scanout| {
+            scanout.pump(0, Some(Transport::Shm), &mut counter, &link);
+        };
+        scanout.set_source(source);
+        pump(&mut scanout);
+        pump(&mut scanout);
+        assert_eq!(heard(&mut peer, &mut decoder), [told(SIZE)]);
+        // The front end does not read.
+        while link.has_room() {
+            link.send(&told(SIZE));
+        }
+        scanout.set_source(None);
+        pump(&mut scanout);
+        scanout.set_source(source);
+        pump(&mut scanout);
+        // Now it does.
+        let mut told_now = Vec::new();
+        while !link.has_room() {
+            told_now.extend(heard(&mut peer, &mut decoder));
+        }
+        told_now.extend(heard(&mut peer, &mut decoder));
+        assert!(told_now.iter().all(|message| *message == told(SIZE)));
+        pump(&mut scanout);
+        pump(&mut scanout);
+        assert_eq!(heard(&mut peer, &mut decoder), [told((0, 0)), told(SIZE)]);
+        // What was never told and is over need not be.
+        scanout.set_source(None);
+        pump(&mut scanout);
+        scanout.set_source(source);
+        scanout.set_source(None);
+        pump(&mut scanout);
+        assert_eq!(heard(&mut peer, &mut decoder), [told((0, 0))]);
+    }
+
+    /// A size that came back: the first memory for it is history, and so is a frame in it.
+    #[test]
+    fn new_memory_gets_the_picture_again() {
+        let link = Link::new().unwrap();
+        let (socket, mut peer) = UnixStream::pair().unwrap();
+        let listener: std::sync::Arc<dyn Listener> = std::sync::Arc::new(Quiet);
+        link.connect(socket, std::sync::Arc::downgrade(&listener)).unwrap();
+        let mut decoder = Decoder::new(Side::FrontEnd);
+        let mut counter = Counter::default();
+        let mut scanout = Scanout::default();
+        let whole = Rect::of_size(SIZE.0, SIZE.1);
+        let mut frames = |scanout: &mut Scanout| {
+            scanout.earliest = None;
+            scanout.pump(0, Some(Transport::Shm), &mut counter, &link);
+            let messages = heard(&mut peer, &mut decoder);
+            let frames = messages.into_iter().filter_map(|message| match message {
+                FromBackEnd::Frame(frame) => Some((frame.generation, frame.damage)),
+                _ => None,
+            });
+            frames.collect::<Vec<_>>()
+        };
+        let want = Want { scanout: 0, max_fps: 60, flags: WANT_ONE, reserved: 0 };
+        scanout.want(&want);
+        let source = Some(Source { resource: 1, rect: whole, blob: None });
+        scanout.set_source(source);
+        let (layout, fd) = slots(1);
+        scanout.set_slots(layout, fd);
+        assert_eq!(frames(&mut scanout), [], "before its flush there is nothing to be seen");
+        scanout.flush(1, whole);
+        assert_eq!(frames(&mut scanout), [(1, vec![whole])]);
+        let (layout, fd) = slots(3);
+        scanout.set_slots(layout, fd);
+        assert_eq!(frames(&mut scanout), [], "nobody asks");
+        scanout.want(&want);
+        assert_eq!(frames(&mut scanout), [(3, vec![whole])]);
+        scanout.want(&want);
+        assert_eq!(frames(&mut scanout), [], "once is enough");
+        // Another source of that size is not shown before its flush.
+        scanout.set_source(Some(Source { resource: 2, rect: whole, blob: None }));
+        let (layout, fd) = slots(4);
+        scanout.set_slots(layout, fd);
+        assert_eq!(frames(&mut scanout), []);
     }
 }

@@ -29,7 +29,8 @@ pub mod id {
     /// Back end → front end: [`super::GuestFrame`].
     pub const GUEST_FRAME: u32 = 0x4452_0006;
     /// Back end → front end: RESET_DEVICE was carried out, and what was said before is about a driver that
-    /// is gone. Without payload or answer.
+    /// is gone. Without payload or answer; only where
+    /// [`ProtocolFeatures::DEVICE_RESET`](crate::socket::ProtocolFeatures::DEVICE_RESET) was agreed on.
     pub const DEVICE_RESET: u32 = 0x4452_0007;
 }
 

@@ -32,6 +32,9 @@ bitflags! {
         const EDID = 1 << 0;
         /// The front end understands DMABUF_SCANOUT2.
         const DMABUF2 = 1 << 1;
+        /// The back end tells that the device was reset, see [`guest_frames::id::DEVICE_RESET`]. Not
+        /// part of the standard.
+        const DEVICE_RESET = 1 << 59;
         /// Frames that stay in guest memory, see [`crate::guest_frames`]. Not part of the standard.
         const GUEST_FRAMES = 1 << 60;
         /// Memory of the host in the guest's shared memory region, see [`crate::host_memory`]. Not

@@ -69,6 +69,7 @@ impl Control {
         let known = ProtocolFeatures::EDID
             | ProtocolFeatures::SHM_FRAMES
             | ProtocolFeatures::GUEST_FRAMES
+            | ProtocolFeatures::DEVICE_RESET
             | ProtocolFeatures::HOST_MEMORY;
         let features = ProtocolFeatures::from_bits_truncate(offered) & known;
         let knows = |feature| features.contains(feature);
@@ -88,7 +89,7 @@ impl Control {
     /// RESET_DEVICE has been carried out: the front end can tell what is about the next driver.
     pub fn tell_reset(&mut self) {
         let features = self.features.unwrap_or(ProtocolFeatures::empty());
-        if features.contains(ProtocolFeatures::GUEST_FRAMES) {
+        if features.contains(ProtocolFeatures::DEVICE_RESET) {
             self.link.send(&FromBackEnd::DeviceReset);
         }
     }

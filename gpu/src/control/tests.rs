@@ -234,3 +234,40 @@ fn noise_harms_nobody() {
     rig.control.reset();
     assert_eq!(rig.control.bytes(), 0);
 }
+
+/// A front end that knows guest memory need not know DEVICE_RESET, and hangs up on what it does not know.
+#[test]
+fn a_reset_is_told_to_who_agreed_to_hear_of_it() {
+    use std::{io::Read, os::unix::net::UnixStream};
+
+    use gpu_protocol::socket::{Decoder, FromBackEnd, FromFrontEnd, ProtocolFeatures, Side};
+
+    struct Quiet;
+
+    impl crate::link::Listener for Quiet {
+        fn message(&self, _: FromFrontEnd, _: Option<std::os::fd::OwnedFd>) {}
+        fn room(&self) {}
+        fn closed(&self, _: u64) {}
+    }
+
+    let guest_frames = ProtocolFeatures::SHM_FRAMES | ProtocolFeatures::GUEST_FRAMES;
+    for (offered, told) in
+        [(guest_frames, false), (guest_frames | ProtocolFeatures::DEVICE_RESET, true)]
+    {
+        let mut rig = Rig::new(Limits::default());
+        let (socket, mut peer) = UnixStream::pair().unwrap();
+        let listener: std::sync::Arc<dyn crate::link::Listener> = std::sync::Arc::new(Quiet);
+        rig.control.link.connect(socket, std::sync::Arc::downgrade(&listener)).unwrap();
+        rig.control.negotiate(offered.bits());
+        rig.control.tell_reset();
+        let mut bytes = [0; 4096];
+        let count = peer.read(&mut bytes).unwrap();
+        let mut decoder = Decoder::new(Side::FrontEnd);
+        decoder.push(&bytes[..count]);
+        let mut resets = 0;
+        while let Some(raw) = decoder.next_message().unwrap() {
+            resets += u32::from(FromBackEnd::decode(&raw).unwrap() == FromBackEnd::DeviceReset);
+        }
+        assert_eq!(resets, u32::from(told));
+    }
+}

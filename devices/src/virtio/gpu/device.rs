@@ -57,7 +57,9 @@ pub(super) fn build(config: &GpuConfig) -> Result<(VirtioGpu, GpuHandle), BuildE
         None => Some(Launcher::find(config)?),
     };
     let mut offered = ProtocolFeatures::EDID | ProtocolFeatures::DMABUF2;
-    let shared = ProtocolFeatures::SHM_FRAMES | ProtocolFeatures::GUEST_FRAMES;
+    let shared = ProtocolFeatures::SHM_FRAMES
+        | ProtocolFeatures::GUEST_FRAMES
+        | ProtocolFeatures::DEVICE_RESET;
     offered.set(shared, config.shared_frames);
     let region = config.host_memory.map(SharedMemory::new).transpose().map_err(host)?;
     let display =

@@ -179,7 +179,9 @@ fn the_last_picture_of_a_back_end_is_kept_without_the_guest() {
 /// driver starts: nothing of it is read, and nothing of it takes a place.
 #[test]
 fn memory_of_a_driver_that_is_gone_is_not_read_for_the_next_one() {
-    let features = ProtocolFeatures::SHM_FRAMES | ProtocolFeatures::GUEST_FRAMES;
+    let features = ProtocolFeatures::SHM_FRAMES
+        | ProtocolFeatures::GUEST_FRAMES
+        | ProtocolFeatures::DEVICE_RESET;
     let mut pair = Pair::new(features, None);
     let guest = memory();
     let size = (8, 4);
@@ -224,5 +226,30 @@ fn memory_of_a_driver_that_is_gone_is_not_read_for_the_next_one() {
         pair.tell(told(resource), None);
         pair.tell(frame(resource), None);
         assert!(shows(&pair, resource as u8), "{resource}");
+    }
+}
+
+/// A back end that knows guest memory need not know DEVICE_RESET: nobody waits for it then.
+#[test]
+fn a_back_end_that_tells_of_no_reset_is_listened_to_after_one() {
+    let features = ProtocolFeatures::SHM_FRAMES | ProtocolFeatures::GUEST_FRAMES;
+    let mut pair = Pair::new(features, None);
+    let guest = memory();
+    guest.write_slice(&[5; 4096], GuestAddress(4096)).unwrap();
+    let whole = Rect::of_size(8, 4);
+    let layout = BlobLayout { format: PixelFormat::B8G8R8X8, stride: 32, offset: 0 };
+    for _ in 0..2 {
+        pair.display.set_driver(Arc::new(TestInterrupt::new(2)), guest.clone());
+        pair.tell(FromBackEnd::Scanout { scanout: 0, width: 8, height: 4 }, None);
+        let pieces = Pieces::new(vec![BackingEntry { address: 4096, length: 4096 }]);
+        pair.tell(FromBackEnd::GuestMemory(Memory { resource: 1, pieces }), None);
+        let damage = vec![whole];
+        let frame =
+            GuestFrame { scanout: 0, resource: 1, part: whole, layout, sequence: 1, damage };
+        pair.tell(FromBackEnd::GuestFrame(frame), None);
+        let picture = std::mem::take(&mut pair.sink.seen.lock().unwrap().picture);
+        assert_eq!(picture, [5; 8 * 4 * 4]);
+        pair.display.expect_reset();
+        pair.display.reset();
     }
 }
