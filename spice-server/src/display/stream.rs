@@ -397,7 +397,7 @@ impl SourceRate {
             self.since = Some(now);
             return;
         };
-        self.frames += count;
+        self.frames = self.frames.saturating_add(count);
         let time = now.saturating_duration_since(since);
         if time >= WINDOW {
             self.rate = self.frames as f64 / time.as_secs_f64();

@@ -17,6 +17,10 @@ use crate::control::ControlError;
 /// Frames per second a viewer gets at most.
 const MAX_FPS: u32 = 60;
 
+/// Pictures that count at most as skipped between two frames: the GPU process says how many, and is not
+/// trusted.
+const MAX_SKIPPED: u64 = 1000;
+
 /// How long a screenshot waits for the GPU process to deliver a picture.
 const SCREENSHOT_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -114,8 +118,8 @@ impl Screen {
     }
 
     /// Applies `change` and tells the GPU if frames are wanted now and were not before, or the
-    /// other way round.
-    fn change_demand(&self, change: impl FnOnce(&mut State)) {
+    /// other way round; returns whether it did.
+    fn change_demand(&self, change: impl FnOnce(&mut State)) -> bool {
         let _order = self.demand.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.state();
         let before = state.frames_wanted();
@@ -135,6 +139,7 @@ impl Screen {
             }
             self.gpu.want_frames_one_by_one(self.id, if after { MAX_FPS } else { 0 });
         }
+        before != after
     }
 
     /// Gives the guest another monitor; whether that is possible.
@@ -158,9 +163,10 @@ impl Screen {
             return Err(ControlError("the guest shows nothing on this display".to_owned()));
         }
         let seen = self.state().frames;
-        self.change_demand(|state| state.screenshots += 1);
-        // The newest frame is as old as the viewers are slow.
-        self.gpu.want_frames_one_by_one(self.id, MAX_FPS);
+        if !self.change_demand(|state| state.screenshots += 1) {
+            // The newest frame is as old as the viewers are slow.
+            self.gpu.want_frames_one_by_one(self.id, MAX_FPS);
+        }
         let frame = self.wait_for_frame(seen);
         self.change_demand(|state| state.screenshots -= 1);
         let frame = frame.ok_or_else(|| {
@@ -198,7 +204,7 @@ impl Screen {
             return;
         }
         let skipped = match state.newest {
-            Some(_) => frame.sequence().saturating_sub(state.sequence).saturating_sub(1),
+            Some(_) => skipped(state.sequence, frame.sequence()),
             None => 0,
         };
         state.sequence = frame.sequence();
@@ -216,6 +222,11 @@ impl Screen {
             viewer.present_after(skipped, Arc::new(Picture(frame)), &damage);
         }
     }
+}
+
+/// Pictures between two frames with these numbers.
+fn skipped(last: u64, next: u64) -> u64 {
+    next.saturating_sub(last).saturating_sub(1).min(MAX_SKIPPED)
 }
 
 /// Where servers ask for frames.
@@ -373,4 +384,100 @@ fn encode_png(frame: &gpu::Frame) -> Result<Vec<u8>, ControlError> {
     writer.write_image_data(&rgb).map_err(|error| failed(&error))?;
     writer.finish().map_err(|error| failed(&error))?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Read, os::unix::net::UnixStream, thread};
+
+    use gpu::fuzz::FrontEnd;
+    use gpu_protocol::{
+        frames::{Frame, WANT_FULL},
+        socket::{Decoder, FromBackEnd, FromFrontEnd, ProtocolFeatures, Side},
+    };
+
+    use super::*;
+
+    const SIZE: (u32, u32) = (64, 32);
+
+    /// The GPU process, as far as a screen notices.
+    struct Process {
+        front: FrontEnd,
+        socket: UnixStream,
+        decoder: Decoder,
+        /// How often a whole picture was asked for.
+        asked: u32,
+        generation: u32,
+    }
+
+    impl Process {
+        fn new() -> Self {
+            let mut front = FrontEnd::new(1, 0).unwrap();
+            let (ours, socket) = UnixStream::pair().unwrap();
+            front.connect(ours).unwrap();
+            let features = ProtocolFeatures::SHM_FRAMES.bits();
+            front.receive(FromBackEnd::SetProtocolFeatures(features), None);
+            let decoder = Decoder::new(Side::BackEnd);
+            Self { front, socket, decoder, asked: 0, generation: 0 }
+        }
+
+        /// Reads all there is, or more until a whole picture was asked for so often.
+        fn read(&mut self, until: u32) {
+            let mut bytes = [0; 4096];
+            loop {
+                self.socket.set_nonblocking(self.asked >= until).unwrap();
+                let Ok(count) = self.socket.read(&mut bytes) else { return };
+                self.decoder.push(&bytes[..count]);
+                while let Some(raw) = self.decoder.next_message().unwrap() {
+                    match FromFrontEnd::decode(&raw).unwrap() {
+                        FromFrontEnd::Want(want) => {
+                            self.asked += u32::from(want.flags & WANT_FULL != 0);
+                        }
+                        FromFrontEnd::ShmScanout(layout) => self.generation = layout.generation,
+                        _ => {}
+                    }
+                }
+            }
+        }
+
+        fn frame(&self, slot: u32, sequence: u64) {
+            let damage = vec![gpu::Rect { x: 0, y: 0, width: SIZE.0, height: SIZE.1 }];
+            let generation = self.generation;
+            let frame = Frame { scanout: 0, generation, slot, sequence, damage };
+            self.front.receive(FromBackEnd::Frame(frame), None);
+        }
+    }
+
+    #[test]
+    fn a_screenshot_asks_for_one_picture() {
+        let mut process = Process::new();
+        let gpu = process.front.handle();
+        let screen = Screen::new(0, &gpu);
+        gpu.set_sink(Arc::new(Sink::new(vec![screen.clone()], None)));
+        let (width, height) = SIZE;
+        process.front.receive(FromBackEnd::Scanout { scanout: 0, width, height }, None);
+        let screenshot = |process: &mut Process, slot, sequence| {
+            let asked = process.asked;
+            let screen = screen.clone();
+            let picture = thread::spawn(move || screen.screenshot().is_ok());
+            process.read(asked + 1);
+            process.frame(slot, sequence);
+            assert!(picture.join().unwrap());
+            process.read(0);
+            process.asked - asked
+        };
+        assert_eq!(screenshot(&mut process, 0, 1), 1, "nobody watches");
+        screen.set_watched(Through::Vnc, true);
+        process.read(2);
+        process.frame(0, 2);
+        assert_eq!(screenshot(&mut process, 1, 3), 1, "somebody does");
+    }
+
+    #[test]
+    fn what_the_gpu_process_says_it_skipped_is_limited() {
+        assert_eq!(skipped(0, u64::MAX), MAX_SKIPPED);
+        assert_eq!(skipped(5, 9), 3);
+        assert_eq!(skipped(5, 6), 0);
+        assert_eq!(skipped(9, 5), 0, "another process counts anew");
+    }
 }
