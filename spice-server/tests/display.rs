@@ -363,18 +363,32 @@ fn frames_are_asked_for_as_viewers_take_them() {
         let pid = client.pid().to_string();
         assert!(Command::new("kill").args([name, pid.as_str()]).status().unwrap().success());
     };
-    // It takes nothing any more: after what fits into buffers nobody asks. (That nothing happens is no
-    // event one could wait for.)
+    let blocked = || {
+        let status = setup.server.status();
+        let displays = status.clients.iter().flat_map(|client| &client.displays);
+        displays.map(|display| display.blocked).sum::<u64>()
+    };
+    // It takes nothing any more: after what fits into buffers nobody asks.
     signal("-STOP");
-    let mut frames = 0;
-    while asked.recv_timeout(Duration::from_secs(2)).is_ok() {
+    let (mut frames, mut in_vain) = (0, 0);
+    while in_vain < 10 {
         // Those that were on their way.
         while asked.try_recv().is_ok() {}
+        let before = blocked();
         last = noise();
         setup.show(size, last.clone());
+        let mut wanted = false;
+        eventually("it asks, or is blocked", || {
+            wanted |= asked.try_recv().is_ok();
+            wanted || blocked() > before
+        });
+        // Blocked twice: what the client had answered before it stopped has been read.
+        assert!(!wanted || in_vain < 2, "it asks for a client that takes nothing");
+        in_vain = if wanted { 0 } else { in_vain + 1 };
         frames += 1;
         assert!(frames < 100, "{frames} frames for a client that takes none");
     }
+    assert!(asked.try_recv().is_err(), "it asks for a client that takes nothing");
     signal("-CONT");
     let wanted = hash(&last);
     eventually("the last frame", || client.pixels() == wanted);

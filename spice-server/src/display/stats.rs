@@ -110,6 +110,9 @@ pub struct DisplayStats {
     pub halved_streams: u64,
     /// Stream frames that the client says came too late.
     pub late_stream_frames: u64,
+    /// How often there was something to send and no room for it, because the client had not taken what
+    /// was on its way.
+    pub blocked: u64,
     /// Bytes on their way: sent and not yet known to have been drawn.
     pub bytes_in_flight: u64,
     /// Shortest recent time until the client had drawn what it was sent; 0 while unknown.
@@ -143,6 +146,7 @@ pub(crate) struct Counters {
     pub(crate) fallbacks: AtomicU64,
     pub(crate) halved: AtomicU64,
     pub(crate) late: AtomicU64,
+    pub(crate) blocked: AtomicU64,
     pub(crate) in_flight: AtomicU64,
     pub(crate) round_trip_microseconds: AtomicU64,
     pub(crate) line_rate: AtomicU64,
@@ -191,6 +195,7 @@ impl Counters {
             video_fallbacks: read(&self.fallbacks),
             halved_streams: read(&self.halved),
             late_stream_frames: read(&self.late),
+            blocked: read(&self.blocked),
             bytes_in_flight: read(&self.in_flight),
             round_trip: Duration::from_micros(read(&self.round_trip_microseconds)),
             line_rate: read(&self.line_rate),

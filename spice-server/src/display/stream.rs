@@ -10,7 +10,11 @@
 use std::time::{Duration, Instant};
 
 use super::Rect;
-use crate::{VideoCodec, proto::display::StreamReport, video::VideoEncoder};
+use crate::{
+    VideoCodec,
+    proto::display::StreamReport,
+    video::{self, VideoEncoder},
+};
 
 /// A film that stands still for so long is over.
 const STILL: Duration = Duration::from_millis(400);
@@ -46,8 +50,6 @@ const OVERRUN: f64 = 1.4;
 const MIN_HALVED: u32 = 256;
 /// Share of the line a stream may fill.
 const SHARE: f64 = 0.85;
-/// Bits per second for every pixel of a 1920 by 1080 video; smaller ones have more detail per pixel.
-const PIXEL_RATE: f64 = 3.4;
 /// Bits per second that a video has, however thin the line is.
 const MIN_RATE: f64 = 100_000.0;
 /// Frames and milliseconds between two reports.
@@ -215,8 +217,7 @@ impl Stream {
     /// Bits per second for an encoder that can keep to them, of a line of which this stream has so
     /// many bytes per second, if that is known.
     pub(crate) fn bit_rate(&self, line: Option<f64>) -> f64 {
-        let pixels = f64::from(self.rect.width) * f64::from(self.rect.height);
-        let enough = pixels * PIXEL_RATE * (1920.0 * 1080.0 / pixels.max(1.0)).powf(0.25);
+        let enough = video::full_rate((self.rect.width, self.rect.height));
         let room = line.map_or(f64::INFINITY, |line| line * 8.0 * SHARE);
         enough.min(room).max(MIN_RATE)
     }

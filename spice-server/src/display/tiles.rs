@@ -479,18 +479,23 @@ impl Tiles {
             } else if covered && !state.held() {
                 self.set_lossy(index, None);
             }
-            if let Some(state) = self.tiles.get_mut(index).filter(|state| !state.known) {
-                state.known = true;
-                self.unknown -= 1;
-            }
+            self.know(index);
         }
     }
 
     /// A stream takes over a part: its newest pixels stay at hand, and it is lossy from now on.
-    /// Refused (`false`) where another stream is, and where nothing is known yet.
+    /// Refused (`false`) where another stream is, and where nothing is known of a tile of which it takes
+    /// only a part.
     pub(crate) fn hold(&mut self, rect: Rect, now: Instant) -> bool {
-        let free = |tile: &Tile| tile.known && !tile.held();
-        if !self.indices(rect).all(|index| self.tiles.get(index).is_some_and(free)) {
+        let is_free = |index: usize| {
+            let tile = self.rect_of(index);
+            self.tiles.get(index).is_some_and(|state| {
+                // All of a smaller stream's tile comes new, and nobody asks what was there before.
+                let is_new = state.todo == whole(tile) && within(tile, rect) == whole(tile);
+                !state.held() && (state.known || is_new)
+            })
+        };
+        if !self.indices(rect).all(is_free) {
             return false;
         }
         if self.fresh.is_empty() {
@@ -503,6 +508,7 @@ impl Tiles {
             let veil = within(self.rect_of(index), rect);
             self.change(index, |tile| tile.veil = veil);
             self.set_lossy(index, Some(now));
+            self.know(index);
         }
         true
     }
@@ -599,6 +605,14 @@ impl Tiles {
             _ => {}
         }
         tile.lossy = since;
+    }
+
+    /// What the client shows in a tile is known from now on, or does not matter.
+    fn know(&mut self, index: usize) {
+        if let Some(state) = self.tiles.get_mut(index).filter(|state| !state.known) {
+            state.known = true;
+            self.unknown -= 1;
+        }
     }
 
     /// What the client shows in a tile is not known any more.

@@ -225,6 +225,7 @@ impl Viewer {
             }
             if self.encoder.out.len() - self.sent >= WRITE_SIZE && !self.write()? {
                 self.flow.blocked();
+                count(&self.stats.blocked, 1);
                 self.wait(true, None)?;
                 continue;
             }
@@ -255,6 +256,7 @@ impl Viewer {
             }
             if !room && paced.is_none() && (self.encoder.has_work() || due.is_some()) {
                 self.flow.blocked();
+                count(&self.stats.blocked, 1);
             }
             self.ping(true, now);
             if !self.write()? {

@@ -205,11 +205,23 @@ pub(crate) trait VideoEncoder: Send {
     fn quantizer(&mut self) -> Option<u32>;
 }
 
+/// Bits per second that a film of this size has where the line does not limit it: for every pixel of one
+/// of 1920 by 1080 so many; smaller ones have more detail per pixel.
+pub(crate) fn full_rate(size: (u32, u32)) -> f64 {
+    const PER_PIXEL: f64 = 3.4;
+    let pixels = pixels(size);
+    pixels * PER_PIXEL * (1920.0 * 1080.0 / pixels.max(1.0)).powf(0.25)
+}
+
 /// Whether so many bits per second are enough for a film of this size to look good without every means
-/// there is.
+/// there is. All that a film ever has is.
 fn is_generous(size: (u32, u32), bits: f64) -> bool {
     const PER_PIXEL: f64 = 2.5;
-    bits >= f64::from(size.0) * f64::from(size.1) * PER_PIXEL
+    bits >= (pixels(size) * PER_PIXEL).min(full_rate(size))
+}
+
+fn pixels((width, height): (u32, u32)) -> f64 {
+    f64::from(width) * f64::from(height)
 }
 
 /// The codecs a server has.

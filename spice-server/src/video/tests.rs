@@ -138,6 +138,14 @@ fn h264_keeps_to_its_rate_and_begins_with_its_only_idr_frame() {
 }
 
 #[test]
+fn a_line_without_a_limit_is_generous_to_films_of_all_sizes() {
+    for size in [(640, 360), (1920, 1080), (3840, 2160), (4096, 2304)] {
+        assert!(is_generous(size, full_rate(size)), "{size:?}");
+        assert!(!is_generous(size, full_rate(size) / 4.0), "{size:?}");
+    }
+}
+
+#[test]
 fn vp8_keeps_to_its_rate_and_begins_with_a_key_frame() {
     for frames in in_two_rates(VideoCodec::Vp8, (640, 360)).into_iter().flatten() {
         // RFC 6386 9.1: the lowest bit is 0 in key frames; start code, width and height follow.

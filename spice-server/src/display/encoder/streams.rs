@@ -258,14 +258,15 @@ impl Encoder {
     ) {
         let fps = self.source.rate();
         let parts: usize = self.streams.iter().map(Stream::count).sum();
+        let streams = self.streams.len();
         let can_scale = self.abilities.sized;
         let Some(stream) = self.streams.get_mut(at) else { return };
         let (rect, codec) = (stream.rect, stream.codec);
         let size = (rect.width, rect.height);
         let turn = stream.next_turn();
         if turn == Turn::Encoder {
-            // Its opener is gone soon.
-            let bits = stream.bit_rate(line.rate);
+            // Of the line, for this stream; openers are gone soon.
+            let bits = stream.bit_rate(line.rate.map(|rate| rate / streams as f64));
             match self.video.encoder(codec, size, (bits, fps)) {
                 Ok(encoder) => stream.encoder = encoder,
                 Err(error) => self.fail(codec, &error, now),

@@ -20,6 +20,8 @@ struct Model {
     frames: HashMap<u8, usize>,
     kinds: HashMap<u16, usize>,
     images: HashMap<u8, usize>,
+    /// `profile_idc` of the H.264 streams.
+    profiles: HashMap<u32, u8>,
     marked: bool,
     noise: u32,
 }
@@ -72,8 +74,12 @@ impl Model {
                 assert!(self.streams.contains_key(&u32_at(body, 0)));
                 assert_eq!(u32_at(body, 8) as usize, body.len() - 12);
                 let codec = self.codecs[&u32_at(body, 0)];
-                if codec == 1 {
-                    assert_eq!(body[12..14], [0xff, 0xd8]);
+                match codec {
+                    MJPEG => assert_eq!(body[12..14], [0xff, 0xd8]),
+                    H264 if body[12..17] == [0, 0, 0, 1, 0x67] => {
+                        self.profiles.insert(u32_at(body, 0), body[17]);
+                    }
+                    _ => {}
                 }
                 *self.frames.entry(codec).or_default() += 1;
             }
@@ -655,6 +661,29 @@ fn a_client_that_cannot_show_vp8_gets_h264_then_mjpeg() {
 }
 
 #[test]
+fn what_a_stream_may_take_decides_on_its_profile() {
+    let films = [Rect::new(0, 0, 480, 320), Rect::new(576, 0, 480, 320)];
+    // Enough for one film in the Baseline profile: 400 kbit/s.
+    for (films, rate, profiles) in [
+        (&films[..1], Some(6e4), &[66][..]),
+        (&films, Some(6e4), &[77, 77]),
+        (&films, Some(1.2e5), &[66, 66]),
+        (&films, None, &[66, 66]),
+    ] {
+        let codecs = VideoCodecs::Prefer(VideoCodec::H264);
+        let Some(mut bench) = with_codecs((1056, 320), codecs) else { return };
+        bench.line.rate = rate;
+        for _ in 0..15 {
+            films.iter().for_each(|film| bench.noise(*film));
+            bench.show(&[Rect::new(0, 0, 1056, 320)]);
+            bench.steps(u32::MAX);
+            bench.pass(33);
+        }
+        assert!(bench.model.profiles.values().eq(profiles), "{rate:?}: {:?}", bench.model.profiles);
+    }
+}
+
+#[test]
 fn a_host_that_is_too_slow_for_one_predictive_codec_is_too_slow_for_all() {
     let Some(mut bench) = with_codecs((800, 600), VideoCodecs::Auto) else { return };
     let film = Rect::new(100, 100, 480, 320);
@@ -747,13 +776,18 @@ fn a_part_of_a_film_becomes_the_whole_of_it() {
     bench.settle("black");
     bench.line = Line { slow: false, rate: Some(2e6), ..bench.line };
     let (part, film) = (Rect::new(100, 100, 240, 300), Rect::new(100, 100, 600, 300));
+    let mut was_stream = false;
     for frame in 0..90 {
         bench.noise(if frame < 15 { part } else { film });
         bench.show(&[Rect::new(0, 0, 800, 600)]);
         bench.steps(u32::MAX);
         bench.pass(33);
         assert!(bench.model.streams.len() <= 1);
+        // The larger stream begins with the frame that the smaller one ends with.
+        assert!(!was_stream || !bench.model.streams.is_empty(), "none at frame {frame}");
+        was_stream = !bench.model.streams.is_empty();
     }
+    assert!(bench.encoder.tiles.is_known());
     assert_eq!(bench.model.streams.values().copied().collect::<Vec<_>>(), [film]);
     assert_eq!(bench.stats.stats(0).streams, 2);
     bench.settle("the end");
