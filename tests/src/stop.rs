@@ -16,17 +16,22 @@ use anyhow::{Context, Result};
 use libc::{c_int, c_void, siginfo_t};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, getpid, kill_process, set_child_subreaper};
 use vmm_sys_util::signal::register_signal_handler;
 
 /// How often it is looked whether there are new programs to end.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// So long the process may go on without any program before it is ended as it stands.
-const ALONE: Duration = Duration::from_secs(3);
+/// How long the process may go on after a signal before it is ended as it stands.
+#[derive(Clone, Copy)]
+struct Limits {
+    /// Without any program.
+    alone: Duration,
+    /// In any case.
+    all: Duration,
+}
 
-/// So long in any case.
-const LIMIT: Duration = Duration::from_secs(15);
+const LIMITS: Limits = Limits { alone: Duration::from_secs(3), all: Duration::from_secs(15) };
 
 /// The first signal that came.
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
@@ -39,6 +44,10 @@ static WAKE: OnceLock<OwnedFd> = OnceLock::new();
 /// # Errors
 /// If the system refuses.
 pub fn install() -> Result<()> {
+    install_with(LIMITS)
+}
+
+fn install_with(limits: Limits) -> Result<()> {
     let wake = eventfd(0, EventfdFlags::CLOEXEC).context("no eventfd")?;
     if WAKE.set(wake).is_err() {
         return Ok(());
@@ -52,9 +61,9 @@ pub fn install() -> Result<()> {
                 .context("signals cannot be received")?;
         }
     }
-    std::thread::Builder::new().name("stop".into()).spawn(|| {
+    std::thread::Builder::new().name("stop".into()).spawn(move || {
         wait(None);
-        end_all();
+        end_all(limits);
     })?;
     Ok(())
 }
@@ -100,37 +109,58 @@ fn wait(limit: Option<Duration>) -> bool {
 
 /// Ends what this process has started and starts until it ends itself, or does not, or a second signal
 /// says that it takes too long.
-fn end_all() -> ! {
+fn end_all(limits: Limits) -> ! {
+    // Programs whose parents end before them are this process's children from now on: cargo does not wait
+    // for what it runs.
+    let _ = set_child_subreaper(Some(getpid()));
     let begin = Instant::now();
     let mut alone_since = begin;
     let mut told = HashSet::new();
     loop {
-        let children = children();
-        for child in &children {
+        let running = descendants();
+        for pid in &running {
             // Only once: some programs take the second one for impatience.
-            if told.insert(*child)
-                && let Some(pid) = Pid::from_raw(*child)
-            {
-                let _ = kill_process(pid, Signal::TERM);
+            if told.insert(*pid) {
+                let _ = kill_process(*pid, Signal::TERM);
             }
         }
-        if !children.is_empty() {
+        if !running.is_empty() {
             alone_since = Instant::now();
         }
-        if wait(Some(LOOK)) || alone_since.elapsed() > ALONE || begin.elapsed() > LIMIT {
+        if wait(Some(LOOK)) || alone_since.elapsed() > limits.alone || begin.elapsed() > limits.all
+        {
             process::exit(i32::from(status(SIGNAL.load(Ordering::SeqCst))));
         }
     }
 }
 
-/// The processes that this one has started and not yet waited for (proc_tid_children(5)).
-fn children() -> Vec<i32> {
-    let threads = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+/// The processes that run and that this one has started, and those that they have.
+fn descendants() -> Vec<Pid> {
+    let mut found = children(getpid());
+    let mut at = 0;
+    while let Some(pid) = found.get(at) {
+        found.extend(children(*pid));
+        at += 1;
+    }
+    // Nobody waits for those that came here when their parents ended.
+    found.retain(|pid| !has_ended(*pid));
+    found
+}
+
+/// The processes that a process has started and not yet waited for (proc_tid_children(5)).
+fn children(pid: Pid) -> Vec<Pid> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     threads
         .filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok())
         .flat_map(|list| list.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
-        .filter_map(|number| number.parse().ok())
+        .filter_map(|number| Pid::from_raw(number.parse().ok()?))
         .collect()
+}
+
+/// Whether a process is gone, or has only not been waited for (proc_pid_stat(5)).
+fn has_ended(pid: Pid) -> bool {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return true };
+    stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['Z', 'X']))
 }
 
 #[cfg(test)]
@@ -138,16 +168,24 @@ mod tests {
     use std::io::{BufRead, BufReader};
     use std::process::{Command, Stdio};
 
+    use rustix::process::{PidfdFlags, pidfd_open};
+
     use super::*;
 
     /// Set in a process that is to be ended.
     const VICTIM: &str = "DRAGO_STOP_VICTIM";
 
     fn victim() {
-        install().unwrap();
+        // However slow this machine is now.
+        install_with(Limits { alone: Duration::MAX, all: Duration::MAX }).unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let mut long = Command::new("sleep").arg("3600").spawn().unwrap();
-        println!("\nruns {} {}", long.id(), folder.path().display());
+        // As cargo does: what it runs outlives it.
+        let script = "sleep 3600 & echo $!; wait";
+        let mut long =
+            Command::new("sh").args(["-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut sleep = String::new();
+        BufReader::new(long.stdout.take().unwrap()).read_line(&mut sleep).unwrap();
+        println!("\nruns {} {}", sleep.trim(), folder.path().display());
         assert!(!long.wait().unwrap().success());
         drop(folder);
         println!("\nended by {:?}", requested());
@@ -173,12 +211,17 @@ mod tests {
             };
             let said = find("runs ");
             let (sleep, folder) = said.split_once(' ').unwrap();
+            let sleep =
+                pidfd_open(sleep.parse().map(Pid::from_raw).unwrap().unwrap(), PidfdFlags::empty());
+            let sleep = sleep.unwrap();
             let pid = Pid::from_raw(i32::try_from(process.id()).unwrap()).unwrap();
             kill_process(pid, signal).unwrap();
             assert_eq!(find("ended by "), format!("Some({})", signal.as_raw()));
             assert!(!fs::exists(folder).unwrap());
-            assert!(!fs::exists(format!("/proc/{sleep}")).unwrap());
             process.wait().unwrap();
+            let limit = Duration::from_secs(60).try_into().unwrap();
+            let mut fds = [PollFd::new(&sleep, PollFlags::IN)];
+            assert_eq!(poll(&mut fds, Some(&limit)), Ok(1), "what the child had started lives on");
         }
     }
 }

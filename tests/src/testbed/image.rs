@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::Options;
+use super::{Options, leftovers};
 use crate::cpio::Archive;
 use crate::debian::{self, Kernel, Release};
 use crate::modules::ModuleTree;
@@ -51,7 +51,9 @@ pub(crate) fn kernel_and_initramfs() -> Result<(Kernel, PathBuf)> {
     let init = std::fs::read(&init).with_context(|| format!("cannot read {}", init.display()))?;
     let recipe = format!("{}\n{MODULES:?}\n{OPTIONS:?}\n{init:?}", kernel.version);
     let path = paths::cache("testbed")?.join(format!("initramfs-{}.cpio", debian::digest(&recipe)));
-    if !path.exists() {
+    if path.exists() {
+        leftovers::used(&path);
+    } else {
         let busybox = trixie.package("busybox-static")?.join("usr/bin/busybox");
         progress::step("making the test host's initramfs", || {
             build(&kernel, &busybox, &init, &path)

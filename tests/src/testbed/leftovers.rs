@@ -9,8 +9,14 @@ const HOUR: Duration = Duration::from_secs(3600);
 /// Logs are looked at after a failure, not a week later.
 const LOGS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
+/// Something in the cache is used again, and so is not old.
+pub(super) fn used(path: &Path) {
+    // Somebody else's may stay as it is.
+    let _ = fs::File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
+}
+
 /// Removes from the test host's cache what nobody needs any more: logs of last week, initial RAM disks of
-/// other recipes than the present one that are as old, and the folders that the driver once made for each
+/// other recipes than the present one that nobody has [`used`] for as long, and the folders that the driver once made for each
 /// boot: no boot takes an hour, and QEMU reads them when it starts.
 pub(super) fn forget(cache: &Path, initramfs: &Path) {
     forget_older(cache, HOUR, |name| name.starts_with("boot-"));
@@ -60,7 +66,10 @@ mod tests {
             at("initramfs-3.cpio", 20),
             at("logs/serial-2.log", 20),
             at("other", 200),
+            at("initramfs-4.cpio", 200),
         ];
+        // By another checkout.
+        used(&kept[5]);
         forget(cache.path(), &kept[1]);
         assert!(old.iter().all(|path| !path.exists()));
         assert!(kept.iter().all(|path| path.exists()));
