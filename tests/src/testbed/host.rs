@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -15,6 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::carry::ForwardedSocket;
 use super::proto::{AGENT_PORT, FAILED, READY, Request};
 use super::remote::RemoteCommand;
+use super::watch::Watch;
 use super::{image, leftovers};
 use crate::{paths, progress};
 
@@ -66,13 +67,14 @@ impl Options {
 /// A running test host. Dropping it ends it at once.
 #[derive(Debug)]
 pub struct Testbed {
-    qemu: Child,
+    qemu: Arc<Mutex<Child>>,
     agent_port: u16,
     token: String,
     forward: Vec<(u16, u16)>,
     log: PathBuf,
     _lease: TcpStream,
     _sockets: Vec<ForwardedSocket>,
+    watch: Option<Watch>,
 }
 
 impl Testbed {
@@ -182,7 +184,17 @@ impl Testbed {
         drop(both);
         match connected {
             Ok((lease, sockets)) => {
-                Ok(Self { qemu, agent_port, token, forward, log, _lease: lease, _sockets: sockets })
+                let qemu = Arc::new(Mutex::new(qemu));
+                Ok(Self {
+                    watch: Some(Watch::new(agent_port, &token, Arc::clone(&qemu))),
+                    qemu,
+                    agent_port,
+                    token,
+                    forward,
+                    log,
+                    _lease: lease,
+                    _sockets: sockets,
+                })
             }
             Err(error) => {
                 let _ = qemu.kill();
@@ -229,9 +241,12 @@ impl Testbed {
 
 impl Drop for Testbed {
     fn drop(&mut self) {
+        // Before it can take this for a standstill.
+        drop(self.watch.take());
         // Nothing inside is worth an orderly shutdown: its writable folders are this machine's.
-        let _ = self.qemu.kill();
-        let _ = self.qemu.wait();
+        let mut qemu = self.qemu.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = qemu.kill();
+        let _ = qemu.wait();
     }
 }
 

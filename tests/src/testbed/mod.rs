@@ -22,6 +22,8 @@ mod image;
 mod leftovers;
 pub mod proto;
 mod remote;
+mod watch;
 
 pub use host::{Options, Testbed};
 pub use remote::{RemoteChild, RemoteCommand, RemoteOutput, RemoteStdin, Stream};
+pub use watch::STILL;
