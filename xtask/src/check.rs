@@ -16,7 +16,6 @@ use drago_tests::{
     debian::Release,
     paths,
     progress::{note, step},
-    testbed,
     testbed::{Options, STILL, Testbed},
 };
 use serde_json::Value;
@@ -223,7 +222,8 @@ fn nested(suites: &[&str], skips: &mut Skips) -> Result<()> {
 }
 
 /// What kernels say, or drago-vmm of one, that the emulator led astray: it now and then stops a
-/// processor for good, of a guest or of the test host, or executes what the guest never had in its memory (docs/testing.md).
+/// processor for good, of a guest or of the test host, or executes what the guest never had in its memory
+/// (docs/testing.md).
 const ASTRAY: [&str; 6] =
     [STUCK[0], STUCK[1], STUCK[2], "KVM internal error", "reset itself by a triple fault", STILL];
 
