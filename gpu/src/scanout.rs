@@ -497,6 +497,7 @@ mod tests {
     }
 
     const SIZE: (u32, u32) = (640, 480);
+    const WHOLE: Rect = Rect::of_size(SIZE.0, SIZE.1);
     const SHARED: u32 = 7;
 
     fn slots(generation: u32) -> (ShmScanout, Option<OwnedFd>) {
@@ -508,11 +509,37 @@ mod tests {
         (layout, Some(fd))
     }
 
+    /// A scanout, with a front end that is only a socket.
+    struct Rig {
+        link: std::sync::Arc<Link>,
+        peer: UnixStream,
+        counter: Counter,
+        scanout: Scanout,
+        /// The link ends when nobody listens.
+        _listener: std::sync::Arc<dyn Listener>,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let link = Link::new().unwrap();
+            let (socket, peer) = UnixStream::pair().unwrap();
+            let listener: std::sync::Arc<dyn Listener> = std::sync::Arc::new(Quiet);
+            link.connect(socket, std::sync::Arc::downgrade(&listener)).unwrap();
+            Self {
+                link,
+                peer,
+                counter: Counter::default(),
+                scanout: Scanout::default(),
+                _listener: listener,
+            }
+        }
+    }
+
     /// The messages in a socket.
     fn heard(peer: &mut UnixStream, decoder: &mut Decoder) -> Vec<FromBackEnd<'static>> {
         let mut bytes = [0; 64 * 1024];
         peer.set_nonblocking(true).unwrap();
-        while let Ok(count) = peer.read(&mut bytes) {
+        while let Ok(count @ 1..) = peer.read(&mut bytes) {
             decoder.push(&bytes[..count]);
         }
         let mut messages = Vec::new();
@@ -531,25 +558,19 @@ mod tests {
     /// Reading back stalls a GPU: nothing is read that nobody looks at, and nothing twice.
     #[test]
     fn only_what_is_wanted_and_changed_is_read() {
-        let link = Link::new().unwrap();
-        let (socket, peer) = UnixStream::pair().unwrap();
-        let listener: std::sync::Arc<dyn Listener> = std::sync::Arc::new(Quiet);
-        link.connect(socket, std::sync::Arc::downgrade(&listener)).unwrap();
-        let mut counter = Counter::default();
-        let mut scanout = Scanout::default();
-        let whole = Rect::of_size(SIZE.0, SIZE.1);
-        scanout.set_source(Some(Source { resource: 1, rect: whole, blob: None }));
+        let Rig { link, peer, mut counter, mut scanout, _listener } = Rig::new();
+        scanout.set_source(Some(Source { resource: 1, rect: WHOLE, blob: None }));
         let (layout, fd) = slots(1);
         scanout.set_slots(layout, fd);
         let mut flush = |scanout: &mut Scanout, rect: Rect| {
             scanout.flush(1, rect);
-            scanout.flush(2, whole);
+            scanout.flush(2, WHOLE);
             scanout.pump(0, Some(Transport::Shm), &mut counter, &link);
             std::mem::take(&mut counter.0)
         };
         // Nobody looks.
         for _ in 0..10 {
-            assert_eq!(flush(&mut scanout, whole), 0);
+            assert_eq!(flush(&mut scanout, WHOLE), 0);
         }
         assert_eq!(scanout.deadline(), None, "nobody is woken for it either");
         // Somebody looks: first everything, into each of the two slots.
@@ -560,12 +581,12 @@ mod tests {
         };
         scanout.want(&want(60));
         let part = Rect::new(10, 10, 20, 5);
-        assert_eq!(flush(&mut scanout, part), whole.area());
+        assert_eq!(flush(&mut scanout, part), WHOLE.area());
         give_back(&mut scanout, 0);
         // Then what changed, in the slot that needs the least.
         assert_eq!(flush(&mut scanout, part), part.area());
         scanout.earliest = None;
-        assert_eq!(flush(&mut scanout, part), whole.area(), "the other slot was never drawn");
+        assert_eq!(flush(&mut scanout, part), WHOLE.area(), "the other slot was never drawn");
         // No slot is free: nothing, and later all that changed since the slot was drawn.
         let other = Rect::new(100, 100, 7, 7);
         scanout.earliest = None;
@@ -580,21 +601,15 @@ mod tests {
         // Nobody looks any more.
         scanout.want(&want(0));
         give_back(&mut scanout, 0);
-        assert_eq!(flush(&mut scanout, whole), 0);
+        assert_eq!(flush(&mut scanout, WHOLE), 0);
         drop(peer);
     }
 
     /// A viewer that takes two pictures a second costs two of them a second.
     #[test]
     fn one_by_one_nothing_is_read_before_it_is_asked_for() {
-        let link = Link::new().unwrap();
-        let (socket, peer) = UnixStream::pair().unwrap();
-        let listener: std::sync::Arc<dyn Listener> = std::sync::Arc::new(Quiet);
-        link.connect(socket, std::sync::Arc::downgrade(&listener)).unwrap();
-        let mut counter = Counter::default();
-        let mut scanout = Scanout::default();
-        let whole = Rect::of_size(SIZE.0, SIZE.1);
-        scanout.set_source(Some(Source { resource: 1, rect: whole, blob: None }));
+        let Rig { link, peer, mut counter, mut scanout, _listener } = Rig::new();
+        scanout.set_source(Some(Source { resource: 1, rect: WHOLE, blob: None }));
         let (layout, fd) = slots(1);
         scanout.set_slots(layout, fd);
         let mut pump = |scanout: &mut Scanout| {
@@ -602,9 +617,9 @@ mod tests {
             std::mem::take(&mut counter.0)
         };
         let want = |flags| Want { scanout: 0, max_fps: 1, flags, reserved: 0 };
-        scanout.flush(1, whole);
+        scanout.flush(1, WHOLE);
         scanout.want(&want(WANT_FULL | WANT_ONE));
-        assert_eq!(pump(&mut scanout), whole.area());
+        assert_eq!(pump(&mut scanout), WHOLE.area());
         scanout.release(&Release { scanout: 0, generation: 1, slot: 0, reserved: 0 });
         // However often the picture changes; but each counts that could have been shown before the next.
         let part = Rect::new(10, 10, 20, 5);
@@ -633,22 +648,16 @@ mod tests {
         scanout.earliest = None;
         assert_eq!(pump(&mut scanout), 0);
         scanout.flush(1, part);
-        assert_eq!(pump(&mut scanout), whole.area(), "the other slot was never drawn");
+        assert_eq!(pump(&mut scanout), WHOLE.area(), "the other slot was never drawn");
         drop(peer);
     }
 
     /// The front end reads guest memory itself, and needs no slot for it.
     #[test]
     fn what_the_guest_has_is_not_read() {
-        let link = Link::new().unwrap();
-        let (socket, mut peer) = UnixStream::pair().unwrap();
-        let listener: std::sync::Arc<dyn Listener> = std::sync::Arc::new(Quiet);
-        link.connect(socket, std::sync::Arc::downgrade(&listener)).unwrap();
-        let mut counter = Counter::default();
-        let mut scanout = Scanout::default();
-        let whole = Rect::of_size(SIZE.0, SIZE.1);
+        let Rig { link, mut peer, mut counter, mut scanout, _listener } = Rig::new();
         let layout = BlobLayout { format: PixelFormat::B8G8R8X8, stride: 2560, offset: 0 };
-        let source = Source { resource: SHARED, rect: whole, blob: Some(layout) };
+        let source = Source { resource: SHARED, rect: WHOLE, blob: Some(layout) };
         scanout.set_source(Some(source));
         scanout.want(&Want { scanout: 0, max_fps: 1, flags: 0, reserved: 0 });
         let mut decoder = Decoder::new(Side::FrontEnd);
@@ -665,12 +674,12 @@ mod tests {
             }
         };
         let part = Rect::new(10, 10, 20, 5);
-        let mut damage = vec![whole];
+        let mut damage = vec![WHOLE];
         for sequence in 1..=3 {
             scanout.flush(SHARED, part);
             scanout.pump(0, Some(Transport::Shm), &mut counter, &link);
             let expected =
-                GuestFrame { scanout: 0, resource: SHARED, part: whole, layout, sequence, damage };
+                GuestFrame { scanout: 0, resource: SHARED, part: WHOLE, layout, sequence, damage };
             assert_eq!(next(), expected);
             damage = vec![part];
             // Not more often than wanted, but then without anybody's asking.
@@ -686,15 +695,9 @@ mod tests {
     /// A size that the guest leaves and comes back to before the front end can be told is another one.
     #[test]
     fn a_size_that_came_back_gets_memory_again() {
-        let link = Link::new().unwrap();
-        let (socket, mut peer) = UnixStream::pair().unwrap();
-        let listener: std::sync::Arc<dyn Listener> = std::sync::Arc::new(Quiet);
-        link.connect(socket, std::sync::Arc::downgrade(&listener)).unwrap();
+        let Rig { link, mut peer, mut counter, mut scanout, _listener } = Rig::new();
         let mut decoder = Decoder::new(Side::FrontEnd);
-        let mut counter = Counter::default();
-        let mut scanout = Scanout::default();
-        let whole = Rect::of_size(SIZE.0, SIZE.1);
-        let source = Some(Source { resource: 1, rect: whole, blob: None });
+        let source = Some(Source { resource: 1, rect: WHOLE, blob: None });
         let told = |(width, height)| FromBackEnd::Scanout { scanout: 0, width, height };
         let mut pump = |scanout: &mut Scanout| {
             scanout.pump(0, Some(Transport::Shm), &mut counter, &link);
@@ -733,14 +736,8 @@ mod tests {
     /// A size that came back: the first memory for it is history, and so is a frame in it.
     #[test]
     fn new_memory_gets_the_picture_again() {
-        let link = Link::new().unwrap();
-        let (socket, mut peer) = UnixStream::pair().unwrap();
-        let listener: std::sync::Arc<dyn Listener> = std::sync::Arc::new(Quiet);
-        link.connect(socket, std::sync::Arc::downgrade(&listener)).unwrap();
+        let Rig { link, mut peer, mut counter, mut scanout, _listener } = Rig::new();
         let mut decoder = Decoder::new(Side::FrontEnd);
-        let mut counter = Counter::default();
-        let mut scanout = Scanout::default();
-        let whole = Rect::of_size(SIZE.0, SIZE.1);
         let mut frames = |scanout: &mut Scanout| {
             scanout.earliest = None;
             scanout.pump(0, Some(Transport::Shm), &mut counter, &link);
@@ -753,22 +750,22 @@ mod tests {
         };
         let want = Want { scanout: 0, max_fps: 60, flags: WANT_ONE, reserved: 0 };
         scanout.want(&want);
-        let source = Some(Source { resource: 1, rect: whole, blob: None });
+        let source = Some(Source { resource: 1, rect: WHOLE, blob: None });
         scanout.set_source(source);
         let (layout, fd) = slots(1);
         scanout.set_slots(layout, fd);
         assert_eq!(frames(&mut scanout), [], "before its flush there is nothing to be seen");
-        scanout.flush(1, whole);
-        assert_eq!(frames(&mut scanout), [(1, vec![whole])]);
+        scanout.flush(1, WHOLE);
+        assert_eq!(frames(&mut scanout), [(1, vec![WHOLE])]);
         let (layout, fd) = slots(3);
         scanout.set_slots(layout, fd);
         assert_eq!(frames(&mut scanout), [], "nobody asks");
         scanout.want(&want);
-        assert_eq!(frames(&mut scanout), [(3, vec![whole])]);
+        assert_eq!(frames(&mut scanout), [(3, vec![WHOLE])]);
         scanout.want(&want);
         assert_eq!(frames(&mut scanout), [], "once is enough");
         // Another source of that size is not shown before its flush.
-        scanout.set_source(Some(Source { resource: 2, rect: whole, blob: None }));
+        scanout.set_source(Some(Source { resource: 2, rect: WHOLE, blob: None }));
         let (layout, fd) = slots(4);
         scanout.set_slots(layout, fd);
         assert_eq!(frames(&mut scanout), []);

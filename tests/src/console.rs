@@ -113,6 +113,12 @@ impl Drop for Sink {
     }
 }
 
+/// The last lines of a log, as many at most.
+pub fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -130,6 +136,7 @@ mod tests {
         assert!(console.wait_for(7, "two", Duration::from_secs(60)).is_err());
         assert!(console.has_ended_within(Duration::from_secs(3600)));
         assert!(!Console::default().has_ended_within(Duration::ZERO));
+        assert_eq!((last_lines("a\nb\nc\n", 2), last_lines("", 2)), ("b\nc".into(), String::new()));
         assert_eq!(console.stuck(), None);
         let console = Console::default();
         console.push(b"watchdog: BUG: soft lockup - CPU#1");

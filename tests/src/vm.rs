@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use crate::client::SpiceClient;
-use crate::console::Console;
+use crate::console::{Console, last_lines};
 use crate::guest::Guest;
 use crate::paths;
 use crate::picture::{Picture, reads};
@@ -419,11 +419,7 @@ impl Vm {
 
     /// The ends of both logs, for an error.
     pub fn state(&self) -> String {
-        let tail = |console: &Console| {
-            let all = console.since(0);
-            let lines: Vec<&str> = all.lines().rev().take(25).collect();
-            lines.into_iter().rev().collect::<Vec<_>>().join("\n")
-        };
+        let tail = |console: &Console| last_lines(&console.since(0), 25);
         format!(
             "--- drago-vmm says:\n{}\n--- serial console:\n{}\n--- all of it: {}",
             tail(&self.log),

@@ -160,9 +160,7 @@ impl Control {
         let Kind::Host { size, mapped } = resource.kind else {
             return Err(Refusal::InvalidResource);
         };
-        let has_region =
-            self.features.is_some_and(|features| features.contains(ProtocolFeatures::HOST_MEMORY));
-        if mapped.is_some() || !has_region {
+        if mapped.is_some() || !self.knows(ProtocolFeatures::HOST_MEMORY) {
             return Err(Refusal::Unspecified);
         }
         if !offset.is_multiple_of(PAGE) || offset.checked_add(size).is_none() {

@@ -88,10 +88,14 @@ impl Control {
 
     /// RESET_DEVICE has been carried out: the front end can tell what is about the next driver.
     pub fn tell_reset(&mut self) {
-        let features = self.features.unwrap_or(ProtocolFeatures::empty());
-        if features.contains(ProtocolFeatures::DEVICE_RESET) {
+        if self.knows(ProtocolFeatures::DEVICE_RESET) {
             self.link.send(&FromBackEnd::DeviceReset);
         }
+    }
+
+    /// Whether the front end has agreed on a feature.
+    pub(super) fn knows(&self, feature: ProtocolFeatures) -> bool {
+        self.features.is_some_and(|features| features.contains(feature))
     }
 
     /// Whether [`negotiate`](Self::negotiate) has happened.
@@ -130,8 +134,7 @@ impl Control {
                 true => Transport::Shm,
                 false => Transport::Update,
             });
-        let in_guest =
-            self.features.is_some_and(|features| features.contains(ProtocolFeatures::GUEST_FRAMES));
+        let in_guest = self.knows(ProtocolFeatures::GUEST_FRAMES);
         let mut pictures = Reader {
             renderer: &mut *self.renderer,
             resources: &self.resources,

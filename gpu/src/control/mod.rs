@@ -190,9 +190,7 @@ impl Control {
         let done = match command {
             Ok(Command::GetDisplayInfo) => return Outcome::Ask(Question::DisplayInfo),
             Ok(Command::GetEdid { scanout }) if (scanout as usize) < MAX_SCANOUTS => {
-                let has_edid =
-                    self.features.is_some_and(|features| features.contains(ProtocolFeatures::EDID));
-                return Outcome::Ask(match has_edid {
+                return Outcome::Ask(match self.knows(ProtocolFeatures::EDID) {
                     true => Question::Edid(scanout),
                     false => Question::EdidFromInfo(scanout),
                 });

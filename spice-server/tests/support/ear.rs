@@ -2,18 +2,19 @@
 #![allow(unreachable_pub, dead_code, reason = "shared")]
 
 use std::{
-    io::{BufRead, BufReader},
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
-    sync::mpsc::{Receiver, channel},
-    thread,
+    sync::mpsc::Receiver,
     time::Instant,
 };
 
 use serde_json::Value;
 
-use crate::{support::PATIENCE, tone::TONE};
+use crate::{
+    support::{self, PATIENCE},
+    tone::TONE,
+};
 
 /// `tests/sound_client.py`.
 pub struct Ear {
@@ -47,16 +48,7 @@ impl Ear {
             command.env("SPICE_DISABLE_OPUS", "1");
         }
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let stdout = BufReader::new(child.stdout.take().unwrap());
-        let (sender, events) = channel();
-        thread::spawn(move || {
-            for line in stdout.lines().map_while(Result::ok) {
-                let Ok(value) = serde_json::from_str(&line) else { continue };
-                if sender.send(value).is_err() {
-                    break;
-                }
-            }
-        });
+        let events = support::events(child.stdout.take().unwrap());
         let stdin = child.stdin.take();
         Self { child, stdin, events, played, _folder: folder }
     }

@@ -5,7 +5,7 @@ use std::{
     io::{BufRead, BufReader, Write},
     net::SocketAddr,
     path::Path,
-    process::{Child, ChildStdin, Command, Stdio},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::{
         Arc,
         mpsc::{Receiver, RecvTimeoutError, Sender, channel},
@@ -150,6 +150,20 @@ impl Drop for Browser {
     }
 }
 
+/// What a script says, an event in JSON on each line; anything else is left out.
+pub fn events(stdout: ChildStdout) -> Receiver<Value> {
+    let (sender, events) = channel();
+    thread::spawn(move || {
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            let Ok(value) = serde_json::from_str(&line) else { continue };
+            if sender.send(value).is_err() {
+                break;
+            }
+        }
+    });
+    events
+}
+
 /// `tests/client.py`: spice-gtk, remotely controlled.
 pub struct Client {
     child: Child,
@@ -188,16 +202,7 @@ impl Client {
         command.arg(script).args(arguments).envs(variables.iter().copied());
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python starts");
-        let stdout = BufReader::new(child.stdout.take().expect("piped"));
-        let (sender, events) = channel();
-        thread::spawn(move || {
-            for line in stdout.lines().map_while(Result::ok) {
-                let Ok(value) = serde_json::from_str(&line) else { continue };
-                if sender.send(value).is_err() {
-                    break;
-                }
-            }
-        });
+        let events = events(child.stdout.take().expect("piped"));
         let stdin = child.stdin.take();
         Self { child, stdin, events }
     }

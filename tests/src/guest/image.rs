@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::console::last_lines;
 use crate::{debian, paths, progress};
 
 /// The file in a guest's folder that is locked by who uses it.
@@ -83,9 +84,7 @@ impl Workshop {
         let status = mmdebstrap.status().context("cannot run mmdebstrap (package mmdebstrap)")?;
         if !status.success() {
             let said = fs::read_to_string(&self.log).unwrap_or_default();
-            let lines: Vec<&str> = said.lines().collect();
-            let last = &lines[lines.len().saturating_sub(15)..];
-            bail!("mmdebstrap: {status}; log: {}\n{}", self.log.display(), last.join("\n"));
+            bail!("mmdebstrap: {status}; log: {}\n{}", self.log.display(), last_lines(&said, 15));
         }
         for file in files {
             let log = self.log.display();

@@ -17,6 +17,7 @@ use super::proto::{AGENT_PORT, FAILED, READY, Request};
 use super::remote::RemoteCommand;
 use super::watch::Watch;
 use super::{image, leftovers};
+use crate::console::last_lines;
 use crate::{paths, progress};
 
 /// A boot takes 4-6 s on an idle machine; a loaded one gets much longer.
@@ -201,12 +202,10 @@ impl Testbed {
                 let _ = qemu.wait();
                 let said = std::fs::read_to_string(log.with_extension("qemu")).unwrap_or_default();
                 let serial = std::fs::read_to_string(&log).unwrap_or_default();
-                let tail: Vec<&str> = serial.lines().rev().take(12).collect();
-                let tail: Vec<&str> = tail.into_iter().rev().collect();
                 Err(error.context(format!(
                     "the test host did not boot; serial log: {}\n{said}{}",
                     log.display(),
-                    tail.join("\n")
+                    last_lines(&serial, 12)
                 )))
             }
         }

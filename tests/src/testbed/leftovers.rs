@@ -16,8 +16,8 @@ pub(super) fn used(path: &Path) {
 }
 
 /// Removes from the test host's cache what nobody needs any more: logs of last week, initial RAM disks of
-/// other recipes than the present one that nobody has [`used`] for as long, and the folders that the driver once made for each
-/// boot: no boot takes an hour, and QEMU reads them when it starts.
+/// other recipes than the present one that nobody has [`used`] for as long, and the folders that the
+/// driver once made for each boot: no boot takes an hour, and QEMU reads them when it starts.
 pub(super) fn forget(cache: &Path, initramfs: &Path) {
     forget_older(cache, HOUR, |name| name.starts_with("boot-"));
     let current = initramfs.file_name().unwrap_or_default();

@@ -18,6 +18,15 @@ const CALL_LIMIT: usize = 1024;
 /// Pieces of a packet, which one call has to move together with a piece of this process.
 pub(crate) const ONE_CALL: usize = CALL_LIMIT - 1;
 
+/// `preadv2` or `pwritev2`.
+type PositionedCall = unsafe extern "C" fn(
+    libc::c_int,
+    *const libc::iovec,
+    libc::c_int,
+    libc::off_t,
+    libc::c_int,
+) -> libc::ssize_t;
+
 /// Pieces of guest memory, in the order of the bytes of a request, of a packet or of several; consumed
 /// from the front.
 pub(crate) struct Pieces {
@@ -126,12 +135,7 @@ impl Pieces {
         offset: u64,
         flags: libc::c_int,
     ) -> io::Result<usize> {
-        let (pieces, count) = self.first_call();
-        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-        // SAFETY: the first `count` elements at `pieces` are initialised and describe guest memory of
-        // that length, which `memory` keeps mapped, see `push`; the descriptor is open.
-        let done = unsafe { libc::preadv2(file.as_raw_fd(), pieces, count, offset, flags) };
-        usize::try_from(done).map_err(|_| io::Error::last_os_error())
+        self.call_at(libc::preadv2, file, offset, flags)
     }
 
     /// Writes to `file` at `offset`, in one call; the bytes that went. The caller consumes.
@@ -141,15 +145,24 @@ impl Pieces {
         offset: u64,
         flags: libc::c_int,
     ) -> io::Result<usize> {
-        let (pieces, count) = self.first_call();
-        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-        // SAFETY: as in `read_at`; the kernel only reads the memory.
-        let done = unsafe { libc::pwritev2(file.as_raw_fd(), pieces, count, offset, flags) };
-        usize::try_from(done).map_err(|_| io::Error::last_os_error())
+        self.call_at(libc::pwritev2, file, offset, flags)
     }
 
-    fn first_call(&self) -> (*const libc::iovec, libc::c_int) {
-        (self.list.as_ptr(), self.list.len().min(CALL_LIMIT) as libc::c_int)
+    /// One of the two calls above, which take the same arguments.
+    fn call_at(
+        &self,
+        call: PositionedCall,
+        file: &File,
+        offset: u64,
+        flags: libc::c_int,
+    ) -> io::Result<usize> {
+        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let count = self.list.len().min(CALL_LIMIT) as libc::c_int;
+        // SAFETY: the first `count` elements of the list are initialised and describe guest memory of
+        // that length, which `memory` keeps mapped, see `push`; nothing but that memory is read or
+        // written; the descriptor is open.
+        let done = unsafe { call(file.as_raw_fd(), self.list.as_ptr(), count, offset, flags) };
+        usize::try_from(done).map_err(|_| io::Error::last_os_error())
     }
 
     /// Writes `first`, then all pieces but their first `skip` bytes, in one call; the bytes that went.

@@ -47,8 +47,7 @@ impl State {
 
     /// The back end is about to be asked for a reset, of which it tells if it said that it does.
     pub(super) fn expect_reset(&mut self) {
-        let features = self.features.unwrap_or(ProtocolFeatures::empty());
-        if features.contains(ProtocolFeatures::DEVICE_RESET) {
+        if self.knows(ProtocolFeatures::DEVICE_RESET) {
             self.memories.resets += 1;
         }
     }

@@ -52,7 +52,12 @@ impl State {
     }
 
     pub(super) fn has_shm(&self) -> bool {
-        self.features.is_some_and(|features| features.contains(ProtocolFeatures::SHM_FRAMES))
+        self.knows(ProtocolFeatures::SHM_FRAMES)
+    }
+
+    /// Whether the back end has agreed on a feature.
+    pub(super) fn knows(&self, feature: ProtocolFeatures) -> bool {
+        self.features.is_some_and(|features| features.contains(feature))
     }
 
     /// Tells what frames are wanted; if any, a complete one first.
