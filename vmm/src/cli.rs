@@ -209,6 +209,11 @@ const REFUSED: &[(&[&str], &str)] = &[
         &["--virtiofs", "--vhost-user-fs"],
         "run virtiofsd and connect to it with --fs tag=TAG,socket=PATH",
     ),
+    (
+        &["--watchdog"],
+        "there is no watchdog device; the guest's kernel has one of its own, the module softdog, which \
+         resets the machine",
+    ),
     (&["--display"], "the screen is served by --spice ADDRESS:PORT"),
     (&["--api-socket", "--qmp", "--monitor"], "the socket for 'drago-vmm ctl' is --control PATH"),
 ];
@@ -477,6 +482,7 @@ mod tests {
         assert!(text("--kernel a --bridge=br0").contains("tap"));
         assert!(text("--kernel a --net bridge=br0").contains("tap=IFNAME"));
         assert!(text("--kernel a --user nobody").contains("group kvm"));
+        assert!(text("--kernel a --watchdog").contains("softdog"));
         assert!(text("--kernel a --cpu kvm64").contains("KVM"));
         assert!(text("--kernel a --cpu 2").contains("--cpus N"));
         assert!(text("-kernel a").starts_with("-kernel: options have two dashes: --kernel"));

@@ -30,7 +30,7 @@ pub(super) static RUNTIME: &[Row] = &[
     allow(libc::SYS_clock_gettime, "where the vDSO has no clock"),
     allow(libc::SYS_gettimeofday, "where the vDSO has no clock"),
     allow(libc::SYS_clock_nanosleep, "waiting for a moment"),
-    allow(libc::SYS_sched_yield, "spinning locks"),
+    allow(libc::SYS_sched_yield, "spinning locks; the network lets others go first"),
     allow(libc::SYS_sched_getaffinity, "number of processors, size of a stack"),
     allow(libc::SYS_set_robust_list, "start of a thread"),
     allow(libc::SYS_rseq, "start of a thread"),

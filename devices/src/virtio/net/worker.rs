@@ -6,6 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    thread,
 };
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -169,10 +170,18 @@ impl NetWorker {
         let Some(ring) = &mut self.transmit else { return };
         self.blocked = false;
         let mut news = 0;
+        let mut moved = false;
         ring.disable_kicks();
         'turn: {
             for _ in 0..BURST {
                 let Some(chain) = ring.pop() else {
+                    if std::mem::take(&mut moved) {
+                        // Whoever wants this processor goes first, a driver that is about to send more or a
+                        // passt among them: what comes meanwhile costs the guest no kick.
+                        ring.notify_driver();
+                        thread::yield_now();
+                        continue;
+                    }
                     if ring.enable_kicks() {
                         continue;
                     }
@@ -188,6 +197,7 @@ impl NetWorker {
                 }
                 ring.push_used(chain.head_index(), 0);
                 tell(ring, &mut news, length);
+                moved = true;
             }
             ring.come_back();
         }
