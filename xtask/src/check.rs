@@ -114,6 +114,7 @@ fn suites(suite: Suite, report: &mut Report) -> Result<()> {
 }
 
 fn fast(report: &mut Report) -> Result<()> {
+    packages::ryll()?;
     step("format", || cargo(&["fmt", "--all", "--check"]))?;
     step("one version of each rust-vmm crate", single_versions)?;
     step("licences and sources", || deny(&mut report.skips))?;

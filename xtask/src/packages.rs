@@ -1,12 +1,17 @@
-//! The Debian packages that demo and tests need, in one place, with the reason for each.
+//! The Debian packages that demo and tests need, in one place, with the reason for each, and what comes
+//! from elsewhere.
 
 use std::{
+    fs,
     io::ErrorKind,
     process::{Command, Stdio},
 };
 
-use anyhow::{Context, Result, bail};
-use drago_tests::progress::{note, step};
+use anyhow::{Context, Result, bail, ensure};
+use drago_tests::{
+    paths,
+    progress::{note, step},
+};
 
 /// Package and what it is for.
 type Need = (&'static str, &'static str);
@@ -48,6 +53,8 @@ const TESTS: &[Need] = &[
     ("xdotool", "keys and mouse for remote-viewer"),
     ("chromium", "a browser as a SPICE client, without a screen"),
     ("spice-html5", "the page with a SPICE client that --web shows"),
+    ("python3-pip", "fetches ryll, a SPICE client of another make, from PyPI"),
+    ("libasound2", "a library that ryll is linked with"),
     ("openssl", "certificates for TLS, made by somebody else"),
     ("gvncviewer", "a real VNC client: gtk-vnc, the one in remote-viewer"),
     ("tigervnc-viewer", "a second real VNC client"),
@@ -119,6 +126,47 @@ pub(crate) fn install(purpose: For) -> Result<()> {
     let mut arguments = vec!["install", "-y", "-q", "--no-install-recommends"];
     arguments.extend(&names);
     step("apt-get install", || apt(&arguments))
+}
+
+/// A SPICE client that shares no code with others, which PyPI has as a program (Apache-2.0): this file and
+/// no other.
+pub(crate) fn ryll() -> Result<()> {
+    const VERSION: &str = "0.3.0";
+    const HASH: &str = "fe63638dfd1a9fcc65f6be23c34b57c47d719474413bdd1598001caede91baae";
+    let tools = paths::workspace().join("target/tools");
+    let root = tools.join("ryll");
+    if root.join(format!("ryll-{VERSION}.dist-info")).is_dir() {
+        return Ok(());
+    }
+    step("pip install ryll", || {
+        // Leaves nothing half made where tests look.
+        let folder = tools.join("ryll.new");
+        if folder.exists() {
+            fs::remove_dir_all(&folder)?;
+        }
+        fs::create_dir_all(&folder)?;
+        let list = folder.join("list");
+        fs::write(&list, format!("ryll=={VERSION} --hash=sha256:{HASH}\n"))?;
+        let made = folder.join("ryll");
+        let pip = ["-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"];
+        let out = Command::new("/usr/bin/python3")
+            .stdin(Stdio::null())
+            .args(pip)
+            .args(["--only-binary=:all:", "--require-hashes", "--root-user-action=ignore"])
+            .arg("--target")
+            .arg(&made)
+            .arg("--requirement")
+            .arg(&list)
+            .output()
+            .context("cannot run /usr/bin/python3")?;
+        let said = String::from_utf8_lossy(&out.stderr);
+        ensure!(out.status.success(), "pip cannot install ryll {VERSION}:\n{said}");
+        if root.exists() {
+            fs::remove_dir_all(&root)?;
+        }
+        fs::rename(&made, &root).with_context(|| root.display().to_string())?;
+        Ok(fs::remove_dir_all(&folder)?)
+    })
 }
 
 /// Whether there is such a program.

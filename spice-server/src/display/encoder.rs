@@ -46,8 +46,10 @@ const MIN_KEPT: usize = 600;
 /// What the client can do.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Abilities {
-    /// It knows LZ4, and with that a second surface: spice-gtk and its relatives.
+    /// It knows LZ4: no browser.
     pub(crate) modern: bool,
+    /// It copies from a second surface.
+    pub(crate) surfaces: bool,
     /// It tells which codecs it shows.
     pub(crate) streams: bool,
     pub(crate) reports: bool,
@@ -186,7 +188,7 @@ impl Encoder {
     /// knows such, and appear together: no half-painted first frame, no flicker when the size
     /// changes.
     pub(crate) fn begin_picture(&mut self, size: (u32, u32), now: Instant) {
-        if self.abilities.modern {
+        if self.abilities.surfaces {
             self.drop_staging();
             let (framer, out) = (&mut self.framer, &mut self.out);
             put_surface_create(framer, out, Surface::Staging, size);

@@ -76,6 +76,8 @@ pub(crate) struct NewViewer {
     pub(crate) traffic: Arc<Traffic>,
     pub(crate) header: HeaderKind,
     pub(crate) caps: Caps,
+    /// [`LinkRequest::copies_surfaces`](crate::proto::link::LinkRequest::copies_surfaces).
+    pub(crate) copies_surfaces: bool,
     /// Bytes the client sent after its ticket.
     pub(crate) received: Vec<u8>,
     /// Bytes of the link that have not been sent.
@@ -106,8 +108,8 @@ fn run(new: NewViewer, handle: ViewerHandle) {
     new.session.count_display(number, stats.clone());
     let has = |cap| new.caps.has(cap);
     let abilities = Abilities {
-        // Whoever knows LZ4 is spice-gtk or a relative; browsers' clients know neither.
         modern: has(CAP_LZ4),
+        surfaces: has(CAP_LZ4) && new.copies_surfaces,
         streams: has(CAP_MULTI_CODEC),
         reports: has(CAP_STREAM_REPORT),
         sized: has(CAP_SIZED_STREAM),

@@ -53,6 +53,13 @@ pub(crate) struct LinkRequest {
 }
 
 impl LinkRequest {
+    /// Whether the client is known to draw images that are other surfaces, which no capability tells:
+    /// ryll 0.3 sends all that there are about surfaces, and draws nothing for one. spice-gtk does draw
+    /// them; it is told by taking tickets without saying so (`AUTH_SPICE`).
+    pub(crate) fn copies_surfaces(&self) -> bool {
+        !self.common_caps.has(COMMON_CAP_AUTH_SPICE)
+    }
+
     pub(crate) fn header_kind(&self) -> HeaderKind {
         if self.common_caps.has(COMMON_CAP_MINI_HEADER) {
             HeaderKind::Mini
@@ -288,6 +295,7 @@ mod tests {
                     assert_eq!(request.known_type(), Some(ChannelType::Display));
                     assert!(request.channel_caps.has(5));
                     assert_eq!(request.header_kind(), HeaderKind::Mini);
+                    assert!(request.copies_surfaces());
                     link.accept(&[3; PUBLIC_KEY_SIZE], 0x42, &mut out);
                     assert_eq!(out.len(), 16 + 178 + 8);
                 }

@@ -19,6 +19,7 @@ use spice_server::{
     AgentPort, DisplayHandle, Frame, MemoryFrame, Rect, ServerBuilder, SpiceServer,
 };
 
+pub mod certificates;
 #[path = "../../examples/test-picture/picture.rs"]
 pub mod picture;
 pub mod xvfb;

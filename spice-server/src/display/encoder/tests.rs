@@ -163,6 +163,16 @@ impl Model {
     }
 }
 
+/// Those of spice-gtk.
+const ABILITIES: Abilities = Abilities {
+    modern: true,
+    surfaces: true,
+    streams: true,
+    reports: true,
+    sized: true,
+    local: false,
+};
+
 /// A source of frames, an encoder, and the model that follows.
 struct Bench {
     size: (u32, u32),
@@ -177,9 +187,11 @@ struct Bench {
 
 impl Bench {
     fn new(size: (u32, u32), seed: u32) -> Self {
+        Self::with(ABILITIES, size, seed)
+    }
+
+    fn with(abilities: Abilities, size: (u32, u32), seed: u32) -> Self {
         let stats = Arc::<Counters>::default();
-        let abilities =
-            Abilities { modern: true, streams: true, reports: true, sized: true, local: false };
         let framer = Framer::new(HeaderKind::Mini);
         let mut bench = Self {
             size,
@@ -353,6 +365,22 @@ fn whatever_is_drawn_ends_exactly() {
             }
         }
         bench.settle(&format!("seed {seed}"));
+    }
+}
+
+#[test]
+fn clients_that_copy_no_surfaces_are_sent_none() {
+    const SURFACE: u8 = 104;
+    for surfaces in [true, false] {
+        let abilities = Abilities { surfaces, ..ABILITIES };
+        let mut bench = Bench::with(abilities, (640, 480), 23);
+        bench.text(Rect::new(0, 0, 640, 480));
+        bench.show(&[Rect::new(0, 0, 640, 480)]);
+        bench.steps(1);
+        assert_eq!(bench.model.surfaces.contains_key(&0), !surfaces, "drawn in view");
+        bench.settle("the picture");
+        assert_eq!(bench.model.images.contains_key(&SURFACE), surfaces);
+        assert!(bench.model.images.contains_key(&109), "LZ4 all the same");
     }
 }
 

@@ -362,6 +362,7 @@ impl Reactor {
             stream: connection.stream,
             header: request.header_kind(),
             caps: request.channel_caps.clone(),
+            copies_surfaces: request.copies_surfaces(),
             received: pending.link.into_rest(),
             unsent,
         };
