@@ -17,19 +17,28 @@ use support::{PATIENCE, eventually, guest_message, setup};
 
 const CLIPBOARD: u32 = 4;
 
-/// A channel with the 18-byte header and no capabilities at all.
-struct Plain(TcpStream);
+/// A channel with the 18-byte header.
+struct Plain {
+    stream: TcpStream,
+    /// How often it had to say something.
+    turns: usize,
+}
 
 impl Plain {
+    /// Without any capabilities.
     fn link(address: SocketAddr, connection_id: u32, kind: u8) -> Self {
+        Self::link_with(address, connection_id, kind, 0)
+    }
+
+    fn link_with(address: SocketAddr, connection_id: u32, kind: u8, capabilities: u32) -> Self {
         let mut stream = TcpStream::connect(address).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut hello = b"REDQ".to_vec();
-        for word in [2u32, 2, 18, connection_id] {
+        for word in [2u32, 2, 22, connection_id] {
             hello.extend_from_slice(&word.to_le_bytes());
         }
         hello.extend_from_slice(&[kind, 0]);
-        for word in [0u32, 0, 18] {
+        for word in [0u32, 1, 18, capabilities] {
             hello.extend_from_slice(&word.to_le_bytes());
         }
         stream.write_all(&hello).unwrap();
@@ -40,17 +49,17 @@ impl Plain {
         let mut result = [0; 4];
         stream.read_exact(&mut result).unwrap();
         assert_eq!(result, [0; 4]);
-        Self(stream)
+        Self { stream, turns: 2 }
     }
 
     /// The next message that is no PING, which this client never answers.
     fn message(&mut self) -> (u16, Vec<u8>) {
         loop {
             let mut header = [0; 18];
-            self.0.read_exact(&mut header).unwrap();
+            self.stream.read_exact(&mut header).unwrap();
             let size = u32::from_le_bytes(header[10..14].try_into().unwrap());
             let mut body = vec![0; size as usize];
-            self.0.read_exact(&mut body).unwrap();
+            self.stream.read_exact(&mut body).unwrap();
             let kind = u16::from_le_bytes(header[8..10].try_into().unwrap());
             if kind != 4 {
                 return (kind, body);
@@ -59,7 +68,8 @@ impl Plain {
     }
 
     fn send(&mut self, kind: u16, body: &[u8]) {
-        self.0.write_all(&packet(kind, body)).unwrap();
+        self.turns += 1;
+        self.stream.write_all(&packet(kind, body)).unwrap();
     }
 }
 
@@ -115,6 +125,38 @@ fn an_old_client_gets_raw_pictures_on_its_one_surface() {
     assert!(canvas == pixels);
 }
 
+/// What a connect takes at least: the ticket needs the key in the answer to a link, and the display's link
+/// needs the session's number. Nothing of this server's own comes on top.
+#[test]
+fn four_answers_lead_to_the_whole_picture() {
+    const LZ4: u32 = 1 << 5;
+    let setup = setup(|builder| builder);
+    setup.show_background((160, 120));
+    for capabilities in [0, LZ4] {
+        let mut main = Plain::link(setup.address(), 0, 1);
+        let (kind, init) = main.message();
+        assert_eq!(kind, 103);
+        // The channels are told without being asked for.
+        assert_eq!(main.message().0, 104);
+        let mut display = Plain::link_with(setup.address(), word(&init, 0), 2, capabilities);
+        let mut painted = 0;
+        loop {
+            let (kind, body) = display.message();
+            let rect = |at: usize| [0, 4, 8, 12].map(|side| word(&body, at + side));
+            match kind {
+                102 => break,
+                304 if word(&body, 0) == 0 => {
+                    let [top, left, bottom, right] = rect(4);
+                    painted += (bottom - top) * (right - left);
+                }
+                _ => {}
+            }
+        }
+        assert_eq!(painted, 160 * 120, "the picture is whole when it may be shown");
+        assert_eq!(main.turns + display.turns, 4);
+    }
+}
+
 #[test]
 fn notices_reach_who_is_there() {
     let setup = setup(|builder| builder);
@@ -147,9 +189,9 @@ fn nonsense_ends_the_session_and_nothing_else() {
     assert_eq!(inputs.message().0, 101);
     // Too large a message, then one that does not exist.
     inputs.send(101, &[0; 1000]);
-    assert_eq!(inputs.0.read(&mut [0; 16]).unwrap_or(0), 0, "closed");
+    assert_eq!(inputs.stream.read(&mut [0; 16]).unwrap_or(0), 0, "closed");
     main.send(999, &[]);
-    while main.0.read(&mut [0; 1024]).is_ok_and(|count| count > 0) {}
+    while main.stream.read(&mut [0; 1024]).is_ok_and(|count| count > 0) {}
     support::eventually("the session's end", || setup.server.status().clients.is_empty());
     let mut main = Plain::link(setup.address(), 0, 1);
     assert_eq!(main.message().0, 103);
@@ -264,7 +306,7 @@ fn a_client_gets_its_tokens_back_as_soon_as_the_guest_reads() {
         let chunks: Vec<_> = message[8..].chunks(2048).collect();
         assert_eq!(chunks.len(), all as usize);
         let packets: Vec<u8> = chunks.iter().flat_map(|chunk| packet(107, chunk)).collect();
-        main.0.write_all(&packets).unwrap();
+        main.stream.write_all(&packets).unwrap();
         eventually("all is read", || read(&setup) - before.2 >= packets.len() as u64);
         eventually("the port is full", || count(&port.refused) > before.0);
         port.open.store(true, Ordering::Release);
