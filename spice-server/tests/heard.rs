@@ -179,7 +179,9 @@ fn hear_a_sine(card: &SoundCard, opus: bool, seconds: usize) -> f64 {
     let _client = card.client(setup.address(), opus);
     handle.start(RATE as u32);
     let before = card.heard.lock().unwrap().samples.len();
-    play(&handle, &tone(0, RATE * seconds));
+    // Silence first, so that the client has little in store.
+    let silence = vec![[0; 2]; RATE * 2];
+    play(&handle, &[silence, tone(0, RATE * seconds)].concat());
     handle.stop();
     let heard = card.heard.lock().unwrap().samples[before..].to_vec();
     let longest = clean(&heard, 10_000.0, 0.02);

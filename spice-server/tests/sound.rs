@@ -230,7 +230,8 @@ fn a_click_arrives_at_once() {
         handle.start(RATE as u32);
         let mut said = Vec::new();
         play(&handle, Duration::from_secs(2), &[&ear], |from, count| {
-            let mut frames = vec![[0; 2]; count];
+            // Not silence, of which some is left out.
+            let mut frames = vec![[20; 2]; count];
             if (from / count) % 20 == 10 {
                 // The clock of Python's time.monotonic().
                 let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
@@ -252,6 +253,44 @@ fn a_click_arrives_at_once() {
             late[late.len() - 1] * 1e3
         );
         assert!(late[0] > 0.0, "{late:?}");
+    }
+}
+
+/// A client's sink begins late and stays so: silence is where it catches up.
+#[test]
+fn silence_is_left_out_and_nothing_else() {
+    if have_client() {
+        [true, false].into_iter().for_each(|opus| take(|| play_silence_and_a_tone(opus)));
+    }
+}
+
+fn play_silence_and_a_tone(opus: bool) -> Result<(), String> {
+    const LEFT_OUT: usize = RATE * 11 / 100;
+    let setup = setup(|builder| builder.sound(true));
+    let handle = setup.server.playback().unwrap();
+    let ear = Ear::new(setup.address(), opus, 1.0);
+    ear.wait_open(&["PlaybackChannel"]);
+    handle.start(RATE as u32);
+    let (mut silence, mut missing) = (0, 0);
+    support::eventually("less silence", || {
+        handle.play(&[[0; 2]; RATE / 100]);
+        silence += RATE / 100;
+        thread::sleep(TICK);
+        // More often than what is only on its way.
+        missing = if ear.heard() + LEFT_OUT <= silence { missing + 1 } else { 0 };
+        missing > 20
+    });
+    play(&handle, Duration::from_secs(1), &[&ear], tone);
+    handle.stop();
+    ear.event("stop");
+    let samples = ear.finish();
+    let left_out = (silence + RATE).saturating_sub(samples.len());
+    let clean = clean(&samples, 10_000.0, 0.02);
+    println!("opus {opus}: of {silence} silent samples {left_out} are missing, {clean:.2} s clean");
+    if left_out >= LEFT_OUT && clean > 0.9 {
+        Ok(())
+    } else {
+        Err(format!("{left_out} samples are missing, {clean:.2} s clean"))
     }
 }
 

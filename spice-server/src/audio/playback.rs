@@ -29,6 +29,9 @@ const KEPT: usize = 6;
 /// A difference to the clock that is a pause, and not a thread that was late.
 const PAUSE: Duration = Duration::from_millis(50);
 
+/// Samples that nobody hears, where they end or begin: 72 dB below full.
+const INAUDIBLE: u16 = 8;
+
 /// 10 ms of sound.
 #[derive(Debug, Clone)]
 pub(crate) struct Packet {
@@ -38,6 +41,8 @@ pub(crate) struct Packet {
     pub(crate) raw: Arc<[u8]>,
     /// While a client that understands it is there.
     pub(crate) opus: Option<Arc<[u8]>>,
+    /// Nobody would miss it.
+    pub(crate) is_silent: bool,
 }
 
 /// Sound on its way from the program to the clients.
@@ -216,7 +221,9 @@ impl Maker {
             let raw: Vec<u8> =
                 frames.iter().flatten().flat_map(|sample| sample.to_le_bytes()).collect();
             let opus = self.opus.as_mut().and_then(|encoder| encoder.encode(frames));
-            packets.push(Packet { time, raw: raw.into(), opus: opus.map(Arc::from) });
+            let is_silent =
+                frames.iter().flatten().all(|sample| sample.unsigned_abs() <= INAUDIBLE);
+            packets.push(Packet { time, raw: raw.into(), opus: opus.map(Arc::from), is_silent });
             self.frames.drain(..PACKET_FRAMES);
         }
         packets

@@ -28,6 +28,16 @@ use crate::{
 /// that stalled and catches up gets there; what is beyond it would stay in the client's queue for
 /// good.
 const MOST_AHEAD: Duration = Duration::from_millis(60);
+/// Sound of a stream after which a client's sink surely plays. GStreamer's begin only when their own buffer of
+/// 200 ms is full, and then stay as late as that made them.
+const SETTLED: Duration = Duration::from_millis(500);
+/// Silence that is left out then, so that this becomes the store that the client was asked to have. One that has
+/// less runs dry in silence.
+const LEFT_OUT: Duration = Duration::from_millis(110);
+/// Answers may differ by this much for that: whoever's line is uneven needs the store.
+const UNEVEN: Duration = Duration::from_millis(15);
+/// Answers that make an unevenness known, and after which it is half forgotten.
+const ANSWERS: u32 = 16;
 /// Recorded sound that is taken in a second, and most at once, in frames: a client's clock may be fast and
 /// a line may stall, but nobody records three seconds in two.
 const RECORD_RATE: f64 = RATE as f64 * 1.5;
@@ -50,6 +60,7 @@ pub(super) struct PlaybackChannel {
     next: u64,
     /// When it will have played everything it was given.
     plays_until: Option<Instant>,
+    shortening: Shortening,
     volume: Option<Volume>,
     mute: Option<bool>,
     line: Line,
@@ -71,6 +82,7 @@ impl PlaybackChannel {
             stream: None,
             next,
             plays_until: None,
+            shortening: Shortening::default(),
             volume: None,
             mute: None,
             line: Line::default(),
@@ -92,7 +104,11 @@ impl PlaybackChannel {
     pub(super) fn serve(&mut self, framer: &mut Framer, context: &mut Context<'_>) {
         let now = Instant::now();
         // Otherwise packets wait where they are, grow old and are forgotten.
-        let room = context.out.is_empty() && !self.line.is_full(now);
+        let is_full = self.line.is_full(now);
+        let room = context.out.is_empty() && !is_full;
+        if is_full {
+            self.shortening.ran_dry();
+        }
         let shared = self.shared.clone();
         let state = shared.state();
         if self.takes_volume && state.volume != self.volume {
@@ -122,6 +138,7 @@ impl PlaybackChannel {
             }
             self.stream = Some(stream);
             self.plays_until = None;
+            self.shortening = Shortening::default();
         }
         self.give_packets(&state, room, now, framer, context);
         if let Some(id) = self.line.ping(now) {
@@ -149,10 +166,39 @@ impl PlaybackChannel {
                 (Mode::Opus, None) => continue,
                 (Mode::Raw, _) => &packet.raw,
             };
+            if self.plays_until.is_some_and(|until| now > until + PlaybackHandle::STORE) {
+                self.shortening.ran_dry();
+            }
             let from = self.plays_until.map_or(now, |until| until.max(now));
+            if self.shortening.leaves_out(packet.is_silent && self.line.is_even()) {
+                self.plays_until = Some(from);
+                continue;
+            }
             self.plays_until = Some(from + PACKET_TIME);
             playback::put_data(framer, context.out, context.time(packet.time), data);
         }
+    }
+}
+
+/// What a client has in store beyond what it was asked for becomes less where nobody hears it.
+#[derive(Debug, Default)]
+struct Shortening {
+    given: Duration,
+    left_out: Duration,
+}
+
+impl Shortening {
+    /// The client's sink begins anew.
+    fn ran_dry(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Whether the next packet is not given, which may be done or not.
+    fn leaves_out(&mut self, permitted: bool) -> bool {
+        let leaves_out = permitted && self.given >= SETTLED && self.left_out < LEFT_OUT;
+        let sum = if leaves_out { &mut self.left_out } else { &mut self.given };
+        *sum = sum.saturating_add(PACKET_TIME);
+        leaves_out
     }
 }
 
@@ -165,9 +211,17 @@ struct Line {
     asked_at: Option<Instant>,
     /// The shortest round trip, which creeps up so that a line that changed is believed.
     fastest: Option<Duration>,
+    /// By how much answers were later than the fastest one; an old one counts less and less.
+    uneven: Duration,
+    answers: u32,
 }
 
 impl Line {
+    /// Whether answers are known to come at even times.
+    fn is_even(&self) -> bool {
+        self.answers >= ANSWERS && self.uneven <= UNEVEN
+    }
+
     fn is_full(&self, now: Instant) -> bool {
         match (self.asked.front(), self.fastest) {
             (Some((_, at)), Some(fastest)) => {
@@ -197,7 +251,10 @@ impl Line {
         let (_, at) = self.asked.drain(..=index).next_back()?;
         let took = now.saturating_duration_since(at);
         let fastest = self.fastest.unwrap_or(took);
-        self.fastest = Some(took.min(fastest + took.saturating_sub(fastest) / 64));
+        let late = took.saturating_sub(fastest);
+        self.fastest = Some(took.min(fastest + late / 64));
+        self.uneven = late.max(self.uneven - self.uneven / ANSWERS);
+        self.answers = self.answers.saturating_add(1);
         Some(took)
     }
 }
@@ -364,6 +421,38 @@ mod tests {
                 allowance.charge(480);
             }
         }
+    }
+
+    #[test]
+    fn only_silence_is_left_out_and_only_once() {
+        let mut shortening = Shortening::default();
+        let mut left_out = |packets: u32, permitted| {
+            (0..packets).filter(|_| shortening.leaves_out(permitted)).count()
+        };
+        assert_eq!(left_out(50, true), 0, "its sink has not begun");
+        assert_eq!(left_out(1000, false), 0, "a tone");
+        assert_eq!(left_out(5, true), 5);
+        assert_eq!(left_out(7, false), 0);
+        assert_eq!(left_out(1000, true), 6);
+        shortening.ran_dry();
+        assert_eq!((0..100).filter(|_| shortening.leaves_out(true)).count(), 11);
+    }
+
+    #[test]
+    fn an_uneven_line_is_known_and_forgotten() {
+        let mut line = Line::default();
+        let start = Instant::now();
+        let mut answer = |number: u64, ms: u64| {
+            let now = start + Duration::from_millis(number * 100);
+            let id = line.ping(now).unwrap();
+            line.answered(id, now + Duration::from_millis(ms));
+            line.is_even()
+        };
+        let answers: Vec<bool> = (0..20).map(|number| answer(number, 10)).collect();
+        assert_eq!(answers.iter().position(|even| *even), Some(15), "not before it is known");
+        assert!(!answer(20, 45));
+        let answers: Vec<bool> = (21..40).map(|number| answer(number, 10)).collect();
+        assert!(!answers[5] && answers[18]);
     }
 
     #[test]
