@@ -144,7 +144,7 @@ fn exists(name: &str) -> bool {
     let root = paths::workspace();
     let path = match file {
         "cli" => root.join("vmm/src/cli.rs"),
-        "tiny" => root.join("vmm/tests/tiny_guest.rs"),
+        "tiny" => root.join("vmm/tests/tiny_guest"),
         "nested" => root.join("tests/tests/microvm.rs"),
         "minimal" | "units" | "nix" | "docs" => root.join(format!("tests/tests/{file}.rs")),
         file if file.ends_with(".rs") => root.join(file),
