@@ -390,9 +390,17 @@ fn frames_are_asked_for_as_viewers_take_them() {
     }
     assert!(asked.try_recv().is_err(), "it asks for a client that takes nothing");
     signal("-CONT");
+    // Having been blocked is no reason to ask less from now on: every frame that is shown makes it ask for one more.
+    for _ in 0..5 {
+        let wanted = hash(&last);
+        eventually("the last frame", || client.pixels() == wanted);
+        asked.recv_timeout(PATIENCE).expect("it wants more again, after each frame");
+        while asked.try_recv().is_ok() {}
+        last = noise();
+        setup.show(size, last.clone());
+    }
     let wanted = hash(&last);
     eventually("the last frame", || client.pixels() == wanted);
-    asked.recv_timeout(PATIENCE).expect("it wants more again");
 }
 
 #[test]

@@ -17,6 +17,7 @@ const ANNOUNCE_CAPABILITIES: u32 = 6;
 const CLIPBOARD_GRAB: u32 = 7;
 const CLIPBOARD_REQUEST: u32 = 8;
 const CLIENT_DISCONNECTED: u32 = 13;
+const AUDIO_VOLUME_SYNC: u32 = 15;
 
 #[test]
 fn a_wrong_password_is_told_as_such() {
@@ -192,9 +193,11 @@ fn clipboard_crosses_both_ways_and_the_guest_hears_who_comes_and_goes() {
     client.named("grab");
     client.tell("paste");
     eventually("the client's request", || received(CLIPBOARD_REQUEST).is_some());
-    let text = "Grüße aus dem Gast".as_bytes();
-    agent.guest_data(&guest_message(CLIPBOARD, &[&selection, &utf8, text].concat()));
-    assert_eq!(client.named("clipboard")["text"], "Grüße aus dem Gast");
+    // In one chunk, as spice-vdagentd writes it, whatever the protocol says of chunks' sizes.
+    let text = "Grüße aus dem Gast ".repeat(500);
+    let message = guest_message(CLIPBOARD, &[&selection, &utf8, text.as_bytes()].concat());
+    assert_eq!(agent.guest_data(&message), message.len());
+    assert_eq!(client.named("clipboard")["text"], text);
 
     // Client to guest, and long enough for many chunks.
     let long = "abcdefghij".repeat(500);
@@ -215,4 +218,36 @@ fn clipboard_crosses_both_ways_and_the_guest_hears_who_comes_and_goes() {
     agent.guest_opened(false);
     client.event("agent gone", |e| (e["ev"] == "agent" && e["connected"] == false).then_some(()));
     client.event("ours again", |e| (e["ev"] == "agent" && e["connected"] == true).then_some(()));
+}
+
+#[test]
+fn the_guests_agent_hears_how_loud_its_client_plays() {
+    if !have_client() {
+        return;
+    }
+    let port = Arc::new(GuestPort::default());
+    let setup = setup(|builder| builder.agent(port.clone()));
+    setup.show_background((64, 64));
+    // No sound card is needed to have a volume.
+    let pipeline = "appsrc name=appsrc ! volume name=audiosink volume=0.125 ! fakesink";
+    let mut client =
+        Client::with_environment(setup.address(), &[("SPICE_GST_AUDIOSINK", pipeline)]);
+    client.wait_ready();
+    let agent = setup.server.agent();
+    agent.guest_opened(true);
+    let received = |kind| port.messages().into_iter().filter(move |m| m.0 == kind);
+    eventually("the client's capabilities", || received(ANNOUNCE_CAPABILITIES).count() > 0);
+    assert_eq!(received(AUDIO_VOLUME_SYNC).count(), 0, "to an agent that has said nothing");
+    // By demand, selections, volume.
+    let caps: u32 = 1 << 5 | 1 << 6 | 1 << 11;
+    let body = [0, caps].map(u32::to_le_bytes).concat();
+    agent.guest_data(&guest_message(ANNOUNCE_CAPABILITIES, &body));
+    // Playback, not muted, two channels; half of 65535, as loudness goes (the cube root of 0.125).
+    let half = 32767u16.to_le_bytes();
+    let wanted = [&[1, 0, 2][..], &half, &half].concat();
+    eventually("the volume", || {
+        // spice-gtk writes it when it has something else to say.
+        client.tell("copy something");
+        received(AUDIO_VOLUME_SYNC).any(|(_, body)| body == wanted)
+    });
 }

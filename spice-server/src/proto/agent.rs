@@ -12,7 +12,7 @@ const PROTOCOL: u32 = 1;
 pub(crate) const HEADER_SIZE: usize = 20;
 /// Size of a chunk header on the port: port number, size.
 const CHUNK_HEADER_SIZE: usize = 8;
-/// Largest chunk (`VD_AGENT_MAX_DATA_SIZE`).
+/// Largest chunk to a client or the guest (`VD_AGENT_MAX_DATA_SIZE`).
 pub(crate) const MAX_CHUNK: usize = 2048;
 /// Most monitors of a configuration; clients send 16.
 const MAX_MONITORS: u32 = 64;
@@ -115,7 +115,8 @@ fn decode_header(bytes: &[u8]) -> Result<Header, DecodeError> {
     Ok(Header { kind, opaque, size: reader.u32()? })
 }
 
-/// Finds the chunks on the guest's port.
+/// Finds the chunks on the guest's port. They are of any size: Linux' spice-vdagentd writes every message as one,
+/// in spite of `VD_AGENT_MAX_DATA_SIZE`.
 #[derive(Debug, Default)]
 pub(crate) struct ChunkCutter {
     header: Vec<u8>,
@@ -124,7 +125,7 @@ pub(crate) struct ChunkCutter {
 }
 
 impl ChunkCutter {
-    /// Takes the next part of a chunk, with its port, from the front of `input`.
+    /// Takes the next part of a chunk, at most [`MAX_CHUNK`] bytes, with its port, from the front of `input`.
     pub(crate) fn next<'a>(
         &mut self,
         input: &mut &'a [u8],
@@ -141,14 +142,14 @@ impl ChunkCutter {
             self.port = reader.u32()?;
             self.rest = reader.u32()?;
             self.header.clear();
-            if self.rest as usize > MAX_CHUNK {
-                return Err(DecodeError::Value("agent chunk size"));
+            if !matches!(self.port, PORT_CLIENT | PORT_SERVER) {
+                return Err(DecodeError::Value("agent port"));
             }
         }
         if input.is_empty() {
             return Ok(None);
         }
-        let (data, tail) = input.split_at(input.len().min(self.rest as usize));
+        let (data, tail) = input.split_at(input.len().min(self.rest as usize).min(MAX_CHUNK));
         *input = tail;
         self.rest -= data.len() as u32;
         Ok(Some((self.port, data)))
@@ -326,10 +327,23 @@ mod tests {
             }
             assert_eq!(ports, [0, 5000, 3]);
         }
-        let mut oversize = Vec::new();
-        oversize.put_u32(PORT_CLIENT);
-        oversize.put_u32(2049);
-        assert!(ChunkCutter::default().next(&mut &oversize[..]).is_err());
+    }
+
+    #[test]
+    fn a_chunk_of_any_size_comes_in_parts() {
+        let mut wire = Vec::new();
+        wire.put_u32(PORT_CLIENT);
+        wire.put_u32(70_000);
+        wire.resize(8 + 70_000, 3);
+        put_chunks(&mut wire, PORT_SERVER, &[4]);
+        let (mut cutter, mut input) = (ChunkCutter::default(), &wire[..]);
+        let mut sizes = [0; 3];
+        while let Some((port, data)) = cutter.next(&mut input).unwrap() {
+            assert!(data.len() <= MAX_CHUNK);
+            sizes[port as usize] += data.len();
+        }
+        assert_eq!(sizes, [0, 70_000, 1]);
+        assert!(cutter.next(&mut &[3, 0, 0, 0, 1, 0, 0, 0][..]).is_err(), "no such port");
     }
 
     #[test]
