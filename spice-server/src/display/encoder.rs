@@ -3,6 +3,7 @@
 //! Knows no sockets: whoever owns it asks for a [`step`](Encoder::step) whenever the connection can
 //! take more, and every step encodes one part from the newest pixels. [`streams`] has the films.
 
+mod cut;
 mod streams;
 
 use std::{
@@ -307,7 +308,7 @@ impl Encoder {
             self.finish(now);
             return self.out.len() != before;
         };
-        self.draw(rect, line, now, false);
+        self.draw_run(rect, line, now);
         // A picture that never rests is whole once every part has been drawn.
         if self.tiles.is_known() {
             self.finish(now);
@@ -351,21 +352,42 @@ impl Encoder {
         set(&self.stats.memory, self.tiles.memory() as u64);
     }
 
+    /// Encodes a run of tiles, cut where that is worth it.
+    fn draw_run(&mut self, run: Rect, line: &Line, now: Instant) {
+        let mut pixels = std::mem::take(&mut self.pixels);
+        self.tiles.pixels(run, &mut pixels);
+        let parts = cut::cut(run, &pixels);
+        if parts.len() == 1 {
+            self.draw_pixels(run, &pixels, line, now, false);
+        } else {
+            for part in parts {
+                self.tiles.pixels(part, &mut pixels);
+                self.draw_pixels(part, &pixels, line, now, false);
+            }
+        }
+        self.pixels = pixels;
+    }
+
     /// Encodes a part; `exact` forbids lossy codings.
     fn draw(&mut self, rect: Rect, line: &Line, now: Instant, exact: bool) {
-        let start = Instant::now();
-        let before = self.out.len();
         let mut pixels = std::mem::take(&mut self.pixels);
         self.tiles.pixels(rect, &mut pixels);
+        self.draw_pixels(rect, &pixels, line, now, exact);
+        self.pixels = pixels;
+    }
+
+    fn draw_pixels(&mut self, rect: Rect, pixels: &[u8], line: &Line, now: Instant, exact: bool) {
+        let start = Instant::now();
+        let before = self.out.len();
         let (surface, size) = (self.target(), (rect.width, rect.height));
-        let codec = if let Some(colour) = single_colour(&pixels) {
+        let codec = if let Some(colour) = single_colour(pixels) {
             put_fill(&mut self.framer, &mut self.out, surface, rect, colour);
             Codec::Fill
         } else {
             let may_lose = !exact && pixels.len() >= MIN_LOSSY && line.slow && self.is_behind(line);
             let warm = self.tiles.indices(rect).any(|index| self.heat.is_warm(index, now));
             let keep = if !warm && !exact && self.cache.takes(rect.width * rect.height) {
-                Keep::As(self.cache.id(size, &pixels))
+                Keep::As(self.cache.id(size, pixels))
             } else {
                 Keep::No
             };
@@ -378,13 +400,13 @@ impl Encoder {
                 }
                 _ => {
                     let quality = if warm { WARM_QUALITY } else { JPEG_QUALITY };
-                    self.put_pixels(rect, &pixels, keep, may_lose.then_some(quality))
+                    self.put_pixels(rect, pixels, keep, may_lose.then_some(quality))
                 }
             }
         };
         let lossy = (codec == Codec::Jpeg).then_some(now);
         self.lossy |= lossy.is_some();
-        self.tiles.sent(rect, &pixels, lossy);
+        self.tiles.sent(rect, pixels, lossy);
         let photo = match codec {
             Codec::Raw | Codec::Jpeg => true,
             _ => (self.out.len() - before) * 10 > pixels.len() * 4,
@@ -392,7 +414,6 @@ impl Encoder {
         for index in self.tiles.indices(rect) {
             self.heat.coded(index, photo);
         }
-        self.pixels = pixels;
         self.stats.encoded(codec, self.out.len() - before, start);
     }
 

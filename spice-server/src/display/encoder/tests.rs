@@ -391,6 +391,24 @@ fn clients_that_copy_no_surfaces_are_sent_none() {
     }
 }
 
+/// What TCP sends before the first acknowledgement (RFC 6928, in segments of Ethernet's size): a picture
+/// that is longer takes one more round trip to come up.
+const FIRST_FLIGHT: u64 = 10 * 1448;
+
+#[test]
+fn an_ordinary_picture_fits_into_the_first_flight() {
+    let mut bench = Bench::new((1280, 720), 29);
+    // A window with two lines on a page, a panel, a background.
+    bench.paint(Rect::new(0, 0, 1280, 720), |_, _| 0x30_5070);
+    bench.paint(Rect::new(0, 0, 1280, 28), |_, _| 0x20_2020);
+    bench.paint(Rect::new(128, 60, 1024, 600), |_, _| 0xff_ffff);
+    bench.text(Rect::new(150, 80, 300, 24));
+    bench.show(&[Rect::new(0, 0, 1280, 720)]);
+    bench.settle("the picture");
+    assert!(bench.bytes() < FIRST_FLIGHT, "{} bytes", bench.bytes());
+    assert!(bench.sent(Codec::Fill) > 5);
+}
+
 #[test]
 fn unchanged_pictures_cost_nothing() {
     let mut bench = Bench::new((1920, 1080), 1);
