@@ -9,11 +9,15 @@ usage: spice_client.py HOST PORT
 """
 
 import ctypes
+import hashlib
 import json
 import os
 import sys
 
 import gi
+
+# Its user has no sound card, and plays at half the volume (a linear eighth).
+os.environ["SPICE_GST_AUDIOSINK"] = "appsrc name=appsrc ! volume name=audiosink volume=0.125 ! fakesink"
 
 gi.require_version("SpiceClientGLib", "2.0")
 from gi.repository import Gio, GLib, GObject, SpiceClientGLib as Spice  # noqa: E402
@@ -24,9 +28,11 @@ PNG = 2  # VD_AGENT_CLIPBOARD_IMAGE_PNG
 
 loop = GLib.MainLoop()
 channels = {}
-primary = {}
+# What displays show, by number, and which one is looked at.
+primaries = {}
+looked_at = 0
 state = {"agent": False, "mouse": 0, "marked": False, "invalidated": 0, "clipboard": None, "grabbed": False,
-         "requested": False, "cursor": None}
+         "requested": False, "cursor": None, "image": None}
 offered = b""
 
 
@@ -51,12 +57,13 @@ def channel_event(channel, event):
 
 
 def primary_create(channel, fmt, width, height, stride, shmid, data):
-    primary.update(width=width, height=height, stride=stride, data=data)
+    display = channel.get_property("channel-id")
+    primaries[display] = {"width": width, "height": height, "stride": stride, "data": data}
     say(ev="primary", width=width, height=height)
 
 
 def primary_destroy(channel):
-    primary.clear()
+    primaries.pop(channel.get_property("channel-id"), None)
     say(ev="primary-destroy")
 
 
@@ -84,12 +91,17 @@ def grab(channel, selection, types, count):
     say(ev="grab", selection=selection)
     if selection == 0:
         # As a desktop client does when its user pastes.
-        channel.clipboard_selection_request(selection, TEXT)
+        channel.clipboard_selection_request(selection, PNG if PNG in types else TEXT)
     return True
 
 
 def clipboard(channel, selection, kind, data, size):
-    state["clipboard"] = data_bytes(data, size).decode(errors="replace")
+    data = data_bytes(data, size)
+    if kind == PNG:
+        state["image"] = hashlib.sha256(data).hexdigest()
+        say(ev="image", size=len(data))
+        return
+    state["clipboard"] = data.decode(errors="replace")
     say(ev="clipboard", text=state["clipboard"])
 
 
@@ -117,7 +129,7 @@ def cursor_set(channel, width, height, hot_x, hot_y, rgba):
 
 def new_channel(session, channel):
     name = type(channel).__name__
-    channels[name] = channel
+    channels.setdefault(name, channel)
     on(channel, "channel-event", channel_event)
     if name == "MainChannel":
         on(channel, "main-mouse-update", mouse)
@@ -139,6 +151,7 @@ def new_channel(session, channel):
 
 def screenshot(path):
     """Writes what the client would show as a PPM."""
+    primary = primaries.get(looked_at)
     if not primary:
         return {"width": 0, "height": 0}
     width, height, stride = primary["width"], primary["height"], primary["stride"]
@@ -153,17 +166,18 @@ def screenshot(path):
 
 
 def command(name, args):
-    global offered
+    global offered, looked_at
     inputs, main = channels.get("InputsChannel"), channels.get("MainChannel")
     if name == "screenshot":
         return screenshot(args["path"])
     if name == "state":
+        primary = primaries.get(looked_at, {})
         return {**state, "width": primary.get("width", 0), "height": primary.get("height", 0)}
     if name == "keys":
         for code, down in args["keys"]:
             (inputs.key_press if down else inputs.key_release)(code)
     elif name == "position":
-        inputs.position(args["x"], args["y"], 0, args.get("buttons", 0))
+        inputs.position(args["x"], args["y"], looked_at, args.get("buttons", 0))
     elif name == "motion":
         inputs.motion(args["x"], args["y"], args.get("buttons", 0))
     elif name == "button":
@@ -187,6 +201,18 @@ def command(name, args):
     elif name == "resize":
         main.update_display_enabled(0, True, False)
         main.update_display(0, 0, 0, args["width"], args["height"], False)
+        main.send_monitor_config()
+    elif name == "look":
+        looked_at = args["display"]
+    elif name == "monitors":
+        # Sizes of all there are to be, from left to right.
+        left = 0
+        for display, (width, height) in enumerate(args["sizes"]):
+            main.update_display_enabled(display, True, False)
+            main.update_display(display, left, 0, width, height, False)
+            left += width
+        for display in range(len(args["sizes"]), 4):
+            main.update_display_enabled(display, False, False)
         main.send_monitor_config()
     elif name == "mouse-mode":
         main.request_mouse_mode(args["mode"])

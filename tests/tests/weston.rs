@@ -7,9 +7,10 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use drago_tests::client::SpiceClient;
+use drago_tests::debian::Release;
 use drago_tests::desktop::{WESTON_BACKGROUND, is_shown};
 use drago_tests::guest::{Desktop, Guest};
 use drago_tests::progress::step;
@@ -58,6 +59,8 @@ fn a_desktop_is_seen_and_driven_by_real_clients() {
     world.step("clipboard from client to guest", World::clipboard_to_guest);
     world.step("clipboard from guest to client", World::clipboard_to_client);
     world.step("an image on the clipboard", World::image_to_guest);
+    world.step("an image on the guest's clipboard", World::image_to_client);
+    world.step("the client's volume", World::volume_to_guest);
     world.step("a file sent by the client", World::file_to_guest);
     world.step("resize by the client", World::resize);
     world.step("resize by remote-viewer", World::remote_viewer);
@@ -124,14 +127,7 @@ impl World {
     /// The whole way to a program: a full-screen window is told the pointer's place by the compositor.
     fn pointer_lands(&mut self) -> anyhow::Result<()> {
         self.client.wait_state("client mouse mode", PATIENCE, |state| state["mouse"] == 2)?;
-        self.host.ssh(
-            &self.guest,
-            "demo",
-            "export XDG_RUNTIME_DIR=/run/user/1000; cd /tmp; \
-             WAYLAND_DISPLAY=wayland-1 WAYLAND_DEBUG=client setsid weston-terminal --fullscreen \
-             >/dev/null 2>/tmp/pointer.log </dev/null & \
-             until grep -q 'wl_keyboard.*enter' /tmp/pointer.log; do sleep 0.2; done",
-        )?;
+        self.open_window()?;
         let state = self.client.ask("state", json!({}))?;
         let (width, height) = (state["width"].as_u64(), state["height"].as_u64());
         let (width, height) = (width.unwrap_or(0) as u32, height.unwrap_or(0) as u32);
@@ -152,8 +148,20 @@ impl World {
                 error.context(format!("the pointer was put at {x},{y} and did not land there"))
             })?;
         }
-        self.host.ssh(&self.guest, "demo", "pkill -f 'weston-terminal --fullscreen'")?;
-        Ok(())
+        self.close_window()
+    }
+
+    /// A full-screen window, where weston thinks its user is. It says in /tmp/pointer.log what it hears.
+    fn open_window(&self) -> anyhow::Result<()> {
+        let open = "export XDG_RUNTIME_DIR=/run/user/1000; cd /tmp; \
+             WAYLAND_DISPLAY=wayland-1 WAYLAND_DEBUG=client setsid weston-terminal --fullscreen \
+             >/dev/null 2>/tmp/pointer.log </dev/null & \
+             until grep -q 'wl_keyboard.*enter' /tmp/pointer.log; do sleep 0.2; done";
+        self.host.ssh(&self.guest, "demo", open).map(drop)
+    }
+
+    fn close_window(&self) -> anyhow::Result<()> {
+        self.host.ssh(&self.guest, "demo", "pkill -f 'weston-terminal --fullscreen'").map(drop)
     }
 
     fn clipboard_to_guest(&mut self) -> anyhow::Result<()> {
@@ -201,6 +209,55 @@ impl World {
             ),
         )?;
         self.same_in_guest(&image, "/tmp/pasted.png")
+    }
+
+    /// The same image, back from the guest, by a program for X11.
+    fn image_to_client(&mut self) -> anyhow::Result<()> {
+        let sum = self.host.ssh(
+            &self.guest,
+            "demo",
+            "export DISPLAY=:0; \
+             setsid xclip -selection clipboard -t image/png -i /tmp/pasted.png >/dev/null 2>&1; \
+             sha256sum </tmp/pasted.png",
+        )?;
+        let sum = sum.split_whitespace().next().unwrap_or_default();
+        let is = |state: &serde_json::Value| state["image"] == sum;
+        self.client.wait_state("the guest's image", PATIENCE, is).map(drop)
+    }
+
+    /// The guest's agent sets the mixer of its first sound card to what the client has. virtio-snd has no mixer,
+    /// so it is given a card that has one.
+    fn volume_to_guest(&mut self) -> anyhow::Result<()> {
+        let tools = Release::open("trixie")?.package("alsa-utils")?;
+        self.host.install(&self.guest, &tools.join("usr/bin/amixer"), "/usr/local/bin/amixer")?;
+        let mixer = "amixer -c 0 sget Master";
+        let before = self.host.ssh(
+            &self.guest,
+            "root",
+            &format!(
+                "modprobe -r virtio_snd && modprobe snd-dummy && udevadm settle && \
+                 {mixer}"
+            ),
+        )?;
+        anyhow::ensure!(!before.contains("[50%]"), "{before}");
+        // A client says it once, to the agent that it finds.
+        self.client = self.host.spice()?;
+        self.client.wait_state("the guest's agent", PATIENCE, |state| state["agent"] == true)?;
+        let end = Instant::now() + PATIENCE;
+        loop {
+            // spice-gtk writes it when it has something else to say.
+            self.client.ask("copy", json!({ "text": "and a volume" }))?;
+            let now = self.host.ssh(&self.guest, "demo", mixer)?;
+            if now.matches("[50%]").count() == 2 {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                let log = "journalctl -b -t spice-vdagent -t spice-vdagentd; cat /tmp/spice-vdagent.log; \
+                           ls -l /dev/snd; cat /proc/asound/cards";
+                let log = self.host.ssh(&self.guest, "root", log)?;
+                anyhow::bail!("it is not set: {now}\n{log}");
+            }
+        }
     }
 
     fn file_to_guest(&mut self) -> anyhow::Result<()> {
