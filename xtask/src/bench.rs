@@ -28,7 +28,7 @@ use drago_tests::{
 use serde_json::{Value, json};
 
 use crate::{
-    bench_bars::{Part, Verdict, judge},
+    bench_bars::{Part, Verdict, judge, judge_content, judge_io},
     bench_gpu, bench_io, build,
     packages::{self, For},
 };
@@ -144,11 +144,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         anyhow::Ok(())
     };
     let rounds = args.rounds.max(1);
-    let all = !(args.boot_only || args.gpu_only || args.memory_only || args.spice_only);
+    let all =
+        !(args.io_only || args.boot_only || args.gpu_only || args.memory_only || args.spice_only);
     let mut verdicts = Vec::new();
     if args.io_only {
-        write("io.json", &bench_io::run(rounds, args.io_cpus, &args.io_part)?)?;
-        return Ok(ExitCode::SUCCESS);
+        let report = bench_io::run(rounds, args.io_cpus, &args.io_part)?;
+        write("io.json", &report)?;
+        verdicts.extend(judge_io(&report));
     }
     if all || args.gpu_only {
         let report = bench_gpu::run(rounds)?;
@@ -169,6 +171,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         let report = spice(all)?;
         write("spice.json", &report)?;
         verdicts.extend(judge(Part::Spice, &report));
+        verdicts.extend(judge_content(&report));
     }
     for verdict in &verdicts {
         println!("{verdict}");

@@ -1,6 +1,6 @@
 //! The bars that the figures of `cargo xtask bench` have to meet.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use serde_json::Value;
 
@@ -13,8 +13,9 @@ enum Good {
 use Good::{AtLeast, AtMost};
 
 /// A figure and what it has to be.
+#[derive(Clone)]
 struct Bar {
-    name: &'static str,
+    name: Cow<'static, str>,
     /// Where it is in the report.
     pointer: &'static str,
     good: Good,
@@ -29,7 +30,7 @@ const fn bar(
     limit: f64,
     unit: &'static str,
 ) -> Bar {
-    Bar { name, pointer, good, limit, unit }
+    Bar { name: Cow::Borrowed(name), pointer, good, limit, unit }
 }
 
 /// Of `boot.json`.
@@ -67,7 +68,7 @@ const SPICE: &[Bar] = &[
 
 /// A bar and what was measured.
 pub(crate) struct Verdict {
-    bar: &'static Bar,
+    bar: Bar,
     /// `None`: there is no such figure, which does not meet the bar either.
     figure: Option<f64>,
 }
@@ -83,7 +84,7 @@ impl Verdict {
 
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Bar { name, good, limit, unit, .. } = self.bar;
+        let Bar { name, good, limit, unit, .. } = &self.bar;
         let sign = if *good == AtMost { '≤' } else { '≥' };
         write!(f, "{:<7} {name}: ", if self.is_met() { "met" } else { "NOT met" })?;
         match self.figure {
@@ -116,7 +117,84 @@ pub(crate) fn judge(part: Part, report: &Value) -> Vec<Verdict> {
         Part::Spice => SPICE,
     };
     let figure = |bar: &Bar| report.pointer(bar.pointer).and_then(Value::as_f64);
-    bars.iter().map(|bar| Verdict { bar, figure: figure(bar) }).collect()
+    bars.iter().map(|bar| Verdict { bar: bar.clone(), figure: figure(bar) }).collect()
+}
+
+fn verdict(
+    name: String,
+    figure: Option<f64>,
+    good: Good,
+    limit: f64,
+    unit: &'static str,
+) -> Verdict {
+    Verdict { bar: Bar { name: name.into(), pointer: "", good, limit, unit }, figure }
+}
+
+/// Holds `io.json`, the ratios in which it has, against 1.
+pub(crate) fn judge_io(report: &Value) -> Vec<Verdict> {
+    let rows = report.as_object().into_iter().flatten();
+    rows.map(|(name, row)| {
+        let name = format!(
+            "{}, of QEMU's",
+            name.rsplit_once(", ").map_or(name.as_str(), |(name, _)| name)
+        );
+        verdict(name, row["median_of_ratios"].as_f64(), AtLeast, 1.0, "")
+    })
+    .collect()
+}
+
+/// Holds what real work costs (`content` of `spice.json`) against its bars, and QEMU's figures on the same
+/// line.
+pub(crate) fn judge_content(report: &Value) -> Vec<Verdict> {
+    let rows = report["content"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let find = |row: &Value, side: &str| {
+        let same = |other: &&Value| {
+            let of_it = ["row", "rtt_ms", "limit_mbit"].iter().all(|key| other[*key] == row[*key]);
+            of_it && other["side"] == side
+        };
+        rows.iter().find(same)
+    };
+    let mut verdicts = Vec::new();
+    for row in rows.iter().filter(|row| row["side"] == "ours") {
+        let (name, rtt) =
+            (row["row"].as_str().unwrap_or("?"), row["rtt_ms"].as_f64().unwrap_or(0.0));
+        let limit = row["limit_mbit"].as_f64().unwrap_or(0.0);
+        let line = match limit {
+            0.0 => format!("{name}, {rtt} ms"),
+            _ => format!("{name}, {rtt} ms, {limit} Mbit/s"),
+        };
+        let mut push = |what: &str, figure, good, limit, unit| {
+            verdicts.push(verdict(format!("{line}: {what}"), figure, good, limit, unit));
+        };
+        let of = |row: &Value, key: &str| row[key].as_f64();
+        let is_drawn = name != "idle";
+        if let Some(theirs) = find(row, "qemu") {
+            let ratio = |key| Some(of(row, key)? / of(theirs, key)?);
+            if is_drawn {
+                push("CPU per frame, of QEMU's", ratio("cpu_ms_per_frame"), AtMost, 1.0, "");
+            }
+            if name == "scroll" && limit == 0.0 {
+                push("bytes, of QEMU's", ratio("mbit_per_s"), AtMost, 0.05, "");
+            }
+        }
+        if limit == 10.0 && is_drawn {
+            push("p95", row["latency_ms"]["p95"].as_f64(), AtMost, rtt + 100.0, "ms");
+        }
+        if limit == 10.0 && name == "film1080" {
+            push("rate", of(row, "mbit_per_s"), AtMost, 8.0, "Mbit/s");
+            push("frames", of(row, "fps"), AtLeast, 29.0, "/s");
+        }
+        let near = |row: &&Value| row["rtt_ms"] == 0.0 && row["limit_mbit"] == 0.0;
+        let near = rows
+            .iter()
+            .filter(|other| other["row"] == row["row"] && other["side"] == "ours")
+            .find(near);
+        if let (100.0, 0.0, true, Some(near)) = (rtt, limit, is_drawn, near) {
+            let ratio = of(row, "fps").zip(of(near, "fps")).map(|(far, near)| far / near);
+            push("frames, of those at 0 ms", ratio, AtLeast, 0.9, "");
+        }
+    }
+    verdicts
 }
 
 #[cfg(test)]
@@ -169,6 +247,56 @@ mod tests {
         assert_eq!(missed(Part::Boot, &json!({})).len(), BOOT.len());
         // What is no number does not pass for one.
         assert_eq!(missed(Part::Boot, &json!({ "drago": { "memory_mib": null } })).len(), 2);
+    }
+
+    #[test]
+    fn rows_are_held_against_those_of_qemu() {
+        let io = json!({
+            "disk write 1M, MB/s": { "median_of_ratios": 0.99 },
+            "tap in, 1 stream, Mbit/s": { "median_of_ratios": 1.0 },
+        });
+        let lines: Vec<String> = judge_io(&io).iter().map(ToString::to_string).collect();
+        assert_eq!(
+            lines,
+            [
+                "NOT met disk write 1M, of QEMU's: 0.99 (bar: ≥ 1)",
+                "met     tap in, 1 stream, of QEMU's: 1.00 (bar: ≥ 1)",
+            ]
+        );
+        let row = |name: &str, side: &str, rtt: f64, limit: f64, mbit: f64, fps: f64, cpu: f64| {
+            json!({
+                "row": name, "side": side, "rtt_ms": rtt, "limit_mbit": limit, "mbit_per_s": mbit,
+                "fps": fps, "cpu_ms_per_frame": cpu, "latency_ms": { "p50": 1.0, "p95": 130.0 },
+            })
+        };
+        let missed = |rows: &[Value]| -> Vec<String> {
+            let verdicts = judge_content(&json!({ "content": rows }));
+            verdicts.iter().filter(|v| !v.is_met()).map(|v| v.bar.name.to_string()).collect()
+        };
+        let good = [
+            row("scroll", "ours", 0.0, 0.0, 1.0, 30.0, 2.0),
+            row("scroll", "qemu", 0.0, 0.0, 20.0, 30.0, 2.0),
+            row("scroll", "ours", 100.0, 0.0, 1.0, 27.0, 2.0),
+            row("film1080", "ours", 100.0, 10.0, 8.0, 29.0, 2.0),
+        ];
+        assert!(missed(&good).is_empty(), "{:?}", missed(&good));
+        let bad = [
+            row("scroll", "ours", 0.0, 0.0, 1.1, 30.0, 2.1),
+            row("scroll", "qemu", 0.0, 0.0, 20.0, 30.0, 2.0),
+            row("scroll", "ours", 100.0, 0.0, 1.0, 26.0, 2.0),
+            row("film1080", "ours", 20.0, 10.0, 8.1, 28.0, 2.0),
+        ];
+        assert_eq!(
+            missed(&bad),
+            [
+                "scroll, 0 ms: CPU per frame, of QEMU's",
+                "scroll, 0 ms: bytes, of QEMU's",
+                "scroll, 100 ms: frames, of those at 0 ms",
+                "film1080, 20 ms, 10 Mbit/s: p95",
+                "film1080, 20 ms, 10 Mbit/s: rate",
+                "film1080, 20 ms, 10 Mbit/s: frames",
+            ]
+        );
     }
 
     #[test]
