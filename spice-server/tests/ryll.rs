@@ -214,6 +214,7 @@ fn ryll_comes_through_tls() {
     let authority = authority.replace('\n', "\\n");
     let mut ryll = Ryll::connect(&format!("tls-port={port}\nca={authority}\n"));
     ryll.wait_for(SIZE, &pixels);
+    eventually("all channels", || channels(&setup).len() >= 4);
     let channels = channels(&setup);
     assert!(channels.iter().all(|(_, transport)| transport == "tcp+tls1.3"), "{channels:?}");
 }

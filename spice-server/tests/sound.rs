@@ -287,7 +287,8 @@ fn play_silence_and_a_tone(opus: bool) -> Result<(), String> {
     let left_out = (silence + RATE).saturating_sub(samples.len());
     let clean = clean(&samples, 10_000.0, 0.02);
     println!("opus {opus}: of {silence} silent samples {left_out} are missing, {clean:.2} s clean");
-    if left_out >= LEFT_OUT && clean > 0.9 {
+    // Once more may be left out after the client ran dry, on a busy machine.
+    if (LEFT_OUT..3 * LEFT_OUT).contains(&left_out) && clean > 0.9 {
         Ok(())
     } else {
         Err(format!("{left_out} samples are missing, {clean:.2} s clean"))

@@ -139,20 +139,26 @@ fn four_answers_lead_to_the_whole_picture() {
         // The channels are told without being asked for.
         assert_eq!(main.message().0, 104);
         let mut display = Plain::link_with(setup.address(), word(&init, 0), 2, capabilities);
-        let mut painted = 0;
+        // On the surface that is shown, and on all.
+        let (mut painted, mut drawn) = (0, 0);
         loop {
             let (kind, body) = display.message();
             let rect = |at: usize| [0, 4, 8, 12].map(|side| word(&body, at + side));
             match kind {
                 102 => break,
-                304 if word(&body, 0) == 0 => {
+                302 | 304 => {
                     let [top, left, bottom, right] = rect(4);
-                    painted += (bottom - top) * (right - left);
+                    let area = (bottom - top) * (right - left);
+                    painted += if word(&body, 0) == 0 { area } else { 0 };
+                    drawn += area;
                 }
                 _ => {}
             }
         }
         assert_eq!(painted, 160 * 120, "the picture is whole when it may be shown");
+        let copied = if capabilities == LZ4 { painted } else { 0 };
+        assert_eq!(drawn, painted + copied, "and so is what it is copied from");
+        // Nothing is sent after the links; what would wait for an answer never comes.
         assert_eq!(main.turns + display.turns, 4);
     }
 }

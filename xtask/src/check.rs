@@ -114,7 +114,6 @@ fn suites(suite: Suite, report: &mut Report) -> Result<()> {
 }
 
 fn fast(report: &mut Report) -> Result<()> {
-    packages::ryll()?;
     step("format", || cargo(&["fmt", "--all", "--check"]))?;
     step("one version of each rust-vmm crate", single_versions)?;
     step("licences and sources", || deny(&mut report.skips))?;
@@ -123,6 +122,7 @@ fn fast(report: &mut Report) -> Result<()> {
     })?;
     // Binaries first: device tests start drago-gpu, which is not their crate's.
     step("build", || cargo(&["build", "--quiet", "--workspace", "--all-targets"]))?;
+    packages::ryll()?;
     step("tests", || tests(prepared(paths::cargo()), &["--workspace", "--no-fail-fast"], report))?;
     step("OpenGL on Debian 13's libraries", || newer_opengl(report))
 }

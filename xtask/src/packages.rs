@@ -54,7 +54,6 @@ const TESTS: &[Need] = &[
     ("chromium", "a browser as a SPICE client, without a screen"),
     ("spice-html5", "the page with a SPICE client that --web shows"),
     ("python3-pip", "fetches ryll, a SPICE client of another make, from PyPI"),
-    ("libasound2", "a library that ryll is linked with"),
     ("openssl", "certificates for TLS, made by somebody else"),
     ("gvncviewer", "a real VNC client: gtk-vnc, the one in remote-viewer"),
     ("tigervnc-viewer", "a second real VNC client"),

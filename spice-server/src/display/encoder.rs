@@ -106,6 +106,8 @@ pub(crate) struct Encoder {
     look_at: Option<Instant>,
     source: SourceRate,
     pixels: Vec<u8>,
+    /// What a run is cut into.
+    parts: Vec<Rect>,
     stats: Arc<Counters>,
     /// What encoding a frame of a film counts for, in place of the time that it takes.
     pub(crate) frame_cost: Option<Duration>,
@@ -136,6 +138,7 @@ impl Encoder {
             look_at: None,
             source: SourceRate::new(),
             pixels: Vec::new(),
+            parts: Vec::new(),
             stats,
             frame_cost: None,
         }
@@ -292,7 +295,7 @@ impl Encoder {
         set(&self.stats.memory, (self.tiles.memory() + self.pixels.capacity()) as u64);
     }
 
-    /// Encodes one part; `false` if there is nothing to draw.
+    /// Encodes one part, or a run of parts beside one another; `false` if there is nothing to draw.
     pub(crate) fn step(
         &mut self,
         line: &Line,
@@ -354,30 +357,39 @@ impl Encoder {
 
     /// Encodes a run of tiles, cut where that is worth it.
     fn draw_run(&mut self, run: Rect, line: &Line, now: Instant) {
-        let mut pixels = std::mem::take(&mut self.pixels);
+        let mut start = Instant::now();
+        let (mut pixels, mut parts) =
+            (std::mem::take(&mut self.pixels), std::mem::take(&mut self.parts));
         self.tiles.pixels(run, &mut pixels);
-        let parts = cut::cut(run, &pixels);
-        if parts.len() == 1 {
-            self.draw_pixels(run, &pixels, line, now, false);
-        } else {
-            for part in parts {
-                self.tiles.pixels(part, &mut pixels);
-                self.draw_pixels(part, &pixels, line, now, false);
+        cut::cut(run, &pixels, &mut parts);
+        for part in &parts {
+            if parts.len() > 1 {
+                self.tiles.pixels(*part, &mut pixels);
             }
+            self.draw_pixels(*part, &pixels, line, (start, now), false);
+            start = Instant::now();
         }
-        self.pixels = pixels;
+        (self.pixels, self.parts) = (pixels, parts);
     }
 
     /// Encodes a part; `exact` forbids lossy codings.
     fn draw(&mut self, rect: Rect, line: &Line, now: Instant, exact: bool) {
+        let start = Instant::now();
         let mut pixels = std::mem::take(&mut self.pixels);
         self.tiles.pixels(rect, &mut pixels);
-        self.draw_pixels(rect, &pixels, line, now, exact);
+        self.draw_pixels(rect, &pixels, line, (start, now), exact);
         self.pixels = pixels;
     }
 
-    fn draw_pixels(&mut self, rect: Rect, pixels: &[u8], line: &Line, now: Instant, exact: bool) {
-        let start = Instant::now();
+    /// `start` is when work on this part began.
+    fn draw_pixels(
+        &mut self,
+        rect: Rect,
+        pixels: &[u8],
+        line: &Line,
+        (start, now): (Instant, Instant),
+        exact: bool,
+    ) {
         let before = self.out.len();
         let (surface, size) = (self.target(), (rect.width, rect.height));
         let codec = if let Some(colour) = single_colour(pixels) {

@@ -52,7 +52,7 @@ fn listen_on(address: SocketAddr) -> io::Result<TcpListener> {
                 sockopt::set_ipv6_freebind(&socket, true)?;
             }
             bind(&socket, &address)?;
-            tracing::info!(%address, "the machine does not have this address yet");
+            tracing::warn!(%address, "the machine does not have this address yet");
         }
         result => result?,
     }

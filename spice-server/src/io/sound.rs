@@ -31,12 +31,12 @@ const MOST_AHEAD: Duration = Duration::from_millis(60);
 /// Sound of a stream after which a client's sink surely plays. GStreamer's begin only when their own buffer of
 /// 200 ms is full, and then stay as late as that made them.
 const SETTLED: Duration = Duration::from_millis(500);
-/// Silence that is left out then, so that this becomes the store that the client was asked to have. One that has
-/// less runs dry in silence.
+/// Silence that is left out then, so that this becomes the store that the client was asked to have; of one that
+/// cannot be asked nothing is known, and nothing is left out.
 const LEFT_OUT: Duration = Duration::from_millis(110);
 /// Answers may differ by this much for that: whoever's line is uneven needs the store.
 const UNEVEN: Duration = Duration::from_millis(15);
-/// Answers that make an unevenness known, and after which it is half forgotten.
+/// Answers that make an unevenness known; an old one counts a third after as many.
 const ANSWERS: u32 = 16;
 /// Recorded sound that is taken in a second, and most at once, in frames: a client's clock may be fast and
 /// a line may stall, but nobody records three seconds in two.
@@ -104,11 +104,7 @@ impl PlaybackChannel {
     pub(super) fn serve(&mut self, framer: &mut Framer, context: &mut Context<'_>) {
         let now = Instant::now();
         // Otherwise packets wait where they are, grow old and are forgotten.
-        let is_full = self.line.is_full(now);
-        let room = context.out.is_empty() && !is_full;
-        if is_full {
-            self.shortening.ran_dry();
-        }
+        let room = context.out.is_empty() && !self.line.is_full(now);
         let shared = self.shared.clone();
         let state = shared.state();
         if self.takes_volume && state.volume != self.volume {
@@ -155,6 +151,9 @@ impl PlaybackChannel {
         context: &mut Context<'_>,
     ) {
         while room && let Some((number, packet)) = state.packet(self.next) {
+            if number > self.next {
+                self.shortening.ran_dry();
+            }
             self.next = number + 1;
             let ahead = self.plays_until.map(|until| until.saturating_duration_since(now));
             if ahead.is_some_and(|ahead| ahead >= MOST_AHEAD) {
@@ -166,11 +165,15 @@ impl PlaybackChannel {
                 (Mode::Opus, None) => continue,
                 (Mode::Raw, _) => &packet.raw,
             };
-            if self.plays_until.is_some_and(|until| now > until + PlaybackHandle::STORE) {
+            let gap = self
+                .plays_until
+                .map_or(Duration::ZERO, |until| now.saturating_duration_since(until));
+            if gap > self.shortening.least_store() {
                 self.shortening.ran_dry();
             }
             let from = self.plays_until.map_or(now, |until| until.max(now));
-            if self.shortening.leaves_out(packet.is_silent && self.line.is_even()) {
+            let may_go = packet.is_silent && self.takes_latency && self.line.is_even();
+            if self.shortening.leaves_out(may_go) {
                 self.plays_until = Some(from);
                 continue;
             }
@@ -191,6 +194,11 @@ impl Shortening {
     /// The client's sink begins anew.
     fn ran_dry(&mut self) {
         *self = Self::default();
+    }
+
+    /// What the client has in store, if its sink began with as much as spice-gtk's.
+    fn least_store(&self) -> Duration {
+        PlaybackHandle::STORE + LEFT_OUT.saturating_sub(self.left_out)
     }
 
     /// Whether the next packet is not given, which may be done or not.
@@ -434,7 +442,9 @@ mod tests {
         assert_eq!(left_out(5, true), 5);
         assert_eq!(left_out(7, false), 0);
         assert_eq!(left_out(1000, true), 6);
+        assert_eq!(shortening.least_store(), PlaybackHandle::STORE);
         shortening.ran_dry();
+        assert_eq!(shortening.least_store(), PlaybackHandle::STORE + LEFT_OUT);
         assert_eq!((0..100).filter(|_| shortening.leaves_out(true)).count(), 11);
     }
 

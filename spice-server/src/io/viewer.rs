@@ -348,7 +348,7 @@ impl Viewer {
         self.account(now);
     }
 
-    /// Encodes a part.
+    /// Encodes a part, or a run of them.
     fn step(&mut self, now: Instant) {
         let line = self.line(now);
         let flow = &self.flow;

@@ -53,7 +53,7 @@ pub(crate) struct LinkRequest {
 }
 
 impl LinkRequest {
-    /// Whether the client is known to draw images that are other surfaces, which no capability tells:
+    /// Whether the client draws images that are other surfaces, as far as can be guessed; no capability tells:
     /// ryll 0.3 sends all that there are about surfaces, and draws nothing for one. spice-gtk does draw
     /// them; it is told by taking tickets without saying so (`AUTH_SPICE`).
     pub(crate) fn copies_surfaces(&self) -> bool {

@@ -2,6 +2,7 @@
 //! `[tcp|udp]:[hostaddr]:hostport-[guestaddr]:guestport`.
 
 use std::{
+    fmt,
     net::{IpAddr, Ipv4Addr},
     str::FromStr,
 };
@@ -39,6 +40,23 @@ impl HostForward {
             Some(address) => format!("{address}/{ports}"),
             None => ports,
         }
+    }
+}
+
+/// As users write it.
+impl fmt::Display for HostForward {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let protocol = match self.protocol {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+        };
+        write!(f, "{protocol}:")?;
+        match self.address {
+            Some(IpAddr::V6(address)) => write!(f, "[{address}]")?,
+            Some(IpAddr::V4(address)) => write!(f, "{address}")?,
+            None => {}
+        }
+        write!(f, ":{}-:{}", self.host_port, self.guest_port)
     }
 }
 
@@ -105,6 +123,9 @@ mod tests {
         assert_eq!(passt("tcp::2223-:22").unwrap(), "2223:22");
         assert_eq!(passt(":127.0.0.1:80-10.0.2.15:8080").unwrap(), "127.0.0.1/80:8080");
         assert_eq!(passt("udp:[::1]:53-:53").unwrap(), "::1/53:53");
+        for rule in ["tcp::2223-:22", "udp:127.0.0.1:80-:8080", "tcp:[::1]:53-:53"] {
+            assert_eq!(rule.parse::<HostForward>().unwrap().to_string(), rule);
+        }
         assert_eq!("udp::1-:2".parse::<HostForward>().unwrap().protocol, Protocol::Udp);
         for shape in ["", "tcp", "tcp:2223", "tcp::2223", "tcp::22-22", "sctp::1-:1", "tcp:22-:22"]
         {

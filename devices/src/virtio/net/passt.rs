@@ -8,7 +8,7 @@ use std::{
     collections::VecDeque,
     env,
     io::{self, BufRead, BufReader, ErrorKind, PipeReader, Read, Write},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::ExitStatus,
@@ -74,6 +74,32 @@ impl PasstConfig {
             .map(|folder| folder.join("passt"))
             .find(|program| program.is_file())
             .ok_or(StartError::Missing)
+    }
+
+    /// passt is content with one of IPv4 and IPv6: whoever connects by the other one would meet another
+    /// program.
+    fn look_for_ports(&self) -> Result<(), StartError> {
+        for forward in &self.forwards {
+            let families: &[IpAddr] = match &forward.address {
+                Some(address) => std::slice::from_ref(address),
+                None if self.ipv6 => {
+                    &[IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)]
+                }
+                None => &[IpAddr::V4(Ipv4Addr::UNSPECIFIED)],
+            };
+            for address in families {
+                let address = (*address, forward.host_port);
+                let bound = match forward.protocol {
+                    Protocol::Tcp => TcpListener::bind(address).map(drop),
+                    Protocol::Udp => UdpSocket::bind(address).map(drop),
+                };
+                // Whatever else is wrong passt itself will say.
+                if bound.is_err_and(|error| error.kind() == ErrorKind::AddrInUse) {
+                    return Err(StartError::Taken { rule: forward.to_string() });
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The command line, apart from the socket.
@@ -151,6 +177,11 @@ enum StartError {
     Missing,
     #[error("passt={}: there is no such program", .0.display())]
     NotThere(PathBuf),
+    #[error(
+        "hostfwd={rule}: another program has this port of the host ('ss -ltunp' says which); take another \
+         one"
+    )]
+    Taken { rule: String },
     #[error("passt cannot be started")]
     Spawn(#[source] io::Error),
     #[error("passt ended at its start ({status}): {said}")]
@@ -177,9 +208,10 @@ impl Passt {
             |what: &str, source| BuildError::Host { option: "net", what: what.to_owned(), source };
         // Looked at once: started again, it is to be exactly the same program (see
         // `host::process::launcher`).
-        let recipe = config
-            .program()
-            .map(|program| Recipe { program, arguments: config.arguments(HostRoutes::look()) });
+        let recipe = config.program().and_then(|program| {
+            config.look_for_ports()?;
+            Ok(Recipe { program, arguments: config.arguments(HostRoutes::look()) })
+        });
         let started = recipe.and_then(|recipe| Ok((launch(&recipe, mac)?, recipe)));
         let (running, recipe) = started.map_err(|error| match error {
             StartError::Spawn(source) => host("passt cannot be started", source),

@@ -32,6 +32,8 @@ const SWITCH: u32 = 4;
 
 /// Packets per turn, so that neither direction starves the other.
 const BURST: usize = 64;
+/// Times that others go first in a turn: each may cost a time slice, in which nothing is received either.
+const MOST_YIELDS: usize = 4;
 /// Bytes after which the driver hears of packets within a turn.
 const NEWS: usize = 64 << 10;
 
@@ -170,12 +172,13 @@ impl NetWorker {
         let Some(ring) = &mut self.transmit else { return };
         self.blocked = false;
         let mut news = 0;
-        let mut moved = false;
+        let (mut moved, mut yields) = (false, 0);
         ring.disable_kicks();
         'turn: {
             for _ in 0..BURST {
                 let Some(chain) = ring.pop() else {
-                    if std::mem::take(&mut moved) {
+                    if std::mem::take(&mut moved) && yields < MOST_YIELDS {
+                        yields += 1;
                         // Whoever wants this processor goes first, a driver that is about to send more or a
                         // passt among them: what comes meanwhile costs the guest no kick.
                         ring.notify_driver();

@@ -18,6 +18,13 @@ const CALL_LIMIT: usize = 1024;
 /// Pieces of a packet, which one call has to move together with a piece of this process.
 pub(crate) const ONE_CALL: usize = CALL_LIMIT - 1;
 
+/// From a file or to it.
+#[derive(Clone, Copy)]
+enum Way {
+    Read,
+    Write,
+}
+
 /// `preadv2` or `pwritev2`.
 type PositionedCall = unsafe extern "C" fn(
     libc::c_int,
@@ -135,7 +142,7 @@ impl Pieces {
         offset: u64,
         flags: libc::c_int,
     ) -> io::Result<usize> {
-        self.call_at(libc::preadv2, file, offset, flags)
+        self.call_at(Way::Read, file, offset, flags)
     }
 
     /// Writes to `file` at `offset`, in one call; the bytes that went. The caller consumes.
@@ -145,20 +152,18 @@ impl Pieces {
         offset: u64,
         flags: libc::c_int,
     ) -> io::Result<usize> {
-        self.call_at(libc::pwritev2, file, offset, flags)
+        self.call_at(Way::Write, file, offset, flags)
     }
 
     /// One of the two calls above, which take the same arguments.
-    fn call_at(
-        &self,
-        call: PositionedCall,
-        file: &File,
-        offset: u64,
-        flags: libc::c_int,
-    ) -> io::Result<usize> {
+    fn call_at(&self, way: Way, file: &File, offset: u64, flags: libc::c_int) -> io::Result<usize> {
         let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
         let count = self.list.len().min(CALL_LIMIT) as libc::c_int;
-        // SAFETY: the first `count` elements of the list are initialised and describe guest memory of
+        let call: PositionedCall = match way {
+            Way::Read => libc::preadv2,
+            Way::Write => libc::pwritev2,
+        };
+        // SAFETY: `call` is one of these two; the first `count` elements of the list are initialised and describe guest memory of
         // that length, which `memory` keeps mapped, see `push`; nothing but that memory is read or
         // written; the descriptor is open.
         let done = unsafe { call(file.as_raw_fd(), self.list.as_ptr(), count, offset, flags) };

@@ -9,14 +9,18 @@ use crate::display::{Rect, damage::CELL};
 /// bytes of LZ4.
 const WORTH: u32 = 4 * CELL * CELL;
 
-/// The parts of a run of tiles beside one another that has these pixels, cut between tiles.
-pub(super) fn cut(run: Rect, pixels: &[u8]) -> Vec<Rect> {
-    let mut parts: Vec<Rect> = Vec::new();
-    let mut may_grow = false;
-    let mut x = run.x;
+/// Makes `parts` those of a run of tiles beside one another that has these pixels, cut between tiles.
+pub(super) fn cut(run: Rect, pixels: &[u8], parts: &mut Vec<Rect>) {
+    parts.clear();
     // Narrow strips go on in the rows below.
     let is_row = run.y / CELL == (run.bottom().max(1) - 1) / CELL;
-    while is_row && run.width * run.height >= WORTH && x < run.right() {
+    if !is_row || run.width * run.height < WORTH {
+        parts.push(run);
+        return;
+    }
+    let mut may_grow = false;
+    let mut x = run.x;
+    while x < run.right() {
         // As many tiles as have the first one's colour.
         let colour = colour(run, x, pixels);
         let mut end = tile_end(run, x);
@@ -31,10 +35,6 @@ pub(super) fn cut(run: Rect, pixels: &[u8]) -> Vec<Rect> {
         may_grow = !fills;
         x = end;
     }
-    if parts.is_empty() {
-        parts.push(run);
-    }
-    parts
 }
 
 fn tile_end(run: Rect, x: u32) -> u32 {
@@ -68,7 +68,8 @@ mod tests {
                 pixels.extend_from_slice(&[colour, 0, mixed.into(), 0]);
             }
         }
-        let parts = cut(run, &pixels);
+        let mut parts = vec![Rect::new(9, 9, 9, 9)];
+        cut(run, &pixels, &mut parts);
         let mut x = run.x;
         for part in &parts {
             assert_eq!((part.x, part.y, part.height), (x, run.y, run.height), "{tiles}");
@@ -90,6 +91,8 @@ mod tests {
         assert_eq!(cuts("a?bbbbbb", Rect::new(10, 3, 480, 60)), [(10, 118), (128, 362)]);
         assert_eq!(cuts("?bbbbb", Rect::new(0, 64, 384, 30)), [(0, 384)]);
         assert_eq!(cuts("?bbbbbb", Rect::new(0, 40, 448, 64)), [(0, 448)]);
-        assert_eq!(cut(Rect::new(0, 0, 0, 0), &[]).len(), 1);
+        let mut parts = Vec::new();
+        cut(Rect::new(0, 0, 0, 0), &[], &mut parts);
+        assert_eq!(parts.len(), 1);
     }
 }

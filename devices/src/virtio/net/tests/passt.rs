@@ -24,6 +24,23 @@ fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
+/// Debian 12's passt would go on with IPv6 alone, and 127.0.0.1 be the other program's.
+#[test]
+fn a_port_that_another_program_has_is_an_error() {
+    if !have_passt() {
+        return;
+    }
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = other.local_addr().unwrap().port();
+    for (address, ipv6) in [("", true), ("", false), ("127.0.0.1", false)] {
+        let rule = format!("tcp:{address}:{port}-:22");
+        let config = PasstConfig { ipv6, ..passt_config(&rule) };
+        let error = Passt::start(&config, MAC, Link::new(false).unwrap()).map(drop).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains(&format!("hostfwd={rule}: another program")), "{error}");
+    }
+}
+
 #[test]
 fn the_guest_gets_an_address_and_a_forwarded_port_from_passt() {
     if !have_passt() {
@@ -67,7 +84,7 @@ fn the_guest_gets_an_address_and_a_forwarded_port_from_passt() {
     let Err(error) = Passt::start(&config, MAC, Link::new(false).unwrap()) else {
         panic!("the port was forwarded twice");
     };
-    assert!(error.to_string().contains("passt ended at its start"), "{error}");
+    assert!(error.to_string().contains("another program has this port"), "{error}");
 }
 
 #[test]
