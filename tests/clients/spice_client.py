@@ -5,7 +5,7 @@ Reads one JSON command a line on stdin, writes one JSON object a line on stdout:
 command's number), everything else is an event with "ev". Pixels, clipboard and pointer go the way
 they go in remote-viewer, because the library is the same.
 
-usage: spice_client.py HOST PORT
+usage: spice_client.py HOST PORT [PASSWORD]
 """
 
 import ctypes
@@ -245,6 +245,8 @@ def stdin_ready(source, condition):
 session = Spice.Session()
 session.set_property("host", sys.argv[1])
 session.set_property("port", sys.argv[2])
+if len(sys.argv) > 3:
+    session.set_property("password", sys.argv[3])
 session.set_property("enable-audio", False)
 session.set_property("enable-usbredir", False)
 on(session, "channel-new", new_channel)

@@ -30,11 +30,25 @@ impl SpiceClient {
     /// # Errors
     /// If the client cannot be started.
     pub fn connect(port: u16) -> Result<Self> {
+        Self::start(port, None)
+    }
+
+    /// The same with a password, which may be the wrong one: then its `MainChannel` has the event
+    /// `error-auth` and the client ends.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn connect_with_password(port: u16, password: &str) -> Result<Self> {
+        Self::start(port, Some(password))
+    }
+
+    fn start(port: u16, password: Option<&str>) -> Result<Self> {
         let script = paths::workspace().join("tests/clients/spice_client.py");
         // Debian's own interpreter: a virtual environment's has no GObject.
         let mut child = Command::new("/usr/bin/python3")
             .arg(script)
             .args(["127.0.0.1", &port.to_string()])
+            .args(password)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -109,6 +123,23 @@ impl SpiceClient {
                 }
             }
         }
+    }
+
+    /// Waits for an event of a channel, as spice-gtk names both: `MainChannel`, `error-auth`.
+    ///
+    /// # Errors
+    /// If it does not come, in time or before the client ends.
+    pub fn wait_channel(&mut self, channel: &str, event: &str, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        let is = |line: &Value| line["channel"] == channel && line["event"] == event;
+        while !self.events.iter().any(is) {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => self.events.push(line),
+                Err(_) => bail!("the SPICE client saw no {event} of {channel}: {:?}", self.events),
+            }
+        }
+        Ok(())
     }
 
     /// Saves the picture as the client has it (PPM); its size.

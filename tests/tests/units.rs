@@ -6,12 +6,19 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use drago_tests::{
+    client::SpiceClient,
     guest::{Nixos, Shape, Store},
+    keys, paths,
+    picture::Picture,
     testbed::{Options, Testbed},
     units::{STORE, Units},
+    vm::{PATIENCE, SPICE_PORT},
 };
 use serde_json::{Value, json};
 
@@ -22,6 +29,7 @@ fn start() -> (Units, Nixos) {
         std::env::var_os("DRAGO_PROGRAMS").map_or(agent.parent().unwrap().into(), PathBuf::from);
     let mut options = Options::new(agent.to_path_buf());
     options.memory_mib = 4096;
+    options.forward = vec![(0, SPICE_PORT)];
     let host = Testbed::boot(&options).unwrap();
     let units = Units::start(host, &nixos, &programs).unwrap();
     (units, nixos)
@@ -54,15 +62,46 @@ fn result(units: &Units, image: &str) -> String {
     units.run(&format!("/usr/sbin/debugfs -R 'cat result' {image} 2>/dev/null")).unwrap()
 }
 
+/// Waits until the client's picture is as wanted.
+fn wait_picture(client: &mut SpiceClient, what: &str, is: impl Fn(&Picture) -> bool) {
+    let path = paths::cache("e2e/units").unwrap().join("screen.ppm");
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let seen = client.ask("state", json!({})).unwrap()["invalidated"].as_u64();
+        if client.screenshot(&path).unwrap() != (0, 0) && is(&Picture::open(&path).unwrap()) {
+            return;
+        }
+        // A cursor that blinks changes the picture for ever.
+        assert!(Instant::now() < end, "the screen never showed {what}: {}", path.display());
+        let changed = |state: &Value| state["invalidated"].as_u64() != seen;
+        client.wait_state(what, PATIENCE, changed).unwrap();
+    }
+}
+
+/// The machine's screen for those who know the password alone: its console is seen, and types what
+/// `test.script` wants.
+fn use_screen(units: &Units) {
+    let port = units.testbed.outer_port(SPICE_PORT).unwrap();
+    let mut stranger = SpiceClient::connect_with_password(port, "mellon").unwrap();
+    stranger.wait_channel("MainChannel", "error-auth", PATIENCE).unwrap();
+    assert!(!stranger.events().iter().any(|event| event["event"] == "opened"));
+
+    let mut client = SpiceClient::connect_with_password(port, "sesame").unwrap();
+    wait_picture(&mut client, "a console", |picture| picture.colours() > 1);
+    client.press(&keys::strokes("key\n").unwrap()).unwrap();
+    wait_picture(&mut client, "blue", |picture| picture.share_of([0, 0, 170], 8) > 0.9);
+}
+
 /// The store in a shared folder, mounted in the initrd, under a writable overlay; readiness over vsock;
-/// credentials; a tap; machined; the power button, which systemd-logind handles.
+/// credentials; a tap; a screen with a password; machined; the power button, which systemd-logind handles.
 #[test]
 #[ignore = "nested"]
 fn a_machine_is_ready_when_its_systemd_says_so_and_ends_by_the_power_button() {
     let (units, nixos) = start();
     units
         .run(
-            "printf 's3cret\\0\\n' >/run/secret; chown microvm /run/secret; chmod 400 /run/secret; \
+            "printf 's3cret\\0\\n' >/run/secret; echo sesame >/run/password; \
+             chown microvm /run/secret /run/password; chmod 400 /run/secret /run/password; \
              cat >/run/script <<'END'
 exec >/output/result 2>&1
 uname
@@ -72,6 +111,11 @@ findmnt -no FSTYPE /nix/.ro-store
 findmnt -no FSTYPE /nix/store
 echo it >/nix/store/written && cat /nix/store/written
 systemd-run --quiet iperf3 --server
+udevadm wait --timeout=120 /dev/virtio-ports/com.redhat.spice.0 /dev/fb0 && echo a screen
+systemd-run --quiet sh -c 'exec </dev/tty1 >/dev/tty1
+    echo Type!
+    head -n 1 >>/output/result
+    printf \"\\033[44m\\033[2J\"'
 END",
         )
         .unwrap();
@@ -96,6 +140,10 @@ END",
             "tap": { "vhost": true },
         }],
         "credentialFiles": { "test.secret": "/run/secret", "test.script": "/run/script" },
+        "graphics": { "enable": true },
+        "drago-vmm": { "spice": {
+            "address": "127.0.0.1", "port": SPICE_PORT, "passwordFile": "/run/password", "clients": null,
+        } },
     });
     units.install("agent", &nixos, &nixos.bzimage, &shape, configuration).unwrap();
 
@@ -116,6 +164,17 @@ END",
     assert!(of_process.contains("PATH=\n"), "{of_process}");
     assert!(of_process.contains("microvm@agent --name agent"), "{of_process}");
 
+    // The program that draws has the rights of the unit, too.
+    let user = of_process.lines().find(|line| line.starts_with("Uid")).unwrap();
+    let helpers = units
+        .run(
+            "cd /sys/fs/cgroup$(systemctl show --value -p ControlGroup microvm@agent) && \
+             for pid in $(cat cgroup.procs); do grep -HE '^(Name|Uid)' /proc/$pid/status; done",
+        )
+        .unwrap();
+    let draws = helpers.lines().find_map(|line| line.strip_suffix("Name:\tdrago-gpu")).unwrap();
+    assert!(helpers.contains(&format!("{draws}{user}")), "{helpers}");
+
     // machined knows it.
     let machine = units.run("machinectl show agent -p Class -p Leader -p State").unwrap();
     assert!(
@@ -128,6 +187,8 @@ END",
         let said = units.run(&format!("iperf3 --client 10.0.0.1 --time 2 {way}")).unwrap();
         assert!(said.contains("receiver"), "{said}");
     }
+
+    use_screen(&units);
 
     // systemd-logind answers the power button.
     units.run("systemctl stop microvm@agent").unwrap();
@@ -143,7 +204,9 @@ END",
             "s   3   c   r   e   t  \\0  \\n",
             "virtiofs",
             "overlay",
-            "it"
+            "it",
+            "a screen",
+            "key"
         ]
     );
     // Nothing of the machine is left.

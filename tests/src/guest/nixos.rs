@@ -40,6 +40,8 @@ const MODULES: &[&str] = &[
     "virtio_balloon",
     "virtio-rng",
     "virtio_input",
+    // Loaded where there is a display; `microvm.graphics.enable = false` would forbid it.
+    "virtio-gpu",
     "virtiofs",
     "vmw_vsock_virtio_transport",
     "crc32c_generic",
