@@ -51,7 +51,10 @@ pub use events::{EventSink, Refusal, ServerEvent, VideoChange};
 pub use input::{
     Button, InputSink, KeyEvent, Leds, MouseMode, PointerPosition, Scancode, ScancodePrefix,
 };
-pub use io::{stream::Peer, sys::ask_for_short_turns};
+pub use io::{
+    stream::Peer,
+    sys::{ask_for_short_turns, give_free_memory_back},
+};
 pub use secret::{MAX_PASSWORD, Secret};
 pub use server::{
     AgentHandle, ChannelStatus, ClientPolicy, ClientStatus, Expiry, ServerBuilder, ServerStatus,

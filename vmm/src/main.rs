@@ -19,6 +19,7 @@ use tracing_subscriber::EnvFilter;
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    spice_server::give_free_memory_back();
     let invocation = match cli::parse(std::env::args_os()) {
         Ok(invocation) => invocation,
         Err(CliError::Clap(error)) => error.exit(),

@@ -189,6 +189,7 @@ fn play(server: &SpiceServer, tone: f64) {
 }
 
 fn main() -> ExitCode {
+    spice_server::give_free_memory_back();
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let options = match options() {
         Ok(options) => options,

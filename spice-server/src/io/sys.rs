@@ -1,7 +1,7 @@
-//! Socket options and scheduling no safe wrapper has yet.
+//! Socket options, scheduling and the allocator, for which there is no safe wrapper yet.
 #![allow(
     unsafe_code,
-    reason = "setsockopt(TCP_NOTSENT_LOWAT) and sched_setattr have no safe wrappers in rustix"
+    reason = "setsockopt(TCP_NOTSENT_LOWAT), sched_setattr and mallopt have no safe wrappers in rustix"
 )]
 
 use std::{
@@ -26,6 +26,21 @@ pub(crate) fn set_tcp_notsent_lowat(socket: impl AsFd, bytes: c_int) -> io::Resu
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Has glibc's allocator give memory back when it is free. Otherwise what threads needed at their worst stays
+/// with them, and with others after their end: some 10 MiB for the codecs of each viewer of a film. To be called
+/// by a program once, before it starts threads; does nothing with another C library.
+pub fn give_free_memory_back() {
+    /// Free memory at the end of a heap, in bytes, that is kept; a fixed one keeps the size from which on memory
+    /// is mapped for itself (128 KiB) fixed, too.
+    #[cfg(target_env = "gnu")]
+    const KEPT: libc::c_int = 1 << 20;
+    // SAFETY: sets a number of the allocator's, under its lock.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT);
+    }
 }
 
 /// Asks the scheduler for turns of 0.1 ms for the calling thread (sched_setattr(2), Linux 6.12): its
