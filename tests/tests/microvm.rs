@@ -45,6 +45,15 @@ impl Machine {
         shell(&self.host, script)
     }
 
+    /// Waits until a shell command succeeds in the test host.
+    fn until(&self, condition: &str) {
+        let tries = PATIENCE.as_millis() / 100;
+        self.host(&format!(
+            "for n in $(seq {tries}); do if {condition}; then exit 0; fi; sleep 0.1; done; \
+             cat /proc/meminfo; exit 1"
+        ));
+    }
+
     /// Runs a command in the guest.
     fn guest(&mut self, command: &str) -> String {
         let said = self.serial.shell(&mut self.child.stdin(), command, PATIENCE);
@@ -56,16 +65,48 @@ fn shell(host: &Testbed, script: &str) -> String {
     host.shell(script).unwrap()
 }
 
-/// Compiles the program that reports like systemd, to run in the guest.
-fn reporter(to: &Path) {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/report.c");
+/// Compiles a program of `tests/guest`, to run in the guest.
+fn compile(name: &str, folder: &Path) {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest").join(format!("{name}.c"));
     let status = Command::new("cc")
         .args(["-static", "-Os", "-Wall", "-Werror", "-o"])
-        .arg(to)
+        .arg(folder.join(name))
         .arg(source)
         .status()
         .unwrap();
     assert!(status.success());
+}
+
+/// Free huge pages of the test host that no program has reserved.
+const FREE_PAGES: &str = "awk '/^HugePages_Free/ { free = $2 } /^HugePages_Rsvd/ { rsvd = $2 } \
+                          END { print free - rsvd }' /proc/meminfo";
+
+/// Takes nearly all of the guest's memory by the balloon, lets the guest need most of it, and free it again.
+fn memory_follows_the_guest(vm: &mut Machine, ctl: &str) {
+    let number = |text: String| text.parse::<u64>().unwrap_or_else(|_| panic!("{text:?}"));
+    let free = number(vm.guest("awk '/^MemAvailable/ { print int($2 / 1024) }' /proc/meminfo"));
+    let (balloon, file) = (free - 32, free * 2 / 3);
+    vm.host(&format!("{ctl} balloon {balloon}"));
+    vm.until(&format!("[ \"$({ctl} balloon)\" = {balloon} ]"));
+    let left = number(vm.guest("awk '/^MemFree/ { print int($2 / 1024) }' /proc/meminfo"));
+    assert!(left + 32 < file, "{left} of {free} MiB are left");
+
+    // The guest takes it back rather than end a program.
+    vm.guest("mkdir /full; mount -t tmpfs -o size=100% full /full");
+    let said = vm.guest(&format!(
+        "dd if=/dev/zero of=/full/much bs=1M count={file} 2>/dev/null && stat -c %s /full/much; \
+         awk '/^oom_kill / {{ print $2 }}' /proc/vmstat"
+    ));
+    assert_eq!(said, format!("{}\n0", file << 20));
+    let kept = number(vm.host(&format!("{ctl} balloon")));
+    assert!(kept + 32 <= balloon, "{kept} of {balloon} MiB in the balloon, {file} in the file");
+
+    // What the guest frees is the host's again, without anybody asking: less is taken than the file had.
+    let taken = |vm: &Machine| 2 * (128 - number(vm.host(FREE_PAGES)));
+    assert_eq!(vm.host(&format!("{ctl} balloon 0")), "0");
+    assert!(taken(vm) >= file, "{} MiB are taken", taken(vm));
+    vm.guest("rm /full/much");
+    vm.until(&format!("[ \"$({FREE_PAGES})\" -gt {} ]", 128 - file / 2));
 }
 
 /// Upstream's checks run inside machines whose processor is `kvm64`: no SSE 4, no XSAVE, no AVX, no
@@ -129,7 +170,8 @@ fn a_guest_has_what_microvm_nix_promises_it() {
         std::env::var_os("DRAGO_PROGRAMS").map_or(agent.parent().unwrap().into(), PathBuf::from);
     let vmm = programs.join("drago-vmm").display().to_string();
     let folder = drago_tests::paths::cache("e2e/microvm").unwrap();
-    reporter(&folder.join("report"));
+    compile("report", &folder);
+    compile("listen", &folder);
     let mut options = Options::new(agent.to_path_buf());
     options.memory_mib = 3072;
     let host = Testbed::boot(&options).unwrap();
@@ -139,7 +181,7 @@ fn a_guest_has_what_microvm_nix_promises_it() {
         &format!(
             "sysctl -q vm.nr_hugepages=128 && \
              mkdir -p /run/m/share && cd /run/m && echo from the host >share/hello && \
-             cp {}/report share/ && printf 's3cret\\0' >secret && \
+             cp {0}/report {0}/listen share/ && printf 's3cret\\0' >secret && \
              ip tuntap add dev mtap0 mode tap vnet_hdr multi_queue && \
              ip addr add 10.7.0.1/24 dev mtap0 && ip link set mtap0 up && \
              (setsid socat -u UNIX-RECV:/run/m/notify OPEN:/run/m/told,creat,append \
@@ -173,16 +215,13 @@ fn a_guest_has_what_microvm_nix_promises_it() {
 
     // virtiofsd comes later than the machine.
     vm.log.wait_for(0, "waiting for virtiofsd", PATIENCE).unwrap();
+    // All of its memory is the host's huge pages, before the guest runs and reports some of them as free.
+    assert_eq!(vm.host("awk '/^HugePages_Total/ { print $2 }' /proc/meminfo"), "128");
+    assert_eq!(vm.host(FREE_PAGES), "0");
     vm.host(VIRTIOFSD);
     if let Err(error) = vm.serial.wait_for(0, PROMPT, PATIENCE) {
         panic!("{error}\n{}", vm.log.since(0));
     }
-
-    // All of its memory is the host's huge pages, from the start on, and nothing else is.
-    let huge = "awk '/^HugePages_Free/ { free = $2 } /^HugePages_Rsvd/ { rsvd = $2 } \
-                END { print free - rsvd }' /proc/meminfo";
-    assert_eq!(vm.host("awk '/^HugePages_Total/ { print $2 }' /proc/meminfo"), "128");
-    assert_eq!(vm.host(huge), "0");
 
     // Credentials and UUID.
     let strings = vm.guest("strings /sys/firmware/dmi/tables/DMI | grep io.systemd");
@@ -207,6 +246,15 @@ fn a_guest_has_what_microvm_nix_promises_it() {
     let told = vm.host("until grep -q READY=1 /run/m/told; do sleep 0.1; done; cat /run/m/told");
     assert!(!told.contains("MAINPID"), "{told}");
 
+    // The host reaches what listens in the guest, by the number of the machine.
+    vm.guest(
+        "/mnt/listen 22 'from the guest' >/tmp/heard 2>&1 & \
+         until grep -q listening /tmp/heard; do sleep 0.1; done",
+    );
+    let said = vm.host("echo from the host | socat -t 60 - VSOCK-CONNECT:4242:22");
+    assert_eq!(said, "from the guest");
+    assert_eq!(vm.guest("wait; cat /tmp/heard"), "listening\nfrom the host");
+
     // The network, through the kernel and by two pairs of queues.
     let said = vm.guest("ip addr add 10.7.0.2/24 dev eth0; ping -c 3 10.7.0.1");
     assert!(said.contains(" 0% packet loss"), "{said}");
@@ -222,6 +270,7 @@ fn a_guest_has_what_microvm_nix_promises_it() {
         vm.guest("dd if=/dev/zero of=/tmp/much bs=1M count=60 2>/dev/null; md5sum </tmp/much");
     assert_eq!(said, "76c136bc0d680abd978d9934070c01e5  -");
     vm.guest("rm /tmp/much");
+    memory_follows_the_guest(&mut vm, &ctl);
 
     // virtiofsd dies: nothing hangs. It comes back: mounting again works.
     vm.host("kill -9 $(cat /run/m/virtiofsd.pid)");
@@ -240,7 +289,7 @@ fn a_guest_has_what_microvm_nix_promises_it() {
     assert!(told.contains("STOPPING=1"), "{told}");
     assert!(!told.contains("control"), "the control socket is removed: {told}");
     // Its memory is the host's again, as soon as virtiofsd has noticed.
-    vm.host(&format!("until [ \"$({huge})\" = 128 ]; do sleep 0.1; done"));
+    vm.until(&format!("[ \"$({FREE_PAGES})\" = 128 ]"));
     // Stopping what is off already.
     vm.host(&format!("{ctl} shutdown --wait"));
 }
