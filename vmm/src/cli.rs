@@ -60,6 +60,11 @@ pub enum CliError {
     /// As QEMU has them.
     #[error("-{0}: options have two dashes: --{0}")]
     OneDash(String),
+    /// A word where an option is expected.
+    #[error(
+        "'{0}' belongs to no option; a value with spaces needs quotes: --cmdline 'root=/dev/vda rw'"
+    )]
+    Stray(String),
     /// A device option.
     #[error(transparent)]
     Device(#[from] SpecError),
@@ -230,6 +235,13 @@ fn refusal(error: clap::Error) -> CliError {
                 return CliError::Refused { option, hint };
             }
         }
+    }
+    // Whatever stands alone is a subcommand to clap.
+    if error.kind() == ErrorKind::ArgumentConflict
+        && let Some(ContextValue::String(word)) = error.get(ContextKind::InvalidSubcommand)
+        && !["ctl", "doctor", "help"].contains(&word.as_str())
+    {
+        return CliError::Stray(word.clone());
     }
     error.into()
 }
@@ -430,7 +442,10 @@ mod tests {
         let rng = |config: &VmConfig| config.devices.iter().filter(|d| d.0 == "rng").count();
         assert_eq!(rng(&config), 1);
         assert_eq!(rng(&run("--kernel a --rng --rng source=/dev/zero").unwrap()), 1);
-        assert!(run("--kernel a b").is_err());
+        let stray = |arguments| run(arguments).unwrap_err().to_string();
+        assert!(stray("--kernel a b").starts_with("'b' belongs to no option"));
+        assert!(stray("--kernel a --cmdline root=/dev/vda rw x=y").starts_with("'rw' belongs"));
+        assert!(!stray("--kernel a doctor").contains("belongs to no option"));
         assert!(run("").is_err(), "a kernel is needed");
     }
 
