@@ -6,6 +6,7 @@ mod support;
 use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -374,4 +375,38 @@ fn the_guest_is_asked_for_what_was_refused_as_soon_as_the_client_has_read() {
         }
     }
     assert_eq!(reader.join().unwrap(), 300_020);
+}
+
+/// As that of a tailnet is, which is there when somebody has logged in.
+#[test]
+fn an_address_that_comes_later_is_served_then() {
+    const ADDRESS: &str = "192.0.2.7";
+    // Nobody else is in this namespace.
+    const PORT: u16 = 5900;
+    let run = |program: &str, arguments: &[&str]| Command::new(program).args(arguments).output();
+    if std::env::var_os("DRAGO_TEST_NAMESPACE").is_none() {
+        if !run("unshare", &["-rn", "true"]).is_ok_and(|output| output.status.success()) {
+            eprintln!("SKIPPED: no network namespaces here");
+            return;
+        }
+        let done = Command::new("unshare")
+            .arg("-rn")
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "an_address_that_comes_later_is_served_then", "--nocapture"])
+            .env("DRAGO_TEST_NAMESPACE", "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&done.stdout);
+        let errors = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success() && said.contains("1 passed"), "{said}{errors}");
+        return;
+    }
+    let address = SocketAddr::new(ADDRESS.parse().unwrap(), PORT);
+    let _setup = setup(|builder| builder.listen(address));
+    assert!(TcpStream::connect(address).is_err(), "there is no such address yet");
+    for arguments in [&["link", "set", "lo", "up"][..], &["addr", "add", ADDRESS, "dev", "lo"]] {
+        assert!(run("ip", arguments).unwrap().status.success(), "ip {arguments:?}");
+    }
+    let mut main = Plain::link(address, 0, 1);
+    assert_eq!(main.message().0, 103);
 }
