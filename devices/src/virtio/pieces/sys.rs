@@ -18,22 +18,6 @@ const CALL_LIMIT: usize = 1024;
 /// Pieces of a packet, which one call has to move together with a piece of this process.
 pub(crate) const ONE_CALL: usize = CALL_LIMIT - 1;
 
-/// From a file or to it.
-#[derive(Clone, Copy)]
-enum Way {
-    Read,
-    Write,
-}
-
-/// `preadv2` or `pwritev2`.
-type PositionedCall = unsafe extern "C" fn(
-    libc::c_int,
-    *const libc::iovec,
-    libc::c_int,
-    libc::off_t,
-    libc::c_int,
-) -> libc::ssize_t;
-
 /// Pieces of guest memory, in the order of the bytes of a request, of a packet or of several; consumed
 /// from the front.
 pub(crate) struct Pieces {
@@ -142,7 +126,12 @@ impl Pieces {
         offset: u64,
         flags: libc::c_int,
     ) -> io::Result<usize> {
-        self.call_at(Way::Read, file, offset, flags)
+        let (pieces, count) = self.first_call();
+        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: the first `count` elements at `pieces` are initialised and describe guest memory of
+        // that length, which `memory` keeps mapped, see `push`; the descriptor is open.
+        let done = unsafe { libc::preadv2(file.as_raw_fd(), pieces, count, offset, flags) };
+        usize::try_from(done).map_err(|_| io::Error::last_os_error())
     }
 
     /// Writes to `file` at `offset`, in one call; the bytes that went. The caller consumes.
@@ -152,22 +141,15 @@ impl Pieces {
         offset: u64,
         flags: libc::c_int,
     ) -> io::Result<usize> {
-        self.call_at(Way::Write, file, offset, flags)
+        let (pieces, count) = self.first_call();
+        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: as in `read_at`; the kernel only reads the memory.
+        let done = unsafe { libc::pwritev2(file.as_raw_fd(), pieces, count, offset, flags) };
+        usize::try_from(done).map_err(|_| io::Error::last_os_error())
     }
 
-    /// One of the two calls above, which take the same arguments.
-    fn call_at(&self, way: Way, file: &File, offset: u64, flags: libc::c_int) -> io::Result<usize> {
-        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-        let count = self.list.len().min(CALL_LIMIT) as libc::c_int;
-        let call: PositionedCall = match way {
-            Way::Read => libc::preadv2,
-            Way::Write => libc::pwritev2,
-        };
-        // SAFETY: `call` is one of these two; the first `count` elements of the list are initialised and describe guest memory of
-        // that length, which `memory` keeps mapped, see `push`; nothing but that memory is read or
-        // written; the descriptor is open.
-        let done = unsafe { call(file.as_raw_fd(), self.list.as_ptr(), count, offset, flags) };
-        usize::try_from(done).map_err(|_| io::Error::last_os_error())
+    fn first_call(&self) -> (*const libc::iovec, libc::c_int) {
+        (self.list.as_ptr(), self.list.len().min(CALL_LIMIT) as libc::c_int)
     }
 
     /// Writes `first`, then all pieces but their first `skip` bytes, in one call; the bytes that went.
