@@ -28,9 +28,7 @@ PNG = 2  # VD_AGENT_CLIPBOARD_IMAGE_PNG
 
 loop = GLib.MainLoop()
 channels = {}
-# What displays show, by number, and which one is looked at.
-primaries = {}
-looked_at = 0
+primary = {}
 state = {"agent": False, "mouse": 0, "marked": False, "invalidated": 0, "clipboard": None, "grabbed": False,
          "requested": False, "cursor": None, "image": None}
 offered = b""
@@ -57,13 +55,12 @@ def channel_event(channel, event):
 
 
 def primary_create(channel, fmt, width, height, stride, shmid, data):
-    display = channel.get_property("channel-id")
-    primaries[display] = {"width": width, "height": height, "stride": stride, "data": data}
+    primary.update(width=width, height=height, stride=stride, data=data)
     say(ev="primary", width=width, height=height)
 
 
 def primary_destroy(channel):
-    primaries.pop(channel.get_property("channel-id"), None)
+    primary.clear()
     say(ev="primary-destroy")
 
 
@@ -129,7 +126,7 @@ def cursor_set(channel, width, height, hot_x, hot_y, rgba):
 
 def new_channel(session, channel):
     name = type(channel).__name__
-    channels.setdefault(name, channel)
+    channels[name] = channel
     on(channel, "channel-event", channel_event)
     if name == "MainChannel":
         on(channel, "main-mouse-update", mouse)
@@ -151,7 +148,6 @@ def new_channel(session, channel):
 
 def screenshot(path):
     """Writes what the client would show as a PPM."""
-    primary = primaries.get(looked_at)
     if not primary:
         return {"width": 0, "height": 0}
     width, height, stride = primary["width"], primary["height"], primary["stride"]
@@ -166,18 +162,17 @@ def screenshot(path):
 
 
 def command(name, args):
-    global offered, looked_at
+    global offered
     inputs, main = channels.get("InputsChannel"), channels.get("MainChannel")
     if name == "screenshot":
         return screenshot(args["path"])
     if name == "state":
-        primary = primaries.get(looked_at, {})
         return {**state, "width": primary.get("width", 0), "height": primary.get("height", 0)}
     if name == "keys":
         for code, down in args["keys"]:
             (inputs.key_press if down else inputs.key_release)(code)
     elif name == "position":
-        inputs.position(args["x"], args["y"], looked_at, args.get("buttons", 0))
+        inputs.position(args["x"], args["y"], 0, args.get("buttons", 0))
     elif name == "motion":
         inputs.motion(args["x"], args["y"], args.get("buttons", 0))
     elif name == "button":
@@ -201,18 +196,6 @@ def command(name, args):
     elif name == "resize":
         main.update_display_enabled(0, True, False)
         main.update_display(0, 0, 0, args["width"], args["height"], False)
-        main.send_monitor_config()
-    elif name == "look":
-        looked_at = args["display"]
-    elif name == "monitors":
-        # Sizes of all there are to be, from left to right.
-        left = 0
-        for display, (width, height) in enumerate(args["sizes"]):
-            main.update_display_enabled(display, True, False)
-            main.update_display(display, left, 0, width, height, False)
-            left += width
-        for display in range(len(args["sizes"]), 4):
-            main.update_display_enabled(display, False, False)
         main.send_monitor_config()
     elif name == "mouse-mode":
         main.request_mouse_mode(args["mode"])

@@ -147,12 +147,14 @@ pub(crate) fn judge_io(report: &Value) -> Vec<Verdict> {
 /// line.
 pub(crate) fn judge_content(report: &Value) -> Vec<Verdict> {
     let rows = report["content"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let find = |row: &Value, side: &str| {
-        let same = |other: &&Value| {
-            let of_it = ["row", "rtt_ms", "limit_mbit"].iter().all(|key| other[*key] == row[*key]);
-            of_it && other["side"] == side
-        };
-        rows.iter().find(same)
+    // What a side showed of the same on a line.
+    let find = |row: &Value, side: &str, rtt: f64, limit: f64| {
+        rows.iter().find(|other| {
+            other["row"] == row["row"]
+                && other["side"] == side
+                && other["rtt_ms"] == rtt
+                && other["limit_mbit"] == limit
+        })
     };
     let mut verdicts = Vec::new();
     for row in rows.iter().filter(|row| row["side"] == "ours") {
@@ -168,7 +170,7 @@ pub(crate) fn judge_content(report: &Value) -> Vec<Verdict> {
         };
         let of = |row: &Value, key: &str| row[key].as_f64();
         let is_drawn = name != "idle";
-        if let Some(theirs) = find(row, "qemu") {
+        if let Some(theirs) = find(row, "qemu", rtt, limit) {
             let ratio = |key| Some(of(row, key)? / of(theirs, key)?);
             if is_drawn {
                 push("CPU per frame, of QEMU's", ratio("cpu_ms_per_frame"), AtMost, 1.0, "");
@@ -184,11 +186,7 @@ pub(crate) fn judge_content(report: &Value) -> Vec<Verdict> {
             push("rate", of(row, "mbit_per_s"), AtMost, 8.0, "Mbit/s");
             push("frames", of(row, "fps"), AtLeast, 29.0, "/s");
         }
-        let near = |row: &&Value| row["rtt_ms"] == 0.0 && row["limit_mbit"] == 0.0;
-        let near = rows
-            .iter()
-            .filter(|other| other["row"] == row["row"] && other["side"] == "ours")
-            .find(near);
+        let near = find(row, "ours", 0.0, 0.0);
         if let (100.0, 0.0, true, Some(near)) = (rtt, limit, is_drawn, near) {
             let ratio = of(row, "fps").zip(of(near, "fps")).map(|(far, near)| far / near);
             push("frames, of those at 0 ms", ratio, AtLeast, 0.9, "");

@@ -1,4 +1,4 @@
-//! Developer commands: `cargo xtask demo|test|testbed|bench`.
+//! Developer commands: `cargo xtask demo|test|testbed|guest|bench`.
 
 mod bench;
 mod bench_bars;

@@ -36,6 +36,17 @@ fn namespace(name: &str, flags: &str, attempt: &[&str]) -> bool {
     false
 }
 
+/// An ARP request of the guest, 192.0.2.2: who has 192.0.2.1?
+fn who_has_the_host() -> Vec<u8> {
+    let mut request = vec![0xff; 6];
+    request.extend(MAC.0);
+    request.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    request.extend(MAC.0);
+    request.extend([192, 0, 2, 2, 0, 0, 0, 0, 0, 0, 192, 0, 2, 1]);
+    request.resize(60, 0);
+    request
+}
+
 fn ip(arguments: &str) {
     let status = Command::new("ip").args(arguments.split(' ')).status().unwrap();
     assert!(status.success(), "ip {arguments}");
@@ -115,13 +126,8 @@ fn packets_cross_a_tap_interface() {
     let driver = Driver::start(&mut *built.device);
     let mut guest = Guest { driver };
     guest.driver.queues[0].fill(64, BUFFER);
-    // Who has 192.0.2.1? The host's kernel answers.
-    let mut request = vec![0xff; 6];
-    request.extend(MAC.0);
-    request.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
-    request.extend(MAC.0);
-    request.extend([192, 0, 2, 2, 0, 0, 0, 0, 0, 0, 192, 0, 2, 1]);
-    request.resize(60, 0);
+    // The host's kernel answers.
+    let request = who_has_the_host();
     guest.transmit(&request);
     let reply = guest.wait_for(|frame| frame[12..14] == [8, 6] && frame[20..22] == [0, 2]);
     assert_eq!(reply[28..32], [192, 0, 2, 1]);
@@ -246,12 +252,7 @@ fn several_queues(name: &str, options: &str) {
         let [first, second] = flood(&mut driver, 3000, 64);
         assert!(first > 0 && second > 0, "{first} and {second} packets");
         // The guest may send by any of them; the host's kernel answers.
-        let mut request = vec![0xff; 6];
-        request.extend(MAC.0);
-        request.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
-        request.extend(MAC.0);
-        request.extend([192, 0, 2, 2, 0, 0, 0, 0, 0, 0, 192, 0, 2, 1]);
-        request.resize(60, 0);
+        let request = who_has_the_host();
         for queue in [1, 3] {
             send(&mut driver.queues[queue], &request);
             driver.queues[queue].wait_used();
